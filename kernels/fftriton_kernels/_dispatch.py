@@ -1,0 +1,58 @@
+"""Where an op runs, and the checks that every public function makes before any work."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+"""True when Triton's interpreter runs the kernels on CPU tensors: read once, as Triton itself does."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INDICES = (torch.int32, torch.int64)
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernel serves this tensor; the reference does otherwise."""
+    return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
+
+
+def block(size: int, least: int = 16) -> int:
+    """The power of two that covers `size`."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise a TypeError that names the op, the argument, the dtypes it takes and the one it got."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{op}: {name} must have dtype {' or '.join(map(str, allowed))}, got {tensor.dtype}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, **sizes: int | None) -> None:
+    """Raise a ValueError unless the dimensions are as named, e.g. `B=x.shape[0], N=None` (None: any size)."""
+    fits = tensor.ndim == len(sizes) and all(
+        want is None or want == got for want, got in zip(sizes.values(), tensor.shape, strict=True)
+    )
+    if not fits:
+        rule = ", ".join(axis if want is None else f"{axis}={want}" for axis, want in sizes.items())
+        raise ValueError(f"{op}: {name} must have shape [{rule}], got {list(tensor.shape)}")
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    """Raise a ValueError unless all tensors are on one device."""
+    devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{op}: all tensors must be on one device, got {devices}")
+
+
+def check_at_least(op: str, name: str, value: int, least: int) -> None:
+    """Raise unless `value` is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")

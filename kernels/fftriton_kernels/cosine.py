@@ -1,0 +1,179 @@
+"""Cosine similarity between each token and an earlier one.
+
+    s[b, t] = <x[b, t], x[b, p]> / (|x[b, t]| |x[b, p]|),   p = t - stride, or an explicit predecessor
+
+Bound by DRAM bandwidth: x is read about once, N floats are written. Each row is scaled by a power of two before it is
+squared, so rows of any finite size have a cosine.
+Reference: reference.strided_cosine_similarity, reference.linked_cosine_similarity.
+Source: FrameFusion, arXiv:2501.01986, eq. 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from ._dispatch import FLOATS, INDICES, block, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
+
+_NO_LINK = tl.constexpr(reference.NO_LINK)
+_FRAMES_A_PROGRAM = 8
+
+
+@triton.jit
+def _scaled(x):
+    # the power of two that brings the largest entry into [1, 2); NaN and Inf survive and are caught by the norm
+    peak = tl.max(tl.abs(x), 0)
+    exponent = ((peak.to(tl.uint32, bitcast=True) >> 23) & 0xFF).to(tl.int32)
+    biased = tl.minimum(tl.maximum(254 - exponent, 1), 254)
+    return x * (biased.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _cosine(dot, square, partner_square):
+    usable = (square > 0) & (square < float("inf")) & (partner_square > 0) & (partner_square < float("inf"))
+    return tl.where(usable, dot / (tl.sqrt(square) * tl.sqrt(partner_square)), _NO_LINK)
+
+
+@triton.jit
+def _strided_cosine_kernel(
+    x_ptr, out_ptr,                                # x [B, N, D], out [B, N] fp32
+    stride_xb, stride_xn, stride_xd,
+    stride_ob, stride_on,
+    N, P,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, FRAMES: tl.constexpr,
+):  # fmt: skip
+    # grid (P, ceil(frames / FRAMES), B): one program walks one patch over FRAMES frames, keeping the row before
+    pid_p = tl.program_id(0).to(tl.int64)
+    first = pid_p + tl.program_id(1).to(tl.int64) * FRAMES * P
+    pid_b = tl.program_id(2).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    x_ptr += pid_b * stride_xb + offs_d * stride_xd
+    before = tl.maximum(first - P, pid_p)
+    earlier = _scaled(tl.load(x_ptr + before * stride_xn, mask=offs_d < D, other=0.0).to(tl.float32))
+    earlier_square = tl.sum(earlier * earlier, 0)
+    for step in range(FRAMES):
+        t = first + step * P
+        x = _scaled(tl.load(x_ptr + t * stride_xn, mask=offs_d < tl.where(t < N, D, 0), other=0.0).to(tl.float32))
+        square = tl.sum(x * x, 0)
+        similarity = tl.where(t < P, _NO_LINK, _cosine(tl.sum(x * earlier, 0), square, earlier_square))
+        tl.store(out_ptr + pid_b * stride_ob + t * stride_on, similarity, mask=t < N)
+        earlier = x
+        earlier_square = square
+
+
+@triton.jit
+def _linked_cosine_kernel(
+    x_ptr, predecessor_ptr, out_ptr,               # x [B, N, D], predecessor [B, N], out [B, N] fp32
+    stride_xb, stride_xn, stride_xd,
+    stride_pb, stride_pn,
+    stride_ob, stride_on,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # grid (N, B): one program owns one output element
+    pid_n = tl.program_id(0).to(tl.int64)
+    pid_b = tl.program_id(1).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    x_ptr += pid_b * stride_xb + offs_d * stride_xd
+    partner = tl.load(predecessor_ptr + pid_b * stride_pb + pid_n * stride_pn).to(tl.int64)
+    mask_d = offs_d < tl.where(partner >= 0, D, 0)  # without a partner nothing is read: the norms are 0, so NO_LINK
+    x = _scaled(tl.load(x_ptr + pid_n * stride_xn, mask=mask_d, other=0.0).to(tl.float32))
+    y = _scaled(tl.load(x_ptr + tl.maximum(partner, 0) * stride_xn, mask=mask_d, other=0.0).to(tl.float32))
+    similarity = _cosine(tl.sum(x * y, 0), tl.sum(x * x, 0), tl.sum(y * y, 0))
+    tl.store(out_ptr + pid_b * stride_ob + pid_n * stride_on, similarity)
+
+
+@torch.library.custom_op("fftriton::strided_cosine_similarity", mutates_args=())
+def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
+    batch, length, width = x.shape
+    if not runs_triton(x):
+        return reference.strided_cosine_similarity(x, stride)
+    out = x.new_empty(batch, length, dtype=torch.float32)
+    if out.numel():
+        chains = min(stride, length)
+        segments = triton.cdiv(triton.cdiv(length, chains), _FRAMES_A_PROGRAM)
+        with torch.cuda.device_of(x):
+            _strided_cosine_kernel[(chains, segments, batch)](
+                x, out, *x.stride(), *out.stride(), length, stride,
+                D=width, BLOCK_D=block(width), FRAMES=_FRAMES_A_PROGRAM, num_warps=_warps(width),
+            )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("fftriton::linked_cosine_similarity", mutates_args=())
+def _linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
+    batch, length, width = x.shape
+    if not runs_triton(x):
+        return reference.linked_cosine_similarity(x, predecessor)
+    out = x.new_empty(batch, length, dtype=torch.float32)
+    if out.numel():
+        with torch.cuda.device_of(x):
+            _linked_cosine_kernel[(length, batch)](
+                x, predecessor, out, *x.stride(), *predecessor.stride(), *out.stride(),
+                D=width, BLOCK_D=block(width), num_warps=_warps(width),
+            )  # fmt: skip
+    return out
+
+
+@_strided_cosine_similarity.register_fake
+@_linked_cosine_similarity.register_fake
+def _(x, _):
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
+    """Cosine similarity of each token with the one `stride` places earlier.
+
+    With the P patches of every frame stored one after the other, `stride=P` compares a patch with the same patch one
+    frame earlier.
+
+    Args:
+        x: [B, N, D] fp16, bf16 or fp32, any strides.
+        stride: how many places earlier the partner stands, at least 1.
+
+    Returns:
+        [B, N] fp32. NO_LINK (-2) for t < stride and where either row is zero or holds a NaN or an Inf.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a shape or a stride that is not as above.
+
+    Source:
+        FrameFusion, arXiv:2501.01986, eq. 1.
+    """
+    op = "strided_cosine_similarity"
+    check_dtype(op, "x", x, FLOATS)
+    check_shape(op, "x", x, B=None, N=None, D=None)
+    check_at_least(op, "stride", stride, 1)
+    return _strided_cosine_similarity(x, stride)
+
+
+def linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
+    """Cosine similarity of each token with an explicit partner.
+
+    Args:
+        x: [B, N, D] fp16, bf16 or fp32, any strides.
+        predecessor: [B, N] int32 or int64, the position of each token's partner in its own sample, -1 for none.
+            Values from N up are not checked: that would stall a GPU.
+
+    Returns:
+        [B, N] fp32. NO_LINK (-2) without a partner and where either row is zero or holds a NaN or an Inf.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a shape that is not as above, or tensors on two devices.
+
+    Source:
+        FrameFusion, arXiv:2501.01986, eq. 1, with partners of any distance.
+    """
+    op = "linked_cosine_similarity"
+    check_dtype(op, "x", x, FLOATS)
+    check_shape(op, "x", x, B=None, N=None, D=None)
+    check_dtype(op, "predecessor", predecessor, INDICES)
+    check_shape(op, "predecessor", predecessor, B=x.shape[0], N=x.shape[1])
+    check_same_device(op, x=x, predecessor=predecessor)
+    return _linked_cosine_similarity(x, predecessor)
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 4096 else 8

@@ -1,0 +1,200 @@
+"""Every op of the library in plain PyTorch: what the kernels must compute, and what runs where there is no GPU.
+
+Half and single precision inputs are computed in fp32, double precision ones in fp64, so `op(x.double())` is the
+ground truth that tests measure errors against. Nothing is validated here; the public functions do that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NO_LINK = -2.0
+"""Similarity of a token that has no partner: below every cosine, so it never reaches a threshold."""
+
+_QUERY_BLOCK = 128  # rows of the attention matrix that exist at a time
+
+
+class Merged(NamedTuple):
+    """What `merge_mean` returns. Rows are left-padded to the batch's longest M."""
+
+    x: Tensor  # [B, M, D] group means in their roots' order
+    companions: tuple[Tensor, ...]  # each [B, M, ...], taken at the roots
+    kept: Tensor  # [B, M] int64 original positions ascending, -1 for padding
+    lengths: Tensor  # [B] int64 rows that are no padding
+    predecessor: Tensor | None  # [B, M] int64 links among the compacted rows, -1 for none
+
+
+def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
+    """x [B, N, D] -> [B, N]: cosine of each row with the one `stride` places earlier."""
+    return linked_cosine_similarity(x, strided_predecessor(x.shape[0], x.shape[1], stride, x.device))
+
+
+def linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
+    """x [B, N, D], predecessor [B, N] (-1: none) -> [B, N]: cosine of each row with its predecessor."""
+    x = _accumulated(x)
+    peak = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:2], 1)
+    usable = (peak > 0) & peak.isfinite()  # [B, N, 1]
+    unit = torch.where(usable, x / peak, 0)  # rows of any finite size: no square over- or underflows
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    partner = predecessor.long().clamp_min(0)
+    cosine = (unit * _take_rows(unit, partner)).sum(-1)
+    linked = (predecessor >= 0) & usable[..., 0] & usable[..., 0].gather(1, partner)
+    return torch.where(linked, cosine, NO_LINK)
+
+
+def merge_roots(
+    similarity: Tensor, predecessor: int | Tensor, threshold: float, max_merges: int | Tensor | None = None
+) -> Tensor:
+    """similarity [B, N] -> [B, N] int64: the first token of each token's group."""
+    batch, length = similarity.shape
+    links = as_predecessor(predecessor, similarity)
+    joins = (links >= 0) & (similarity >= threshold) & (similarity > NO_LINK)  # False for NaN
+    if max_merges is not None:
+        joins &= rank_descending(similarity.masked_fill(~joins, float("nan"))) < _per_row(max_merges, similarity)
+    position = torch.arange(length, device=similarity.device).expand(batch, -1)
+    roots = torch.where(joins, links, position)
+    while not torch.equal(further := roots.gather(1, roots), roots):  # each round doubles the distance covered
+        roots = further
+    return roots
+
+
+def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
+    """edges [E, 2] -> [num_nodes] int64: the smallest index of each node's component."""
+    label = torch.arange(num_nodes, device=edges.device)
+    first, second = edges.long().unbind(1)
+    while True:
+        lowest = torch.minimum(label[first], label[second])
+        hooked = label.scatter_reduce(0, label[first], lowest, "amin").scatter_reduce(0, label[second], lowest, "amin")
+        hooked = hooked[hooked]
+        if torch.equal(hooked, label):
+            return label
+        label = hooked
+
+
+def merge_mean(
+    x: Tensor, roots: Tensor, companions: Sequence[Tensor] = (), predecessor: int | Tensor | None = None
+) -> Merged:
+    """x [B, N, D], roots [B, N] (-1: leaves without a group) -> the mean of each group at its root, compacted."""
+    batch, length, width = x.shape
+    position = torch.arange(length, device=x.device)
+    kept, lengths, slot = compact(roots == position)
+    rows = kept.shape[1]
+    member = roots >= 0
+    target = slot.gather(1, roots.clamp_min(0)) + torch.arange(batch, device=x.device)[:, None] * rows
+    total = _accumulated(x).new_zeros(batch * rows, width).index_add_(0, target[member], _accumulated(x[member]))
+    count = total.new_zeros(batch * rows).index_add_(0, target[member], total.new_ones(int(member.sum())))
+    mean = (total / count.clamp_min(1)[:, None]).to(x.dtype).view(batch, rows, width)
+    alone, *taken = gather_rows(kept, x, *companions)
+    mean = torch.where((count == 1).view(batch, rows, 1), alone, mean)  # a group of one is copied bit for bit
+    links = None
+    if predecessor is not None:
+        (earlier,) = gather_rows(kept, as_predecessor(predecessor, roots))
+        partner_root = roots.gather(1, earlier.clamp_min(0))
+        linked = (kept >= 0) & (earlier >= 0) & (partner_root >= 0)
+        links = torch.where(linked, slot.gather(1, partner_root.clamp_min(0)), -1)
+    return Merged(mean, tuple(taken), kept, lengths, links)
+
+
+def attention_column_sum(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    lse: Tensor | None = None,
+    num_queries: int | None = None,
+    columns: tuple[int, int] | None = None,
+) -> Tensor:
+    """q [B, H, Nq, d], k [B, Hkv, Nk, d] -> [B, C]: attention summed over the queries, averaged over the heads."""
+    batch, heads, queries, width = q.shape
+    kv_heads, keys = k.shape[1:3]
+    scale = width**-0.5 if scale is None else scale
+    begin, end = (0, keys) if columns is None else columns
+    key = _accumulated(k).unsqueeze(2)  # [B, Hkv, 1, Nk, d]
+    total = key.new_zeros(batch, end - begin)
+    first = queries - (queries if num_queries is None else num_queries)
+    for low in range(first, queries, _QUERY_BLOCK):
+        high = min(low + _QUERY_BLOCK, queries)
+        block = _accumulated(q[:, :, low:high]).reshape(batch, kv_heads, heads // kv_heads, high - low, width)
+        score = (block @ key.mT).flatten(1, 2) * scale  # [B, H, block, Nk]
+        if causal:
+            last_seen = torch.arange(low, high, device=q.device)[:, None] + keys - queries
+            score = score.masked_fill(torch.arange(keys, device=q.device) > last_seen, float("-inf"))
+        norm = score.logsumexp(-1) if lse is None else lse[:, :, low:high].to(score.dtype)
+        norm = norm.masked_fill(norm == float("-inf"), float("inf"))  # a row that sees nothing adds nothing
+        total += (score[..., begin:end] - norm[..., None]).exp().sum((1, 2))
+    return total / heads
+
+
+def topk_keep(scores: Tensor, k: int | Tensor, candidates: Tensor | None = None) -> Tensor:
+    """scores [B, N] -> [B, K] int64: every non-candidate and the k best candidates, ascending, -1 for padding."""
+    candidates = torch.ones_like(scores, dtype=torch.bool) if candidates is None else candidates
+    best = rank_descending(scores, candidates) < _per_row(k, scores)
+    return compact(best | ~candidates)[0]
+
+
+def segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+    """scores, segments [B, N], counts [B, S] -> [B, K] int64: tokens of segment -1 and the best of each segment."""
+    order = torch.argsort(rank_descending(scores), dim=1)  # best first
+    order = order.gather(1, torch.argsort(segments.gather(1, order), dim=1, stable=True))  # by segment, best first
+    sorted_segments = segments.gather(1, order).contiguous()
+    position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, position - torch.searchsorted(sorted_segments, sorted_segments))
+    allowed = counts.gather(1, segments.clamp_min(0)) if counts.shape[1] else torch.zeros_like(segments)
+    return compact((segments < 0) | (rank < allowed))[0]
+
+
+def gather_rows(kept: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """kept [B, K] (-1: a row of zeros), tensors [B, N, ...] -> each [B, K, ...]."""
+    padding = kept < 0
+    taken = (_take_rows(tensor, kept.long().clamp_min(0)) for tensor in tensors)
+    return tuple(row.masked_fill(padding.view(*kept.shape, *[1] * (row.ndim - 2)), 0) for row in taken)
+
+
+def compact(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """keep [B, N] bool -> kept [B, M] positions ascending, left-padded with -1; lengths [B]; slot [B, N] of each."""
+    lengths = keep.sum(1)
+    rows = int(lengths.max()) if keep.numel() else 0
+    slot = keep.cumsum(1) - 1 + (rows - lengths)[:, None]
+    sample, position = keep.nonzero(as_tuple=True)
+    kept = keep.new_full((keep.shape[0], rows), -1, dtype=torch.int64)
+    kept[sample, slot[sample, position]] = position
+    return kept, lengths, slot
+
+
+def rank_descending(scores: Tensor, candidates: Tensor | None = None) -> Tensor:
+    """scores [B, N] -> [B, N] int64: 0 for the highest; ties to the lower index, then NaN, then non-candidates."""
+    last = scores.isnan().long()
+    if candidates is not None:
+        last = torch.where(candidates, last, 2)
+    order = torch.argsort(scores.masked_fill(scores.isnan(), 0), dim=1, descending=True, stable=True)
+    order = order.gather(1, torch.argsort(last.gather(1, order), dim=1, stable=True))
+    return torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
+
+
+def strided_predecessor(batch: int, length: int, stride: int, device: torch.device) -> Tensor:
+    """[B, N] int64: t - stride, -1 where that is before the start."""
+    return (torch.arange(length, device=device) - stride).clamp_min(-1).expand(batch, -1)
+
+
+def as_predecessor(predecessor: int | Tensor, like: Tensor) -> Tensor:
+    """An int stride or a [B, N] tensor of links as a [B, N] int64 tensor."""
+    if isinstance(predecessor, Tensor):
+        return predecessor.long()
+    return strided_predecessor(like.shape[0], like.shape[1], predecessor, like.device)
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _take_rows(x: Tensor, index: Tensor) -> Tensor:
+    return torch.gather(x, 1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand(*index.shape, *x.shape[2:]))
+
+
+def _per_row(count: int | Tensor, like: Tensor) -> int | Tensor:
+    return count.to(like.device)[:, None] if isinstance(count, Tensor) else count
