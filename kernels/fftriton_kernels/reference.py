@@ -173,7 +173,8 @@ def rank_descending(scores: Tensor, candidates: Tensor | None = None) -> Tensor:
         last = torch.where(candidates, last, 2)
     order = torch.argsort(scores.masked_fill(scores.isnan(), 0), dim=1, descending=True, stable=True)
     order = order.gather(1, torch.argsort(last.gather(1, order), dim=1, stable=True))
-    return torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
+    position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, position)
 
 
 def strided_predecessor(batch: int, length: int, stride: int, device: torch.device) -> Tensor:
