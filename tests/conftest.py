@@ -1,0 +1,31 @@
+"""Without a GPU the kernel tests run in Triton's interpreter; all other tests run the plain PyTorch path."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when fftriton_kernels is imported, so before any test module
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernel tests put their tensors."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take the PyTorch path; tests/kernels overrides this."""
+    monkeypatch.setattr("fftriton_kernels._dispatch.INTERPRET", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

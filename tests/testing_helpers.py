@@ -1,0 +1,74 @@
+"""What several test files share: inputs, shapes, and the rule that judges floating point errors."""
+
+import builtins
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [  # B, F, P, D
+    (1, 2, 1, 1),
+    (2, 3, 7, 65),  # nothing is a power of two
+    (1, 5, 13, 129),  # D crosses a block edge
+    (1, 1, 9, 64),  # one frame: no partner anywhere
+]
+
+
+def make_video(B: int, F: int, P: int, D: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    """[B, F * P, D]: patches that drift from frame to frame, at rates of their own, and now and then cut."""
+    generator = torch.Generator().manual_seed(seed)
+    rate = torch.rand(B, P, 1, generator=generator)
+    frames = [torch.randn(B, P, D, generator=generator)]
+    for _ in range(F - 1):
+        cut = torch.rand(B, P, 1, generator=generator) < 0.2
+        step = torch.randn(B, P, D, generator=generator)
+        frames.append(torch.where(cut, step, frames[-1] + rate * step))
+    return torch.stack(frames, 1).reshape(B, F * P, D).to(device=device, dtype=dtype)
+
+
+def make_strided(x: Tensor) -> Tensor:
+    """The values of x at strides that no contiguous tensor has; what lies between is NaN or the largest integer."""
+    fill = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max if x.dtype != torch.bool else True
+    holder = torch.full([2 * size + 1 for size in x.shape], fill, dtype=x.dtype, device=x.device)
+    view = holder[tuple(slice(1, 2 * size + 1, 2) for size in x.shape)]
+    return view.copy_(x)
+
+
+def assert_no_worse_than_torch(out: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """The error of `out` against fp64 is at most twice that of eager torch's worst in the row, plus one rounding.
+
+    Args:
+        out: the op's result.
+        eager: what plain PyTorch gives in the input's dtype.
+        truth: the same in fp64. NaN and Inf must stand in the same places in `out`.
+    """
+    assert out.shape == truth.shape
+    assert truth.dtype == torch.float64
+    finite = truth.isfinite()
+    torch.testing.assert_close(out.double()[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True)
+    rounding = truth.abs() * torch.finfo(out.dtype).eps / 2
+    allowed = 2 * (eager.double() - truth).abs().masked_fill(~finite, 0).amax(-1, keepdim=True) + rounding
+    excess = ((out.double() - truth).abs() - allowed)[finite]
+    assert bool((excess <= 0).all()), f"{int((excess > 0).sum())} of {excess.numel()} off by up to {excess.max():.3e}"
+
+
+@contextmanager
+def shuffled_programs(seed: int) -> Iterator[None]:
+    """Triton's interpreter runs the programs of each grid in a random order (seed 0: backwards)."""
+    from triton.runtime import interpreter
+
+    def shuffled(*bounds: int) -> Sequence[int]:
+        order = builtins.range(*bounds)
+        if sys._getframe(1).f_code.co_name != "__call__":  # not the loop over the grid
+            return order
+        return order[::-1] if seed == 0 else random.Random(seed).sample(order, len(order))
+
+    interpreter.range = shuffled
+    try:
+        yield
+    finally:
+        del interpreter.range
