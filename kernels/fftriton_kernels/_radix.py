@@ -59,7 +59,7 @@ def sort_key(x, eligible):
     """fp32 -> uint32 in the same order: 0 where not eligible, then NaN, then the numbers; -0.0 equals 0.0."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = tl.where(bits == 0x80000000, 0, bits)
-    key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(eligible, tl.where(x == x, key, 1), 0)
 
 
