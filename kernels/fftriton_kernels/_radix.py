@@ -77,8 +77,9 @@ def tally(key, prefix, tallies_ptr, pid_b, pid_n, blocks, batch, DIGIT: tl.const
         counted &= (key >> (32 - 8 * DIGIT)) == prefix
     digit = ((key >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
     histogram = tl.histogram(tl.where(counted, digit, 0), _BINS)  # no mask: Triton 3.2 has none
+    histogram = histogram.to(tl.int64).to(tl.int32)  # what Triton 3.2's interpreter returns is not the int32 it says
     offs = tl.arange(0, _BINS)
-    histogram -= tl.where(offs == 0, tl.sum((~counted).to(tl.int32), 0), 0)
+    histogram -= tl.where(offs == 0, tl.sum(tl.where(counted, 0, 1), 0), 0)
     tl.store(tallies_ptr + ((DIGIT * batch + pid_b) * blocks + pid_n) * _BINS + offs, histogram)
 
 
