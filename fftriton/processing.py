@@ -1,0 +1,281 @@
+"""Model inputs from a video and a question.
+
+Where torchvision can be imported, Hugging Face's own processor makes them, for every model that has one. Where it
+cannot (there is no build of it on PyPI for a CPU build of torch), Qwen2-VL and Qwen2.5-VL, and the small model that
+ships here, go through `QwenProcessor`, whose outputs equal Hugging Face's bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from fftriton.video import Video
+
+QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+
+
+class Processor(Protocol):
+    """Turns a video and a question into the arguments of `model.generate`."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, video: Video, question: str) -> dict[str, Tensor]: ...
+
+
+def load_processor(checkpoint: str | Path, max_pixels: int | None = None) -> Processor:
+    """The processor of a checkpoint.
+
+    Args:
+        checkpoint: folder, or name on the Hugging Face hub.
+        max_pixels: upper bound of a frame's pixels after resizing; None for the checkpoint's own.
+
+    Returns:
+        Hugging Face's processor where torchvision can be imported, ours for the Qwen2-VL family where it cannot.
+
+    Raises:
+        ValueError: another family, and torchvision cannot be imported.
+        OSError: the checkpoint cannot be read.
+    """
+    if _torchvision_works():
+        return HubProcessor(checkpoint, max_pixels)
+    model_type = AutoConfig.from_pretrained(checkpoint).model_type
+    if model_type not in QWEN_MODEL_TYPES:
+        raise ValueError(
+            f"model must be one of {', '.join(QWEN_MODEL_TYPES)} where torchvision cannot be imported, got {model_type}"
+        )
+    return QwenProcessor(checkpoint, max_pixels)
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The words of `text` that a word-level vocabulary does not hold; empty for vocabularies that spell words out."""
+    if tokenizer.unk_token_id is None:
+        return []
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [text[start:end] for token, (start, end) in spans if token == tokenizer.unk_token_id]
+
+
+class HubProcessor:
+    """Hugging Face's processor. Needs torchvision.
+
+    Args:
+        checkpoint: folder, or name on the hub.
+        max_pixels: upper bound of a frame's pixels, for processors that take one; None for the checkpoint's own.
+    """
+
+    def __init__(self, checkpoint: str | Path, max_pixels: int | None = None):
+        self._processor = AutoProcessor.from_pretrained(checkpoint)
+        self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
+        if max_pixels is not None:
+            self._bound_pixels(max_pixels)
+
+    def __call__(self, video: Video, question: str) -> dict[str, Tensor]:
+        """Tokens and pixels for one video and one question; the keys are the model's."""
+        text = self._processor.apply_chat_template(_messages(question), tokenize=False, add_generation_prompt=True)
+        metadata = {"total_num_frames": video.total_frames, "fps": video.fps, "frames_indices": video.indices}
+        encoded = self._processor(
+            text=[text],
+            videos=[video.frames],
+            video_metadata=[metadata],
+            fps=video.sampled_fps,  # transformers 4 reads it here, 5 in the metadata
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        return dict(encoded)
+
+    def _bound_pixels(self, max_pixels: int) -> None:
+        size = dict(self._processor.video_processor.size)
+        if size.get("longest_edge") is None or size.get("shortest_edge") is None:
+            raise ValueError(f"max_pixels must be None for a model whose frames have a fixed size, got {max_pixels}")
+        bounds = {"longest_edge": max_pixels, "shortest_edge": min(size["shortest_edge"], max_pixels)}
+        self._processor.video_processor.size = bounds
+
+
+@dataclass(frozen=True)
+class QwenPixels:
+    """How Qwen2-VL cuts frames into patches.
+
+    Attributes:
+        patch_size: pixels along a patch's side.
+        temporal_patch_size: frames in one patch.
+        merge_size: patches along the side of the square that becomes one token.
+        min_pixels, max_pixels: bounds of a frame's pixels after resizing.
+        mean, std: of the colour channels, for values in [0, 1].
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 128 * 28 * 28
+    max_pixels: int = 768 * 28 * 28
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str | Path) -> QwenPixels:
+        """Read the checkpoint's configuration files; the defaults above are Hugging Face's."""
+        config = _video_config(checkpoint)
+        size = config.get("size") or {}
+        named = {
+            "patch_size": config.get("patch_size"),
+            "temporal_patch_size": config.get("temporal_patch_size"),
+            "merge_size": config.get("merge_size"),
+            "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": config.get("max_pixels") or size.get("longest_edge"),
+            "mean": config.get("image_mean"),
+            "std": config.get("image_std"),
+        }
+        return cls(**{name: value for name, value in named.items() if value is not None})
+
+    def patchify(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Resize, normalise and cut frames into rows of one patch each.
+
+        The last frame is repeated up to a multiple of temporal_patch_size. Rows go frame by frame, and inside a frame
+        merge square by merge square, so that merge_size**2 rows in a run become one token.
+
+        Args:
+            frames: [F, 3, H, W] uint8.
+
+        Returns:
+            pixels [t * h * w, 3 * temporal_patch_size * patch_size**2] float32, grid [1, 3] int64 holding (t, h, w).
+        """
+        height, width = frames.shape[-2:]
+        height, width = smart_resize(height, width, self.patch_size * self.merge_size, self.min_pixels, self.max_pixels)
+        if frames.shape[-2:] != (height, width):
+            frames = F.interpolate(frames, size=(height, width), mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(values).view(3, 1, 1) * 255.0 for values in (self.mean, self.std))
+        video = (frames.float() - mean) / std
+        padding = -len(video) % self.temporal_patch_size
+        video = torch.cat([video, video[-1:].expand(padding, -1, -1, -1)])
+        t, h, w = len(video) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size
+        blocks = video.view(
+            t, self.temporal_patch_size, 3,
+            h // self.merge_size, self.merge_size, self.patch_size,
+            w // self.merge_size, self.merge_size, self.patch_size,
+        )  # fmt: skip
+        rows = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # [t, h/m, w/m, m, m, 3, tp, p, p]
+        return rows.reshape(t * h * w, -1), torch.tensor([[t, h, w]])
+
+
+class QwenProcessor:
+    """Qwen2-VL's and Qwen2.5-VL's processor without torchvision.
+
+    Args:
+        checkpoint: folder, or name on the hub.
+        max_pixels: upper bound of a frame's pixels after resizing; None for the checkpoint's own.
+    """
+
+    def __init__(self, checkpoint: str | Path, max_pixels: int | None = None):
+        pixels = QwenPixels.from_checkpoint(checkpoint)
+        if max_pixels is not None:
+            pixels = replace(pixels, max_pixels=max_pixels, min_pixels=min(pixels.min_pixels, max_pixels))
+        config = AutoConfig.from_pretrained(checkpoint)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
+        self._pixels = pixels
+        self._video_token_id = config.video_token_id
+        self._has_seconds = config.model_type == "qwen2_5_vl"  # its positions count seconds
+        self._template = _chat_template(checkpoint)
+
+    def __call__(self, video: Video, question: str) -> dict[str, Tensor]:
+        """Tokens and pixels for one video and one question.
+
+        Returns:
+            input_ids, attention_mask, mm_token_type_ids [1, N] int64 (2 marks video), pixel_values_videos [n, D]
+            float32, video_grid_thw [1, 3] int64 and, for Qwen2.5-VL, second_per_grid_ts [1] float32.
+        """
+        frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2).contiguous()
+        pixels, grid = self._pixels.patchify(frames)
+        text = self.tokenizer.apply_chat_template(
+            _messages(question), chat_template=self._template, tokenize=False, add_generation_prompt=True
+        )
+        placeholder = str(self.tokenizer.convert_ids_to_tokens(self._video_token_id))
+        num_tokens = len(pixels) // self._pixels.merge_size**2
+        encoded = self.tokenizer(str(text).replace(placeholder, placeholder * num_tokens), return_tensors="pt")
+        inputs = {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "mm_token_type_ids": 2 * (encoded["input_ids"] == self._video_token_id).long(),
+            "pixel_values_videos": pixels,
+            "video_grid_thw": grid,
+        }
+        if self._has_seconds:
+            inputs["second_per_grid_ts"] = torch.tensor([self._pixels.temporal_patch_size / video.sampled_fps])
+        return inputs
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Qwen2-VL's frame size: multiples of `factor`, min_pixels to max_pixels in all, the aspect ratio nearly kept.
+
+    Args:
+        height, width: of the frame.
+        factor: pixels along the side of one token's square.
+        min_pixels, max_pixels: bounds of height * width.
+
+    Returns:
+        (height, width) to resize to.
+
+    Raises:
+        ValueError: one side is over 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"video must have sides within a factor of 200, got frames of {width}x{height}")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def _messages(question: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+
+
+def _torchvision_works() -> bool:
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):  # RuntimeError: installed, but built against another torch
+        return False
+    return True
+
+
+def _read_file(checkpoint: str | Path, name: str) -> str | None:
+    """A file of the checkpoint, local or from the hub; None where it has none."""
+    path = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else Path(path).read_text(encoding="utf-8")
+
+
+def _video_config(checkpoint: str | Path) -> dict[str, Any]:
+    """The first of the places where Hugging Face looks for a video processor's configuration."""
+    nested = _read_file(checkpoint, "processor_config.json")
+    if nested is not None and "video_processor" in json.loads(nested):
+        return json.loads(nested)["video_processor"]
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        text = _read_file(checkpoint, name)
+        if text is not None:
+            return json.loads(text)
+    return {}
+
+
+def _chat_template(checkpoint: str | Path) -> str | None:
+    """The processor's template, which knows of videos; None to use the tokenizer's."""
+    text = _read_file(checkpoint, "chat_template.jinja")
+    if text is not None:
+        return text
+    legacy = _read_file(checkpoint, "chat_template.json")
+    return None if legacy is None else json.loads(legacy)["chat_template"]

@@ -1,0 +1,191 @@
+"""Frames from a video file: checked, sampled uniformly, decoded with PyAV.
+
+Two passes. The first reads packets without decoding them, which counts the frames, finds the key frames and shows
+whether the file is whole. The second decodes the sampled frames and seeks over the stretches between them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+OnProgress = Callable[[int, int], None]  # called with (done, total)
+
+_FALLBACK_RATE = 24.0  # frames a second, where a file states none; Hugging Face assumes the same
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames sampled from one video file.
+
+    Attributes:
+        frames: [F, H, W, 3] uint8, RGB.
+        indices: which frames of the file these are, ascending.
+        total_frames: how many frames the file holds.
+        fps: frames a second of the file.
+    """
+
+    frames: np.ndarray
+    indices: list[int]
+    total_frames: int
+    fps: float
+
+    @property
+    def sampled_fps(self) -> float:
+        """Sampled frames a second."""
+        return len(self.indices) / self.total_frames * self.fps
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What the packets say: presentation times in display order (None where the container has none), key frames."""
+
+    num_frames: int
+    times: list[int] | None
+    key_times: list[int]
+
+
+def sample_indices(total: int, count: int) -> list[int]:
+    """The middle frame of each of `count` equal stretches; all frames where there are fewer.
+
+    Args:
+        total: frames that exist, at least 1.
+        count: frames wanted, at least 1.
+
+    Returns:
+        Ascending, distinct frame numbers, min(total, count) of them.
+    """
+    count = min(total, count)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None = None) -> Video:
+    """Sample `num_frames` frames uniformly from a video file.
+
+    Args:
+        path: the video file; any container and codec that FFmpeg reads.
+        num_frames: frames to sample, at least 1; a shorter video gives all that it has.
+        on_progress: called after each sampled frame with (done, total).
+
+    Returns:
+        The sampled frames.
+
+    Raises:
+        ValueError: the file is missing, empty, not a video, damaged or cut off, or `num_frames` is under 1.
+    """
+    if num_frames < 1:
+        raise ValueError(f"frames must be at least 1, got {num_frames}")
+    path = Path(path)
+    _check_file(path)
+    try:
+        with _open(path) as container:
+            scan = _scan(container, path)
+        with _open(path) as container:
+            return _read(container, path, scan, sample_indices(scan.num_frames, num_frames), on_progress)
+    except FFmpegError as error:
+        raise ValueError(f"video must decode, got '{path}', which is damaged: {error.strerror}") from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"video must be a file that exists, got '{path}'")
+    if not path.is_file():
+        raise ValueError(f"video must be a file, got the folder '{path}'")
+    if path.stat().st_size == 0:
+        raise ValueError(f"video must not be empty, got '{path}' of 0 bytes")
+
+
+def _open(path: Path) -> InputContainer:
+    try:
+        container = av.open(str(path))
+    except FFmpegError as error:
+        with path.open("rb") as file:
+            is_mp4 = file.read(8)[4:] == b"ftyp"
+        if is_mp4:  # the index, which may stand at the end, is not there
+            raise ValueError(f"video must be whole, got '{path}', which is cut off: its index is missing") from error
+        raise ValueError(f"video must be a video file, got '{path}': {error.strerror}") from error
+    # FFmpeg takes long text files for ANSI art
+    if not container.streams.video or container.format.name == "tty":
+        container.close()
+        raise ValueError(f"video must be a video file, got '{path}', which holds no video stream")
+    return container
+
+
+def _read(
+    container: InputContainer, path: Path, scan: _Scan, indices: list[int], on_progress: OnProgress | None
+) -> Video:
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    frames: list[np.ndarray] = []
+    for frame in _decode(container, stream, scan, indices):
+        frames.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+        if on_progress is not None:
+            on_progress(len(frames), len(indices))
+    if len(frames) < len(indices):
+        raise ValueError(f"video must be whole, got '{path}', which is cut off after {len(frames)} sampled frames")
+    rate = stream.average_rate or stream.guessed_rate
+    return Video(np.stack(frames), indices, scan.num_frames, float(rate) if rate else _FALLBACK_RATE)
+
+
+def _scan(container: InputContainer, path: Path) -> _Scan:
+    """Read every packet once; refuse a file that ends before it says it does."""
+    stream = container.streams.video[0]
+    times: list[int | None] = []
+    key_times: list[int] = []
+    end = 0.0  # seconds
+    for packet in container.demux():
+        if packet.is_corrupt:
+            raise ValueError(f"video must be whole, got '{path}', which is cut off or damaged at {end:.2f} s")
+        if packet.pts is not None and packet.time_base:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is not stream or packet.size == 0 or packet.is_discard:
+            continue
+        times.append(packet.pts)
+        if packet.is_keyframe and packet.pts is not None:
+            key_times.append(packet.pts)
+    if not times:
+        raise ValueError(f"video must hold at least one frame, got '{path}'")
+    _check_whole(container, end, path)
+    known = sorted(time for time in times if time is not None)
+    return _Scan(len(times), known if len(known) == len(times) and key_times else None, sorted(key_times))
+
+
+def _check_whole(container: InputContainer, end: float, path: Path) -> None:
+    """Compare where the last packet ends with the duration in the header (formats made for streaming state none)."""
+    if container.duration is None or end == 0:
+        return
+    stated = container.duration / av.time_base
+    found = end - (container.start_time or 0) / av.time_base
+    rate = container.streams.video[0].average_rate
+    two_frames = 2 / float(rate) if rate else 0.0
+    if found < stated - max(0.25, two_frames, 0.02 * stated):
+        raise ValueError(f"video must be whole, got '{path}', which is cut off: it holds {found:.2f} of {stated:.2f} s")
+
+
+def _decode(container: InputContainer, stream: VideoStream, scan: _Scan, indices: list[int]) -> Iterator[VideoFrame]:
+    """Yield the frames with these numbers, in order; fewer where the stream ends early."""
+    if scan.times is None:  # no timestamps to seek by
+        wanted = set(indices)
+        yield from (frame for i, frame in enumerate(container.decode(stream)) if i in wanted)
+        return
+    decoder = container.decode(stream)
+    reached = scan.times[0]
+    for time in (scan.times[i] for i in indices):
+        key_time = scan.key_times[max(0, bisect_right(scan.key_times, time) - 1)]
+        if key_time > reached:
+            container.seek(key_time, stream=stream)
+            decoder = container.decode(stream)
+        for frame in decoder:
+            if frame.pts is not None and frame.pts >= time:
+                reached = frame.pts
+                yield frame
+                break
