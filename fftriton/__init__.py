@@ -1,0 +1,25 @@
+"""Removes redundant vision tokens inside video language models.
+
+with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)):
+    model.generate(**inputs)
+"""
+
+from .hf import MergeStep, Reduction, Report, apply, apply_framefusion, reduce
+from .layout import VideoLayout
+from .methods import FastV, FrameFusion, KeepAll, Method
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FastV",
+    "FrameFusion",
+    "KeepAll",
+    "MergeStep",
+    "Method",
+    "Reduction",
+    "Report",
+    "VideoLayout",
+    "apply",
+    "apply_framefusion",
+    "reduce",
+]

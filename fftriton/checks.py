@@ -1,0 +1,34 @@
+"""Checks of what users pass: each error names the owner, the parameter, the rule and the value."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_real(owner: str, name: str, value: Any, low: float, high: float) -> None:
+    """Raise unless `value` is a number in [low, high]."""
+    if not _is_number(value):
+        raise TypeError(f"{owner}: {name} must be a number in [{low}, {high}], got {value!r}")
+    if not low <= value <= high:  # False for nan
+        raise ValueError(f"{owner}: {name} must be in [{low}, {high}], got {value}")
+
+
+def check_budget(owner: str, name: str, value: Any) -> None:
+    """Raise unless `value` is a fraction in (0, 1]."""
+    if not _is_number(value):
+        raise TypeError(f"{owner}: {name} must be a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:  # False for nan
+        raise ValueError(f"{owner}: {name} must be in (0, 1], got {value}")
+
+
+def check_count(owner: str, name: str, value: Any, least: int) -> None:
+    """Raise unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{owner}: {name} must be an integer of at least {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

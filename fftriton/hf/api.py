@@ -1,0 +1,66 @@
+"""The calls that put a method to work on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..layout import VideoLayout
+from ..methods import FrameFusion, Method
+from .families import LayoutRule
+from .reduction import Reduction
+
+
+def reduce(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None = None) -> Reduction:
+    """Run every forward of `model` inside a `with` block reduced.
+
+        with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)) as reduction:
+            model.generate(**inputs)
+        reduction.report.budget_achieved
+
+    On exit, after exceptions too, the model is exactly as before. A KV cache that was filled inside can be used further
+    inside only.
+
+    Args:
+        model: a Hugging Face causal or conditional generation model with a Qwen2-style decoder.
+        method: what to keep: FrameFusion, FastV, KeepAll or a Method of your own.
+        layout: where the videos stand in the prompt. None finds them for Qwen2-VL and Qwen2.5-VL; otherwise a list of
+            VideoLayout, used for every prompt that starts at the first token, or a callable that gets the model and
+            its forward's arguments by name and returns such a list (an empty one for decode steps).
+
+    Raises:
+        TypeError: an unsupported model, method or layout. ValueError: a method that cannot work at this depth.
+        RuntimeError: on entering, when the model is being reduced already.
+        While it runs: ValueError for a layout that does not fit the prompt and for batches of more than one sample.
+    """
+    return Reduction(model, method, layout)
+
+
+def apply(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None = None) -> Reduction:
+    """As `reduce`, from now until `.remove()` of what it returns."""
+    return Reduction(model, method, layout).install()
+
+
+def apply_framefusion(
+    model: Any,
+    cost: float = 0.3,
+    similarity_lower_bound: float = 0.6,
+    ratio_lower_bound: float = 0.1,
+    layout: Sequence[VideoLayout] | LayoutRule | None = None,
+) -> Reduction:
+    """FrameFusion with the parameters and the importance rule of the authors' code, until `.remove()`.
+
+    Args:
+        model: as for `reduce`.
+        cost: FrameFusion's budget.
+        similarity_lower_bound: its similarity_threshold.
+        ratio_lower_bound: its min_merge_ratio.
+        layout: as for `reduce`.
+
+    Source:
+        FrameFusion, ICCV 2025, arXiv:2501.01986, and its published code: importance is the attention of the last
+        4 queries for the Qwen2-VL models and of the last one elsewhere.
+    """
+    queries = 4 if str(getattr(model.config, "model_type", "")).endswith("_vl") else 1
+    method = FrameFusion(cost, similarity_lower_bound, ratio_lower_bound, importance_queries=queries)
+    return apply(model, method, layout)

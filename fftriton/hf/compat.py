@@ -1,0 +1,63 @@
+"""The differences between the transformers releases that fftriton runs on, all in one place."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+
+
+def causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, past: int) -> Any:
+    """The mask for `hidden` [B, n, D] behind `past` cached rows, in the form that the attention back end wants.
+
+    valid: [B, past + n] bool, False for padding; None when nothing is padded.
+    """
+    arguments: dict[str, Any] = {"config": config, "attention_mask": valid, "past_key_values": _CachedRows(past)}
+    arguments["inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"] = hidden  # renamed in 5.x
+    if "cache_position" in _MASK_PARAMETERS:  # until 5.x
+        arguments["cache_position"] = torch.arange(past, past + hidden.shape[1], device=hidden.device)
+    return create_causal_mask(**arguments)
+
+
+def attention_function(attention: Any) -> Callable:
+    """The function that this attention module would call on its queries, keys and values."""
+    name = attention.config._attn_implementation
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    return sys.modules[type(attention).__module__].eager_attention_forward
+
+
+def first_of(output: Any) -> Tensor:
+    """A decoder layer's hidden states: some layers return them in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_first(output: Any, hidden: Tensor) -> Any:
+    """A decoder layer's output with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+class _CachedRows:
+    """Stands in for a cache of `past` rows where only its length matters."""
+
+    is_compileable = False
+
+    def __init__(self, past: int) -> None:
+        self.past = past
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.past
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.past
+
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        return self.past + (query if isinstance(query, int) else query.shape[0]), 0

@@ -1,0 +1,129 @@
+"""What a reduction did to the last prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..layout import VideoLayout
+from ..methods.base import Merge
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """One merge.
+
+    Args:
+        layer: the decoder layer it happened in.
+        stage: "before_attention" or "after_attention" of that layer.
+        tokens_before, tokens_after: video tokens around it.
+    """
+
+    layer: int
+    stage: str
+    tokens_before: int
+    tokens_after: int
+    _merge: Merge = field(repr=False)
+
+    @property
+    def merged(self) -> Tensor:
+        """[m] int64: positions in the prompt that left the sequence."""
+        return self._merge.merged
+
+    @property
+    def into(self) -> Tensor:
+        """[m] int64: the position of the group root that each of `merged` joined."""
+        return self._merge.into
+
+
+class Stopwatch:
+    """Seconds a stage, read when asked for: on a GPU the clock is the device's, and nothing waits for it before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.device = device
+        self.spans: list[tuple[str, object, object]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        start = self.now()
+        yield
+        self.spans.append((name, start, self.now()))
+
+    def now(self) -> object:
+        """A moment: a recorded CUDA event on a GPU, else a reading of the clock."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """The sum over all spans of each stage."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        total: dict[str, float] = {}
+        for name, start, end in self.spans:
+            span = start.elapsed_time(end) / 1000 if self.cuda else end - start  # type: ignore[attr-defined, operator]
+            total[name] = total.get(name, 0.0) + span
+        return total
+
+
+@dataclass
+class Report:
+    """What a reduction did to the last prompt that held a video.
+
+    Args:
+        method: the method, as it prints.
+        budget: the budget asked for.
+        layouts: where the videos stood in the prompt.
+        num_tokens, num_video_tokens: lengths of the prompt.
+        kept_positions: for each layer, the positions in the prompt of the rows in its attention, so of the entries
+            that its KV cache got: int64 [n], ascending.
+        vision_tokens_per_layer: for each layer, how many of them are video tokens.
+        merge_steps: the merges, in order, those that merged nothing included.
+        prune_layer: the layer behind whose attention tokens were pruned; None where none were.
+        least_budget: the lowest budget that this prompt would have allowed.
+    """
+
+    method: str
+    budget: float
+    layouts: list[VideoLayout]
+    num_tokens: int
+    num_video_tokens: int
+    kept_positions: list[Tensor] = field(default_factory=list)
+    vision_tokens_per_layer: list[int] = field(default_factory=list)
+    merge_steps: list[MergeStep] = field(default_factory=list)
+    prune_layer: int | None = None
+    least_budget: float = 1.0
+    _stopwatch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")), repr=False)
+
+    @property
+    def tokens_per_layer(self) -> list[int]:
+        """For each layer, the rows in its attention."""
+        return [len(kept) for kept in self.kept_positions]
+
+    @property
+    def budget_achieved(self) -> float:
+        """Mean over layers of the video tokens in attention, as a fraction of the prompt's."""
+        counts = self.vision_tokens_per_layer
+        return sum(counts) / (len(counts) * self.num_video_tokens)
+
+    @property
+    def pruned(self) -> Tensor:
+        """[p] int64: the positions that pruning dropped."""
+        if self.prune_layer is None:
+            return self.kept_positions[0][:0]
+        before, after = self.kept_positions[self.prune_layer : self.prune_layer + 2]
+        return before[~torch.isin(before, after)]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage: "prefill" is all layers, "merge" and "prune" are the method's share of it."""
+        return self._stopwatch.seconds()

@@ -1,0 +1,96 @@
+"""Where the patches of a video stand in a sequence, and which token is which patch's previous one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import check_count
+
+
+@dataclass(frozen=True, eq=False)
+class VideoLayout:
+    """Where each patch of each frame of one video stands in the prompt.
+
+    Args:
+        positions: [F, P] int64; positions[f, p] is the index in the sequence of frame f's patch p, -1 for a hole (a
+            patch that has no token). Read frame by frame the positions must ascend; no stride is assumed.
+        sample: the row of the batch that holds the video.
+
+    Raises:
+        TypeError: positions are no int64 tensor.
+        ValueError: positions are not [F, P], all holes, under -1, or do not ascend; sample is negative.
+    """
+
+    positions: Tensor
+    sample: int = 0
+
+    def __post_init__(self) -> None:
+        positions = self.positions
+        if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
+            got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+            raise TypeError(f"VideoLayout: positions must be an int64 tensor, got {got}")
+        if positions.ndim != 2 or positions.numel() == 0:
+            raise ValueError(f"VideoLayout: positions must have shape [F, P], F, P >= 1, got {list(positions.shape)}")
+        check_count("VideoLayout", "sample", self.sample, 0)
+        if int(positions.min()) < -1:
+            raise ValueError(f"VideoLayout: positions must be indices or -1 for a hole, got {int(positions.min())}")
+        tokens = self.tokens
+        if tokens.numel() == 0:
+            raise ValueError("VideoLayout: positions must hold at least one token, got only holes (-1)")
+        steps = tokens.diff()
+        if bool((steps <= 0).any()):
+            at = int((steps <= 0).nonzero()[0])
+            rule = "overlap" if int(steps[at]) == 0 else "descend"
+            raise ValueError(
+                f"VideoLayout: positions must ascend frame by frame, but {int(tokens[at])} is followed by "
+                f"{int(tokens[at + 1])}: they {rule}"
+            )
+
+    @property
+    def tokens(self) -> Tensor:
+        """[n] int64: the positions without holes, ascending."""
+        return self.positions[self.positions >= 0]
+
+
+def check_layouts(layouts: Sequence[VideoLayout], batch: int, length: int) -> None:
+    """Raise a ValueError unless the layouts fit a [batch, length] sequence and do not overlap one another."""
+    taken = torch.zeros(batch, length, dtype=torch.bool)
+    for layout in layouts:
+        if not isinstance(layout, VideoLayout):
+            raise TypeError(f"layout: must be a list of VideoLayout, got an item of {type(layout).__name__}")
+        if layout.sample >= batch:
+            raise ValueError(f"layout: sample must be below the batch size {batch}, got {layout.sample}")
+        tokens = layout.tokens.cpu()
+        if int(tokens[-1]) >= length:
+            raise ValueError(f"layout: positions must be below the prompt's length {length}, got {int(tokens[-1])}")
+        if bool(taken[layout.sample, tokens].any()):
+            where = int(tokens[taken[layout.sample, tokens]][0])
+            raise ValueError(f"layout: videos must not overlap, but two of them hold position {where}")
+        taken[layout.sample, tokens] = True
+
+
+def patch_ids(layouts: Sequence[VideoLayout], batch: int, length: int, device: torch.device) -> Tensor:
+    """[batch, length] int64: a number for each patch of each video, the same in all its frames; -1 for other tokens."""
+    ids = torch.full((batch, length), -1, dtype=torch.int64)
+    first = 0
+    for layout in layouts:
+        positions = layout.positions.cpu()
+        frames, patches = positions.shape
+        number = torch.arange(first, first + patches).expand(frames, -1)
+        ids[layout.sample, positions[positions >= 0]] = number[positions >= 0]
+        first += patches
+    return ids.to(device)
+
+
+def previous_of_patch(patch: Tensor) -> Tensor:
+    """[B, N] int64 -> [B, N] int64: the nearest earlier token of the same patch, -1 for none and where patch is -1."""
+    order = torch.argsort(patch, dim=1, stable=True)
+    ordered = patch.gather(1, order)
+    follows = torch.zeros_like(patch, dtype=torch.bool)
+    follows[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    previous = torch.where(follows, order.roll(1, dims=1), -1)
+    return torch.empty_like(patch).scatter_(1, order, previous)

@@ -1,0 +1,145 @@
+"""What every method is made of: the tokens it sees at one point of a prefill, and the calls it may answer.
+
+A method never sees Hugging Face; whoever drives it (fftriton.hf) never decides what to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fftriton_kernels import gather_rows, merge_mean, topk_keep
+
+from ..layout import previous_of_patch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is known before the first layer.
+
+    Args:
+        num_layers: decoder layers.
+        num_video_tokens: video tokens in the prompt, all videos together.
+    """
+
+    num_layers: int
+    num_video_tokens: int
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Which tokens one merge took together, in positions of the prompt."""
+
+    roots: Tensor  # [B, N] int64: the row of each row's root, before compaction
+    position: Tensor  # [B, N] int64: the prompt's position of each row
+
+    @cached_property
+    def merged(self) -> Tensor:
+        """[m] int64: positions that left the sequence."""
+        return self.position[self._leaves]
+
+    @cached_property
+    def into(self) -> Tensor:
+        """[m] int64: the position of the group root that each of `merged` joined."""
+        return self.position.gather(1, self.roots)[self._leaves]
+
+    @cached_property
+    def _leaves(self) -> Tensor:
+        return self.roots != torch.arange(self.roots.shape[1], device=self.roots.device)
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """The sequence at one point of a prefill, text included, and the ways to shorten it.
+
+    Args:
+        hidden: [B, N, D] hidden states.
+        position: [B, N] int64, the place of each row in the prompt.
+        patch: [B, N] int64, which patch of which video a row is, the same number in every frame; -1 for other tokens.
+        num_video: rows whose patch is not -1.
+        companions: tensors [B, N, ...] that follow their rows (rotary embeddings, say).
+        attention: after attention, `attention(n)` is the attention that each row received in this layer [B, N] fp32:
+            summed over the last n queries (None: over all), averaged over the heads. None before attention.
+        merge: how these tokens came out of a merge; None otherwise.
+    """
+
+    hidden: Tensor
+    position: Tensor
+    patch: Tensor
+    num_video: int
+    companions: tuple[Tensor, ...] = ()
+    attention: Callable[[int | None], Tensor] | None = None
+    merge: Merge | None = None
+    _links: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Rows of the sequence, text included."""
+        return self.hidden.shape[1]
+
+    @cached_property
+    def predecessor(self) -> Tensor:
+        """[B, N] int64: the nearest earlier surviving token of the same patch of the same video, -1 for none."""
+        return previous_of_patch(self.patch) if self._links is None else self._links
+
+    def merge_groups(self, roots: Tensor) -> VideoTokens:
+        """Put the mean of each group at its root and take the other members out. roots: [B, N] int64."""
+        merged = merge_mean(
+            self.hidden, roots, (self.position, self.patch, *self.companions), predecessor=self.predecessor
+        )
+        position, patch, *companions = merged.companions
+        return VideoTokens(
+            merged.x, position, patch, self.num_video - (self.length - merged.x.shape[1]), tuple(companions),
+            merge=Merge(roots, self.position), _links=merged.predecessor,
+        )  # fmt: skip
+
+    def keep_top(self, scores: Tensor, count: int) -> VideoTokens:
+        """Keep the `count` video tokens of the highest scores [B, N], in order, and all other tokens."""
+        kept = topk_keep(scores, count, candidates=self.patch >= 0)
+        hidden, position, patch, *companions = gather_rows(
+            kept, self.hidden, self.position, self.patch, *self.companions
+        )
+        return VideoTokens(hidden, position, patch, min(count, self.num_video), tuple(companions))
+
+    def at(self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None) -> VideoTokens:
+        """The same tokens at a later point, where nothing has changed but their hidden states."""
+        links = self.__dict__.get("predecessor", self._links)
+        return replace(self, hidden=hidden, attention=attention, merge=None, _links=links)
+
+
+class Method:
+    """What to keep. Subclasses are small frozen dataclasses; one that needs memory within a prefill overrides `begin`.
+
+    Attributes:
+        budget: the mean over layers of the video tokens in a layer's attention, as a fraction of the prompt's.
+    """
+
+    budget: float = 1.0
+
+    def check(self, num_layers: int) -> None:
+        """Raise a ValueError when the method cannot work on a decoder of `num_layers` layers."""
+
+    def begin(self, prompt: Prompt) -> Method:
+        """What answers the calls of one prefill: the method itself unless it needs memory."""
+        return self
+
+    @property
+    def least_budget(self) -> float:
+        """The lowest budget that the prefill could have met; of what `begin` returned, after the prefill."""
+        return self.budget
+
+    def wants_attention(self, layer: int) -> bool:
+        """Whether `after_attention` of this layer may ask for attention scores."""
+        return False
+
+    def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
+        """Called before each layer's attention, from layer 0 on. None: leave everything as it is."""
+        return None
+
+    def after_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
+        """Called between each layer's attention and its feed-forward block. None: leave everything as it is."""
+        return None

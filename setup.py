@@ -1,0 +1,50 @@
+"""One distribution, two packages: fftriton (methods and wrapper) and fftriton_kernels (the kernel library)."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py").read_text())[1]
+
+TEST = ["hypothesis", "pytest>=8", "pytest-benchmark>=5", "scikit-learn"]
+LINT = ["mypy>=1.10", "pre-commit", "ruff>=0.6"]
+
+setup(
+    name="fftriton",
+    version=VERSION,
+    description="Removes redundant vision tokens inside video language models, with Triton kernels",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["fftriton", "fftriton.hf", "fftriton.methods", "fftriton_kernels"],
+    package_dir={"fftriton_kernels": "kernels/fftriton_kernels"},
+    package_data={"fftriton": ["assets/**", "py.typed"], "fftriton_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "transformers>=4.57,<6",
+        "numpy>=1.24",
+        "av>=12",
+        "matplotlib>=3.7",
+        "pillow>=10",
+        "rich>=13",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "flash-attn": ["flash-attn>=2.6"],
+        "test": TEST,
+        "dev": TEST + LINT,
+    },
+    entry_points={"console_scripts": ["fftriton = fftriton.cli:app"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

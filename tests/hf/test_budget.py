@@ -1,0 +1,85 @@
+"""The budget is met wherever it can be, for every method, depth and kind of video."""
+
+import warnings
+
+import pytest
+import torch
+from models import tiny_qwen2, video_embeddings
+
+import fftriton
+
+BUDGETS = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+
+
+def run(method, layers, kind, frames=8, patches=12, seed=0):
+    embeddings, layout = video_embeddings(frames, patches, kind, seed=seed)
+    with torch.no_grad(), fftriton.reduce(tiny_qwen2(layers), method, layout) as reduction:
+        tiny_qwen2(layers)(inputs_embeds=embeddings)
+    return reduction.report
+
+
+def assert_met(report, budget):
+    wanted = max(budget, report.least_budget)
+    assert abs(report.budget_achieved - wanted) <= 1 / report.num_video_tokens + 1e-9
+    assert min(report.vision_tokens_per_layer) >= 1
+    assert report.vision_tokens_per_layer == sorted(report.vision_tokens_per_layer, reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["static", "mixed", "unrelated"])
+@pytest.mark.parametrize("layers", [2, 6, 28])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.filterwarnings("ignore:fftriton. the budget")
+def test_framefusion_meets_its_budget(budget, layers, kind):
+    assert_met(run(fftriton.FrameFusion(budget), layers, kind), budget)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.9, 1.0])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.filterwarnings("ignore:fftriton. the budget")
+def test_framefusion_meets_it_with_any_threshold(threshold, ratio):
+    for seed in range(3):
+        method = fftriton.FrameFusion(0.25, similarity_threshold=threshold, min_merge_ratio=ratio)
+        assert_met(run(method, 6, "mixed", seed=seed), 0.25)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("patches", [1, 5])
+@pytest.mark.filterwarnings("ignore:fftriton. the budget")
+def test_few_tokens(frames, patches):
+    for budget in BUDGETS:
+        assert_met(run(fftriton.FrameFusion(budget), 6, "mixed", frames, patches), budget)
+
+
+def test_unreachable_budget_warns_once_and_names_both():
+    embeddings, layout = video_embeddings(8, 12, "unrelated")
+    model = tiny_qwen2(2)
+    with torch.no_grad(), fftriton.reduce(model, fftriton.FrameFusion(0.3), layout) as reduction:
+        with pytest.warns(UserWarning, match=r"budget 0\.3 cannot be reached .* least possible is 0\.5052"):
+            model(inputs_embeds=embeddings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(inputs_embeds=embeddings)
+    assert reduction.report.least_budget == pytest.approx((96 + 1) / (2 * 96))
+    assert reduction.report.vision_tokens_per_layer == [96, 1]
+
+
+@pytest.mark.parametrize("layers", [6, 28])
+@pytest.mark.parametrize("budget", [0.5, 0.7, 1.0])
+def test_fastv_meets_its_budget(budget, layers):
+    report = run(fftriton.FastV(budget), layers, "mixed")
+    assert_met(report, budget)
+    assert report.vision_tokens_per_layer[:2] == [96, 96]
+    assert report.prune_layer == (None if budget == 1 else 1)
+
+
+def test_fastv_refuses_what_its_first_layers_exceed():
+    with pytest.raises(ValueError, match=r"FastV: budget must be above layer / num_layers = 2/6.* got 0\.3"):
+        fftriton.reduce(tiny_qwen2(6), fftriton.FastV(0.3, layer=2), layout=[])
+
+
+def test_static_video_merges_at_once_and_unrelated_frames_only_prune():
+    static, unrelated = (run(fftriton.FrameFusion(0.3), 6, kind) for kind in ("static", "unrelated"))
+    assert len(static.merge_steps) == 1
+    assert static.prune_layer is None
+    assert len(unrelated.merge_steps[0].merged) == 0
+    assert unrelated.prune_layer == 0

@@ -1,0 +1,520 @@
+"""The wrapper: right inside the block, and as if it had never been there behind it."""
+
+import gc
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from models import tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
+from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import fftriton
+from fftriton_kernels import merge_roots
+
+STEPS = 12
+
+
+def qwen2(attention="sdpa"):
+    embeddings, layout = video_embeddings(6, 8)
+    return tiny_qwen2(attention=attention), {"inputs_embeds": embeddings}, layout
+
+
+def qwen2_vl(attention="sdpa"):
+    return tiny_qwen2_vl(attention=attention), video_prompt(), None
+
+
+def qwen2_5_vl(attention="sdpa"):
+    return tiny_qwen2_5_vl(attention=attention), video_prompt(), None
+
+
+FAMILIES = pytest.mark.parametrize("family", [qwen2, qwen2_vl, qwen2_5_vl])
+BACKENDS = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+@torch.no_grad()
+def generate(model, inputs, **arguments):
+    """Greedy tokens [steps] and logits [steps, V]."""
+    out = model.generate(
+        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True, **arguments
+    )
+    return out.sequences[0, -STEPS:], torch.cat(out.logits)
+
+
+@dataclass(frozen=True)
+class Scripted(fftriton.Method):
+    """Merges with the patch before from a similarity threshold, or drops every third video token, where told."""
+
+    merge_before: tuple = (0,)
+    merge_after: tuple = (1,)
+    drop_after: tuple = (0, 3)
+    kept: list = field(default_factory=list, compare=False)
+
+    def before_attention(self, layer, tokens):
+        return self.merge(tokens) if layer in self.merge_before else None
+
+    def after_attention(self, layer, tokens):
+        if layer in self.merge_after:
+            return self.merge(tokens)
+        if layer in self.drop_after:
+            scores = -(tokens.position % 3 == 0).float()
+            return tokens.keep_top(scores, tokens.num_video - 2)
+        return None
+
+    def merge(self, tokens):
+        every_second = (tokens.position % 2).float()  # 1 joins
+        return tokens.merge_groups(merge_roots(every_second, tokens.predecessor, 0.5))
+
+
+def decoder_of(model):
+    return model.model.language_model if hasattr(model.model, "language_model") else model.model
+
+
+class ByHand:
+    """The scripted reduction without cache, hooks or kernels: every layer is run on its rows, written out."""
+
+    def __init__(self, model, patch):
+        self.model, self.decoder, self.patch = model, decoder_of(model), patch
+
+    def merge(self, hidden, position, patch):
+        """Row t joins the row before it of the same patch where its position is odd."""
+        group, last = {}, {}
+        for row, place in enumerate(position):
+            before = last.get(patch[place]) if patch[place] >= 0 else None
+            last[patch[place]] = row
+            joins = before is not None and place % 2 == 1
+            group[row] = group[before] if joins else row
+        members = {root: [row for row in group if group[row] == root] for root in sorted(set(group.values()))}
+        mean = torch.stack([hidden[0, rows].mean(0) for rows in members.values()])
+        return mean[None], [position[root] for root in members]
+
+    def drop(self, hidden, position, patch):
+        """The two video rows that go first: positions that 3 divides, the last of them first."""
+        video = [place for place in position if patch[place] >= 0]
+        order = sorted(video, key=lambda place: (place % 3 == 0, place))
+        keep = [row for row, place in enumerate(position) if place not in order[len(video) - 2 :]]
+        return hidden[:, keep], [position[row] for row in keep]
+
+    def __call__(self, embeddings, position_ids, script):
+        """[1, N, D] -> logits [V] of the last row."""
+        hidden, position = embeddings, list(range(embeddings.shape[1]))
+        patch = self.patch + [-1] * (len(position) - len(self.patch))
+        rotary = self.decoder.rotary_emb(embeddings, position_ids)
+        for index, layer in enumerate(self.decoder.layers):
+            if index in script.merge_before:
+                hidden, position = self.merge(hidden, position, patch)
+            rows = len(position)
+            mask = torch.full((1, 1, rows, rows), torch.finfo(hidden.dtype).min).triu(1)
+            attended, _ = layer.self_attn(
+                hidden_states=layer.input_layernorm(hidden), attention_mask=mask,
+                position_embeddings=tuple(part[..., position, :] for part in rotary),
+            )  # fmt: skip
+            hidden = hidden + attended
+            if index in script.merge_after:
+                hidden, position = self.merge(hidden, position, patch)
+            elif index in script.drop_after:
+                hidden, position = self.drop(hidden, position, patch)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return self.model.lm_head(self.decoder.norm(hidden)[0, -1])
+
+
+@torch.no_grad()
+def prompt_by_hand(model, inputs, layouts):
+    """Embeddings [1, N, D], position ids and the patch of each position, as the decoder gets them."""
+    seen = {}
+    hook = decoder_of(model).register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    model(**inputs)
+    hook.remove()
+    length = seen["inputs_embeds"].shape[1]
+    positions = seen.get("position_ids")
+    positions = torch.arange(length)[None] if positions is None else positions[-3:]
+    patch, first = [-1] * length, 0
+    for layout in layouts:
+        for place, number in zip(layout.positions.flatten().tolist(), range(layout.positions.numel()), strict=True):
+            patch[place] = first + number % layout.positions.shape[1]
+        first += layout.positions.shape[1]
+    return seen["inputs_embeds"], positions, patch
+
+
+@BACKENDS
+@FAMILIES
+@torch.no_grad()
+def test_equals_a_recomputation_by_hand(family, attention):
+    model, inputs, layout = family(attention)
+    script = Scripted()
+    with fftriton.reduce(model, script, layout) as reduction:
+        tokens, logits = generate(model, inputs)
+    embeddings, position_ids, patch = prompt_by_hand(model, inputs, reduction.report.layouts)
+    by_hand = ByHand(model, patch)
+    last = position_ids[..., -1:].max()
+    for step in range(STEPS):
+        expected = by_hand(embeddings, position_ids, script)
+        assert (logits[step] - expected).abs().max() < 1e-4
+        assert int(expected.argmax()) == int(tokens[step])
+        embeddings = torch.cat([embeddings, decoder_of(model).embed_tokens(tokens[step])[None, None]], 1)
+        position_ids = torch.cat([position_ids, (last + 1 + step).expand_as(position_ids[..., :1])], -1)
+    _, dense = generate(model, inputs)
+    assert (dense - logits).abs().max() > 1e-2  # the reduction does change the output
+
+
+@BACKENDS
+@FAMILIES
+def test_keep_all_is_bit_identical(family, attention):
+    model, inputs, layout = family(attention)
+    tokens, logits = generate(model, inputs)
+    with fftriton.reduce(model, fftriton.KeepAll(), layout) as reduction:
+        kept_tokens, kept_logits = generate(model, inputs)
+    assert torch.equal(kept_tokens, tokens)
+    assert torch.equal(kept_logits, logits)
+    assert reduction.report.budget_achieved == 1.0
+
+
+@FAMILIES
+def test_a_full_budget_is_bit_identical(family):
+    model, inputs, layout = family()
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with fftriton.reduce(model, fftriton.FrameFusion(1.0), layout):
+            assert torch.equal(model(**inputs).logits, dense)
+
+
+@FAMILIES
+def test_without_cache_as_with_it(family):
+    model, inputs, layout = family()
+    with fftriton.reduce(model, fftriton.FrameFusion(0.3), layout):
+        tokens, logits = generate(model, inputs)
+        again, slow = generate(model, inputs, use_cache=False)
+    assert torch.equal(tokens, again)
+    assert (logits - slow).abs().max() < 1e-4
+
+
+def snapshot(model):
+    """All that a reduction touches, by module: attributes and hooks; and transformers' registry of attentions."""
+    state = {"registry": sorted(ALL_ATTENTION_FUNCTIONS)}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key != "rope_deltas":  # the models' own note of their last prompt
+                state[name, key] = list(value) if "hook" in key and isinstance(value, dict) else id(value)
+    return state
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@dataclass(frozen=True)
+class Failing(fftriton.Method):
+    """Raises in one stage of one layer."""
+
+    stage: str = "before_attention"
+    error: type = RuntimeError
+
+    def wants_attention(self, layer):
+        return True
+
+    def before_attention(self, layer, tokens):
+        if self.stage == "before_attention" and layer == 2:
+            raise self.error
+        return None
+
+    def after_attention(self, layer, tokens):
+        if self.stage == "after_attention" and layer == 2:
+            raise self.error
+        return None
+
+
+@FAMILIES
+@pytest.mark.parametrize("stage", ["nothing", "before_attention", "after_attention", "attention"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Interrupted], ids=lambda error: error.__name__)
+def test_the_model_is_as_before(family, stage, error, monkeypatch):
+    model, inputs, layout = family()
+    with torch.no_grad():
+        dense = model(**inputs).logits
+    before = snapshot(model)
+
+    def run(method):
+        with torch.no_grad(), fftriton.reduce(model, method, layout):
+            assert snapshot(model) != before
+            model(**inputs)
+
+    if stage == "nothing":
+        run(fftriton.FrameFusion(0.3))
+    elif stage == "attention":
+        attention = decoder_of(model).layers[2].self_attn
+
+        def broken(*args, **kwargs):
+            raise error
+
+        with pytest.raises(error), monkeypatch.context() as patch:
+            patch.setattr(attention.o_proj, "forward", broken)
+            run_inside(model, inputs, layout)
+    else:
+        with pytest.raises(error):
+            run(Failing(stage, error))
+    gc.collect()
+    assert snapshot(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, dense)
+
+
+def run_inside(model, inputs, layout):
+    with torch.no_grad(), fftriton.reduce(model, Failing("nowhere"), layout):
+        model(**inputs)
+
+
+def test_apply_lasts_until_removed():
+    model, inputs, layout = qwen2_vl()
+    before = snapshot(model)
+    handle = fftriton.apply(model, fftriton.FrameFusion(0.3), layout)
+    with torch.no_grad():
+        model(**inputs)
+        reduced = model(**inputs).logits
+    assert handle.report.budget_achieved < 0.35
+    handle.remove()
+    handle.remove()
+    assert snapshot(model) == before
+    with torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits, reduced)
+
+
+def test_apply_framefusion_has_the_authors_parameters():
+    model, inputs, layout = qwen2_vl()
+    handle = fftriton.apply_framefusion(model, cost=0.4, similarity_lower_bound=0.7, ratio_lower_bound=0.2)
+    assert handle.method == fftriton.FrameFusion(0.4, 0.7, 0.2, importance_queries=4)
+    handle.remove()
+    model, inputs, layout = qwen2()
+    handle = fftriton.apply_framefusion(model, 0.4, 0.7, 0.2, layout=layout)
+    assert handle.method == fftriton.FrameFusion(0.4, 0.7, 0.2, importance_queries=1)
+    handle.remove()
+
+
+def test_nested_is_refused_and_leaves_the_outer_one_working():
+    model, inputs, _ = qwen2_vl()
+    with torch.no_grad(), fftriton.reduce(model, fftriton.FrameFusion(0.3)) as outer:
+        with pytest.raises(RuntimeError, match="being reduced already"), fftriton.reduce(model, fftriton.KeepAll()):
+            pass
+        model(**inputs)
+        assert outer.report.budget_achieved < 0.35
+
+
+@FAMILIES
+def test_report(family):
+    model, inputs, layout = family()
+    embeddings = inputs.get("inputs_embeds")
+    before = None if embeddings is None else embeddings.clone()
+    with (
+        torch.no_grad(),
+        fftriton.reduce(model, fftriton.FrameFusion(0.3, similarity_threshold=0.9), layout) as reduction,
+    ):
+        assert reduction.report is None
+        model(**inputs)
+    report = reduction.report
+    video = torch.cat([layout.tokens for layout in report.layouts])
+    length = (inputs["input_ids"] if embeddings is None else embeddings).shape[1]
+    text = [place for place in range(length) if place not in video.tolist()]
+    assert (report.num_tokens, report.num_video_tokens) == (length, len(video))
+    assert report.tokens_per_layer == [len(kept) for kept in report.kept_positions]
+    for kept, count in zip(report.kept_positions, report.vision_tokens_per_layer, strict=True):
+        assert kept.dtype == torch.int64
+        assert (kept.diff() > 0).all()
+        assert torch.isin(torch.tensor(text), kept).all()
+        assert int(torch.isin(kept, video).sum()) == count
+    alive, counts = set(range(length)), []
+    for step in report.merge_steps:
+        assert step.tokens_before - step.tokens_after == len(step.merged) == len(step.into)
+        assert set(step.merged.tolist()) <= alive
+        alive -= set(step.merged.tolist())
+        assert set(step.into.tolist()) <= alive
+        counts.append(step.tokens_after)
+    assert counts[0] == report.vision_tokens_per_layer[0]
+    alive -= set(report.pruned.tolist())
+    assert alive == set(report.kept_positions[-1].tolist())
+    assert set(report.seconds) >= {"prefill", "merge"}
+    assert all(seconds > 0 for seconds in report.seconds.values())
+    if before is not None:
+        assert torch.equal(embeddings, before)  # the caller's tensor is not written to
+
+
+@FAMILIES
+@pytest.mark.parametrize("queries", [None, 1, 4])
+def test_attention_is_what_eager_computes(family, queries):
+    received = {}
+
+    @dataclass(frozen=True)
+    class Listening(fftriton.Method):
+        def wants_attention(self, layer):
+            return layer in (0, 2)
+
+        def after_attention(self, layer, tokens):
+            if tokens.attention is not None:
+                received[layer] = tokens.attention(queries)
+
+    model, inputs, layout = family("sdpa")
+    eager, _, _ = family("eager")
+    with torch.no_grad():
+        with fftriton.reduce(model, Listening(), layout):
+            model(**inputs)
+        attentions = eager(**inputs, output_attentions=True).attentions
+    assert sorted(received) == [0, 2]
+    for layer, scores in received.items():
+        weights = attentions[layer][0].mean(0)  # [N, N]
+        expected = weights.sum(0) if queries is None else weights[-queries:].sum(0)
+        assert (scores[0] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    model, inputs, _ = qwen2_vl()
+    pad = 5
+
+    def padded(tensor, value):
+        filler = torch.full((1, pad), value, dtype=tensor.dtype)
+        return torch.cat([filler, tensor] if side == "left" else [tensor, filler], 1)
+
+    wide = dict(inputs)
+    for name, value in {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0}.items():
+        if name in wide:
+            wide[name] = padded(inputs[name], value)
+    method = fftriton.FrameFusion(0.3, similarity_threshold=0.9)
+    last = -1 if side == "left" else -1 - pad
+    for attention in ("sdpa", "eager"):
+        with torch.no_grad(), fftriton.reduce(tiny_qwen2_vl(attention=attention), method) as reduction:
+            narrow = tiny_qwen2_vl(attention=attention)(**inputs).logits[0, -1]
+            kept = reduction.report.kept_positions
+            logits = tiny_qwen2_vl(attention=attention)(**wide).logits[0, last]
+        shift = pad if side == "left" else 0
+        video = reduction.report.layouts[0].tokens
+        for before, after in zip(kept, reduction.report.kept_positions, strict=True):
+            assert torch.equal(before[torch.isin(before + shift, video)] + shift, after[torch.isin(after, video)])
+        assert (logits - narrow).abs().max() < 1e-4
+
+
+def test_a_batch_with_a_video_is_refused_and_one_without_passes():
+    model, inputs, _ = qwen2_vl()
+    text = torch.randint(2, 140, (3, 7))
+    twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    with torch.no_grad(), fftriton.reduce(model, fftriton.FrameFusion(0.3)) as reduction:
+        with pytest.raises(ValueError, match="batch size must be 1 for a prompt with a video, got 2"):
+            model(**twice)
+        reduced = model(input_ids=text).logits
+        assert reduction.report is None
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=text).logits, reduced)
+
+
+def test_other_caches_run_unreduced_with_one_warning():
+    model, inputs, layout = qwen2()
+    length = inputs["inputs_embeds"].shape[1]
+    with torch.no_grad():
+        dense = model(**inputs, past_key_values=StaticCache(model.config, max_cache_len=length + 4)).logits
+        with fftriton.reduce(model, fftriton.FrameFusion(0.3), layout):
+            with pytest.warns(UserWarning, match="without reduction, because only a plain DynamicCache .* StaticCache"):
+                logits = model(**inputs, past_key_values=StaticCache(model.config, max_cache_len=length + 4)).logits
+    assert torch.equal(logits, dense)
+
+
+def test_the_cache_reports_the_whole_sequence_and_holds_the_kept_rows():
+    model, inputs, layout = qwen2()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), fftriton.reduce(model, fftriton.FrameFusion(0.3, 0.9), layout) as reduction:
+        model(**inputs, past_key_values=cache)
+        length = inputs["inputs_embeds"].shape[1]
+        for layer, rows in zip(cache.layers, reduction.report.tokens_per_layer, strict=True):
+            assert layer.get_seq_length() == length
+            assert layer.keys.shape[-2] == rows < length
+        model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache)
+        assert cache.get_seq_length() == length + 2
+        cache.crop(-2)
+        assert cache.layers[-1].keys.shape[-2] == reduction.report.tokens_per_layer[-1]
+        with pytest.raises(ValueError, match=rf"length must stay at or behind {length}"):
+            cache.crop(-1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_tokens_behind_a_reduced_prompt(chunk):
+    """A second turn: rows appended later see the kept rows, one at a time or several at once."""
+    for attention in ("sdpa", "eager"):
+        model, inputs, layout = qwen2(attention)
+        more = torch.randint(2, 140, (1, 6), generator=torch.Generator().manual_seed(3))
+        with torch.no_grad(), fftriton.reduce(model, Scripted(), layout):
+            cache = model(**inputs, use_cache=True).past_key_values
+            parts = [model(input_ids=part, past_key_values=cache).logits for part in more.split(chunk, 1)]
+            everything = torch.cat([inputs["inputs_embeds"], model.get_input_embeddings()(more)], 1)
+            whole = model(inputs_embeds=everything).logits[:, -6:]
+        assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
+
+
+def test_a_layout_may_be_a_function_of_the_arguments():
+    model, inputs, layout = qwen2()
+    seen = []
+
+    def rule(given, arguments):
+        seen.append((given, set(arguments)))
+        return layout if arguments.get("inputs_embeds") is not None and arguments["inputs_embeds"].shape[1] > 1 else []
+
+    with fftriton.reduce(model, fftriton.FrameFusion(0.3), rule) as reduction:
+        generate(model, inputs)
+    assert reduction.report.budget_achieved < 0.35
+    assert all(given is model for given, _ in seen)
+
+
+@pytest.mark.parametrize(
+    ("positions", "error", "message"),
+    [
+        (torch.tensor([[3, 4], [4, 5]]), ValueError, "they overlap"),
+        (torch.tensor([[5, 4], [6, 7]]), ValueError, "they descend"),
+        (torch.tensor([[-2, 4]]), ValueError, "-1 for a hole, got -2"),
+        (torch.tensor([[-1, -1]]), ValueError, "only holes"),
+        (torch.tensor([3, 4]), ValueError, r"shape \[F, P\].*got \[2\]"),
+        (torch.zeros(0, 4, dtype=torch.int64), ValueError, r"F, P >= 1, got \[0, 4\]"),
+        (torch.tensor([[3.0]]), TypeError, "int64 tensor, got torch.float32"),
+        ([[3, 4]], TypeError, "int64 tensor, got list"),
+    ],
+)
+def test_layouts_that_cannot_be(positions, error, message):
+    with pytest.raises(error, match=message):
+        fftriton.VideoLayout(positions)
+
+
+def test_layouts_that_do_not_fit_the_prompt():
+    model, inputs, _ = qwen2()
+    length = inputs["inputs_embeds"].shape[1]
+    outside = [fftriton.VideoLayout(torch.tensor([[3, length]]))]
+    twice = [fftriton.VideoLayout(torch.tensor([[3, 4]])), fftriton.VideoLayout(torch.tensor([[4, 5]]))]
+    sample = [fftriton.VideoLayout(torch.tensor([[3, 4]]), sample=1)]
+    for layout, message in [
+        (outside, f"below the prompt's length {length}, got {length}"),
+        (twice, "must not overlap, but two of them hold position 4"),
+        (sample, "sample must be below the batch size 1, got 1"),
+    ]:
+        with torch.no_grad(), fftriton.reduce(model, fftriton.FrameFusion(0.3), layout):
+            with pytest.raises(ValueError, match=message):
+                model(**inputs)
+
+
+def test_ragged_layouts_with_holes():
+    model, inputs, layout = qwen2()
+    positions = layout[0].positions.clone()
+    positions[1, 2] = positions[3, :4] = -1  # these tokens are text now
+    ragged = [fftriton.VideoLayout(positions)]
+    with torch.no_grad(), fftriton.reduce(model, fftriton.FrameFusion(0.4), ragged) as reduction:
+        model(**inputs)
+    report = reduction.report
+    assert report.num_video_tokens == 43
+    assert abs(report.budget_achieved - 0.4) <= 1 / 43
+    text = layout[0].positions[positions < 0]
+    assert all(torch.isin(text, kept).all() for kept in report.kept_positions)
+
+
+def test_models_and_methods_that_cannot_be():
+    layout = [fftriton.VideoLayout(torch.tensor([[3, 4]]))]
+    method = fftriton.FrameFusion()
+    for model in (torch.nn.Linear(2, 2), "a model"):
+        with pytest.raises(TypeError, match="reduce: model must"):
+            fftriton.reduce(model, method, layout)
+    with pytest.raises(TypeError, match="layout must be given for Qwen2ForCausalLM"):
+        fftriton.reduce(tiny_qwen2(), method)
+    with pytest.raises(TypeError, match="method must be a fftriton.Method"):
+        fftriton.reduce(tiny_qwen2(), 0.3, layout)
+    with pytest.raises(TypeError, match="layout must be a list of VideoLayout"):
+        fftriton.reduce(tiny_qwen2(), method, [[1, 2]])
