@@ -4,11 +4,17 @@ Each op validates its arguments, then runs a Triton kernel on CUDA and ROCm tens
 With TRITON_INTERPRET=1 set before the import, CPU tensors run the Triton kernels in Triton's interpreter.
 """
 
+from .components import connected_components
 from .cosine import linked_cosine_similarity, strided_cosine_similarity
-from .reference import NO_LINK
+from .merge import merge_mean, merge_roots
+from .reference import NO_LINK, Merged
 
 __all__ = [
     "NO_LINK",
+    "Merged",
+    "connected_components",
     "linked_cosine_similarity",
+    "merge_mean",
+    "merge_roots",
     "strided_cosine_similarity",
 ]

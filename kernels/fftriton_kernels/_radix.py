@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048  # tokens a program
-_WARPS = 8
-_CHUNK = 16  # blocks whose histograms a program adds at a time
+WARPS = 8
+CHUNK = 16  # blocks whose histograms a program adds at a time
 _BINS = tl.constexpr(256)
 
 
@@ -142,7 +142,7 @@ def refine(selection: Selection, k: int | Tensor) -> None:
         for digit in (1, 2, 3):
             _refine_kernel[selection.grid](
                 keys, k_tensor, tallies, state, k_scalar, stride_k, length, tallies.shape[2], batch,
-                K_ON_DEVICE=on_device, DIGIT=digit, BLOCK_N=BLOCK, CHUNK=_CHUNK, num_warps=_WARPS,
+                K_ON_DEVICE=on_device, DIGIT=digit, BLOCK_N=BLOCK, CHUNK=CHUNK, num_warps=WARPS,
             )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def score_keys(scores: Tensor, candidates: Tensor | None = None) -> Selection:
         _score_keys_kernel[selection.grid](
             scores, mask, selection.keys, selection.tallies, *scores.stride(), *mask.stride(),
             length, selection.tallies.shape[2], batch,
-            HAS_CANDIDATES=candidates is not None, BLOCK_N=BLOCK, num_warps=_WARPS,
+            HAS_CANDIDATES=candidates is not None, BLOCK_N=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return selection
 
@@ -230,7 +230,7 @@ def keep_best(selection: Selection, keep_others: bool = False) -> tuple[Tensor, 
     with torch.cuda.device_of(keys):
         _keep_best_kernel[selection.grid](
             keys, tallies, state, keep, counts, length, tallies.shape[2], batch,
-            KEEP_OTHERS=keep_others, BLOCK_N=BLOCK, CHUNK=_CHUNK, num_warps=_WARPS,
+            KEEP_OTHERS=keep_others, BLOCK_N=BLOCK, CHUNK=CHUNK, num_warps=WARPS,
         )  # fmt: skip
     return keep, counts
 
@@ -274,7 +274,7 @@ def compact(keep: Tensor, counts: Tensor, rows: int | None = None) -> tuple[Tens
     lengths = torch.empty(batch, dtype=torch.int64, device=keep.device)
     with torch.cuda.device_of(keep):
         _compact_kernel[(counts.shape[1], batch)](
-            keep, counts, kept, lengths, length, counts.shape[1], BLOCK_N=BLOCK, CHUNK=_CHUNK, num_warps=_WARPS
+            keep, counts, kept, lengths, length, counts.shape[1], BLOCK_N=BLOCK, CHUNK=CHUNK, num_warps=WARPS
         )
     rows = int(lengths.max()) if rows is None else rows
     return kept[:, length - rows :].contiguous(), lengths

@@ -28,6 +28,18 @@ class Merged(NamedTuple):
     predecessor: Tensor | None  # [B, M] int64 links among the compacted rows, -1 for none
 
 
+class Groups(NamedTuple):
+    """The rows of a sequence whose groups become one row each."""
+
+    kept: Tensor  # [B, M] int64 as in Merged
+    lengths: Tensor  # [B] int64
+    predecessor: Tensor  # [B, M] int64 links among the rows, [B, 0] without links
+    row: Tensor  # [B, N] int64 the row that each token is in, -1 for none
+    starts: Tensor  # [B, M] int64 where in members a row's tokens begin
+    sizes: Tensor  # [B, M] int64 how many there are, 0 for padding
+    members: Tensor  # [B, N] int64 tokens by row, ascending within a row, then -1
+
+
 def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
     """x [B, N, D] -> [B, N]: cosine of each row with the one `stride` places earlier."""
     return linked_cosine_similarity(x, strided_predecessor(x.shape[0], x.shape[1], stride, x.device))
@@ -51,11 +63,13 @@ def merge_roots(
 ) -> Tensor:
     """similarity [B, N] -> [B, N] int64: the first token of each token's group."""
     batch, length = similarity.shape
+    similarity = _accumulated(similarity)
     links = as_predecessor(predecessor, similarity)
-    joins = (links >= 0) & (similarity >= threshold) & (similarity > NO_LINK)  # False for NaN
+    position = torch.arange(length, device=similarity.device).expand(batch, -1)
+    earlier = (links >= 0) & (links < position)
+    joins = earlier & (similarity >= threshold) & (similarity > NO_LINK)  # False for NaN
     if max_merges is not None:
         joins &= rank_descending(similarity.masked_fill(~joins, float("nan"))) < _per_row(max_merges, similarity)
-    position = torch.arange(length, device=similarity.device).expand(batch, -1)
     roots = torch.where(joins, links, position)
     while not torch.equal(further := roots.gather(1, roots), roots):  # each round doubles the distance covered
         roots = further
@@ -65,7 +79,8 @@ def merge_roots(
 def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     """edges [E, 2] -> [num_nodes] int64: the smallest index of each node's component."""
     label = torch.arange(num_nodes, device=edges.device)
-    first, second = edges.long().unbind(1)
+    edges = edges.long()
+    first, second = edges[((edges >= 0) & (edges < num_nodes)).all(1)].unbind(1)
     while True:
         lowest = torch.minimum(label[first], label[second])
         hooked = label.scatter_reduce(0, label[first], lowest, "amin").scatter_reduce(0, label[second], lowest, "amin")
@@ -79,24 +94,44 @@ def merge_mean(
     x: Tensor, roots: Tensor, companions: Sequence[Tensor] = (), predecessor: int | Tensor | None = None
 ) -> Merged:
     """x [B, N, D], roots [B, N] (-1: leaves without a group) -> the mean of each group at its root, compacted."""
-    batch, length, width = x.shape
-    position = torch.arange(length, device=x.device)
+    groups = group_rows(roots, predecessor)
+    taken = gather_rows(groups.kept, *companions)
+    links = None if predecessor is None else groups.predecessor
+    return Merged(group_mean(x, groups), taken, groups.kept, groups.lengths, links)
+
+
+def group_rows(roots: Tensor, predecessor: int | Tensor | None = None) -> Groups:
+    """roots [B, N] -> the compacted rows and who is in them. A root that is no root itself, or -1, puts a token out."""
+    batch, length = roots.shape
+    roots = roots.long()
+    position = torch.arange(length, device=roots.device)
     kept, lengths, slot = compact(roots == position)
     rows = kept.shape[1]
-    member = roots >= 0
-    target = slot.gather(1, roots.clamp_min(0)) + torch.arange(batch, device=x.device)[:, None] * rows
-    total = _accumulated(x).new_zeros(batch * rows, width).index_add_(0, target[member], _accumulated(x[member]))
-    count = total.new_zeros(batch * rows).index_add_(0, target[member], total.new_ones(int(member.sum())))
-    mean = (total / count.clamp_min(1)[:, None]).to(x.dtype).view(batch, rows, width)
-    alone, *taken = gather_rows(kept, x, *companions)
-    mean = torch.where((count == 1).view(batch, rows, 1), alone, mean)  # a group of one is copied bit for bit
-    links = None
+    inside = (roots >= 0) & (roots < length)
+    root = torch.where(inside, roots, 0)
+    member = inside & (roots.gather(1, root) == root)
+    row = torch.where(member, slot.gather(1, root), -1)
+    sizes = row.new_zeros(batch, rows + 1).scatter_add_(1, torch.where(member, row, rows), member.long())[:, :rows]
+    order = torch.argsort(torch.where(member, row, rows), dim=1, stable=True)  # by row, ascending within
+    members = torch.where(position < sizes.sum(1, keepdim=True), order, -1)
+    links = kept.new_empty(batch, 0)
     if predecessor is not None:
         (earlier,) = gather_rows(kept, as_predecessor(predecessor, roots))
-        partner_root = roots.gather(1, earlier.clamp_min(0))
-        linked = (kept >= 0) & (earlier >= 0) & (partner_root >= 0)
-        links = torch.where(linked, slot.gather(1, partner_root.clamp_min(0)), -1)
-    return Merged(mean, tuple(taken), kept, lengths, links)
+        linked = (kept >= 0) & (earlier >= 0) & (earlier < length)
+        links = torch.where(linked, row.gather(1, torch.where(linked, earlier, 0)), -1)
+    return Groups(kept, lengths, links, row, sizes.cumsum(1) - sizes, sizes.contiguous(), members)
+
+
+def group_mean(x: Tensor, groups: Groups) -> Tensor:
+    """x [B, N, D] -> [B, M, D]: the mean of each row's members, added up in ascending order; zeros for padding."""
+    batch, rows = groups.kept.shape
+    row = groups.row + torch.arange(batch, device=x.device)[:, None] * rows
+    member = groups.row >= 0
+    total = _accumulated(x).new_zeros(batch * rows, x.shape[2]).index_add(0, row[member], _accumulated(x)[member])
+    sizes = groups.sizes.unsqueeze(2)
+    mean = (total.view(batch, rows, x.shape[2]) / sizes.clamp_min(1)).to(x.dtype)
+    (alone,) = gather_rows(groups.kept, x)
+    return torch.where(sizes == 1, alone, mean)  # a group of one is copied bit for bit
 
 
 def attention_column_sum(

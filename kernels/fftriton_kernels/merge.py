@@ -1,0 +1,375 @@
+"""Merging similar tokens: who joins whom, and one row for each group.
+
+    link[b, t] = predecessor[b, t] if similarity[b, t] >= threshold and the pair is among the most similar, else t
+    root[b, t] = link[b, link[b, ... t]],   y[b, row of r] = mean of x[b, t] over root[b, t] = r
+
+'Threshold, else the most similar pairs up to a bound' is one rule, min(pairs over the threshold, max_merges), so the
+bound can stay in device memory. Chains are followed by pointer jumping: whatever another program has already shortened
+is used, and any value read is an ancestor, so the outcome does not depend on the order of programs.
+
+The mean is bound by DRAM bandwidth: x is read once and M rows are written. All else is bound by launches.
+Reference: reference.merge_roots, reference.merge_mean.
+Source: FrameFusion, arXiv:2501.01986, section 3.3; ToMe, arXiv:2210.09461, for merging by averaging.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _radix, reference
+from ._dispatch import (
+    FLOATS,
+    INDICES,
+    INTERPRET,
+    block,
+    check_at_least,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    runs_triton,
+)
+from ._gather import gather
+from ._groups import group_rows
+from ._radix import admitted, load_keys, sort_key, tally
+from .reference import Groups, Merged
+
+_NO_LINK = tl.constexpr(reference.NO_LINK)
+BLOCK = 1024  # tokens a program
+_BLOCK_D = 1024
+_MEMBERS = 4  # rows in flight
+
+
+@triton.jit
+def _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, N, STRIDED: tl.constexpr):
+    if STRIDED:
+        partner = offs_n - distance
+    else:
+        partner = tl.load(predecessor_ptr + pid_b * stride_pb + offs_n * stride_pn, mask=offs_n < N, other=-1)
+    return partner.to(tl.int64)
+
+
+@triton.jit
+def _joins(similarity, partner, offs_n, threshold):
+    # False for NaN and for a partner that is not earlier
+    return (partner >= 0) & (partner < offs_n) & (similarity >= threshold) & (similarity > _NO_LINK)
+
+
+@triton.jit
+def _join_keys_kernel(
+    similarity_ptr, predecessor_ptr, keys_ptr, tallies_ptr,  # similarity, predecessor, keys [B, N]
+    stride_sb, stride_sn,
+    stride_pb, stride_pn,
+    threshold, distance, N, blocks, batch,
+    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # grid (blocks, B): the first pass of the select among the pairs that reach the threshold
+    pid_n = tl.program_id(0)
+    pid_b = tl.program_id(1).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, N, STRIDED)
+    similarity = tl.load(similarity_ptr + pid_b * stride_sb + offs_n * stride_sn, mask=offs_n < N, other=_NO_LINK)
+    similarity = similarity.to(tl.float32)
+    key = sort_key(similarity, _joins(similarity, partner, offs_n, threshold))
+    tl.store(keys_ptr + pid_b * N + offs_n, key.to(tl.int32, bitcast=True), mask=offs_n < N)
+    tally(key, 0, tallies_ptr, pid_b, pid_n, blocks, batch, 0)
+
+
+@triton.jit
+def _admit_kernel(
+    keys_ptr, tallies_ptr, state_ptr, predecessor_ptr, roots_ptr,  # keys, predecessor, roots [B, N]
+    stride_pb, stride_pn,
+    distance, N, blocks, batch,
+    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    # grid (blocks, B): the link of each token, its partner where the select took the pair
+    pid_n = tl.program_id(0)
+    pid_b = tl.program_id(1).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    least, ties, earlier = _radix.threshold(tallies_ptr, state_ptr, pid_b, pid_n, blocks, batch, CHUNK)
+    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, N, STRIDED)
+    joins = admitted(load_keys(keys_ptr, pid_b, offs_n, N), least, ties, earlier)
+    tl.store(roots_ptr + pid_b * N + offs_n, tl.where(joins, partner, offs_n), mask=offs_n < N)
+
+
+@triton.jit
+def _link_kernel(
+    similarity_ptr, predecessor_ptr, roots_ptr,    # each [B, N]
+    stride_sb, stride_sn,
+    stride_pb, stride_pn,
+    threshold, distance, N,
+    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # grid (blocks, B): the link of each token, its partner where the pair reaches the threshold
+    pid_b = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, N, STRIDED)
+    similarity = tl.load(similarity_ptr + pid_b * stride_sb + offs_n * stride_sn, mask=offs_n < N, other=_NO_LINK)
+    joins = _joins(similarity.to(tl.float32), partner, offs_n, threshold)
+    tl.store(roots_ptr + pid_b * N + offs_n, tl.where(joins, partner, offs_n), mask=offs_n < N)
+
+
+@triton.jit
+def _jump_kernel(roots_ptr, N, BLOCK_N: tl.constexpr):
+    # grid (blocks, B): links [B, N] become roots in place
+    roots_ptr += tl.program_id(1).to(tl.int64) * N
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    root = tl.load(roots_ptr + offs_n, mask=offs_n < N, other=0)
+    further = tl.load(roots_ptr + root, mask=offs_n < N, other=0)
+    moves = (offs_n < N) & (further != root)
+    moving = tl.max(moves.to(tl.int32), 0)
+    while moving > 0:
+        root = tl.where(moves, further, root)
+        tl.store(roots_ptr + offs_n, root, mask=moves)
+        further = tl.load(roots_ptr + root, mask=moves, other=0)
+        moves = moves & (further != root)
+        moving = tl.max(moves.to(tl.int32), 0)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    # fp32 -> dtype, to nearest even; the interpreter truncates to bf16, so there it is done on the bits
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _mean_kernel(
+    x_ptr, out_ptr,                                # x [B, N, D], out [B, M, D]
+    kept_ptr, starts_ptr, sizes_ptr, members_ptr,  # kept, starts, sizes [B, M], members [B, N]
+    stride_xb, stride_xn, stride_xd,
+    N, M,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    # grid (M, ceil(D / BLOCK_D), B): one program owns a stretch of one output row
+    pid_b = tl.program_id(2).to(tl.int64)
+    row = pid_b * M + tl.program_id(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
+    x_ptr += pid_b * stride_xb + offs_d * stride_xd
+    out_ptr += row * D + offs_d
+    size = tl.load(sizes_ptr + row)
+    if size == 1:  # no arithmetic: bit for bit
+        position = tl.load(kept_ptr + row)
+        tl.store(out_ptr, tl.load(x_ptr + position * stride_xn, mask=offs_d < D, other=0), mask=offs_d < D)
+    else:
+        members_ptr += pid_b * N + tl.load(starts_ptr + row)
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for first in range(0, size, MEMBERS):
+            for step in tl.static_range(MEMBERS):
+                member = tl.load(members_ptr + first + step, mask=first + step < size, other=0)
+                mask_d = offs_d < tl.where(first + step < size, D, 0)
+                total += tl.load(x_ptr + member * stride_xn, mask=mask_d, other=0.0).to(tl.float32)
+        mean = tl.div_rn(total, tl.zeros((BLOCK_D,), tl.float32) + tl.maximum(size, 1).to(tl.float32))
+        tl.store(out_ptr, _rounded(mean, out_ptr.dtype.element_ty, INTERPRETED), mask=offs_d < D)
+
+
+def _launch_roots(similarity, predecessor, stride, threshold, max_merges, roots) -> None:
+    batch, length = similarity.shape
+    strided = predecessor is None
+    partner = roots if strided else predecessor
+    grid = (triton.cdiv(length, BLOCK), batch)
+    with torch.cuda.device_of(similarity):
+        if max_merges is None:
+            _link_kernel[grid](
+                similarity, partner, roots, *similarity.stride(), *partner.stride(), threshold, stride, length,
+                STRIDED=strided, BLOCK_N=BLOCK,
+            )  # fmt: skip
+        else:
+            selection = _radix.new_selection(similarity)
+            keys, tallies, state = selection
+            _join_keys_kernel[selection.grid](
+                similarity, partner, keys, tallies, *similarity.stride(), *partner.stride(),
+                threshold, stride, length, selection.grid[0], batch,
+                STRIDED=strided, BLOCK_N=_radix.BLOCK, num_warps=_radix.WARPS,
+            )  # fmt: skip
+            _radix.refine(selection, max_merges)
+            _admit_kernel[selection.grid](
+                keys, tallies, state, partner, roots, *partner.stride(), stride, length, selection.grid[0], batch,
+                STRIDED=strided, BLOCK_N=_radix.BLOCK, CHUNK=_radix.CHUNK, num_warps=_radix.WARPS,
+            )  # fmt: skip
+        _jump_kernel[grid](roots, length, BLOCK_N=BLOCK)
+
+
+@torch.library.custom_op(
+    "fftriton::merge_roots",
+    mutates_args=(),
+    schema="(Tensor similarity, Tensor? predecessor, SymInt stride, float threshold, Tensor? bounds, SymInt? bound)"
+    " -> Tensor",
+)
+def _merge_roots(
+    similarity: Tensor,
+    predecessor: Tensor | None,
+    stride: int,
+    threshold: float,
+    bounds: Tensor | None,
+    bound: int | None,
+) -> Tensor:
+    max_merges = bound if bounds is None else bounds
+    if not runs_triton(similarity):
+        return reference.merge_roots(similarity, stride if predecessor is None else predecessor, threshold, max_merges)
+    roots = similarity.new_empty(similarity.shape, dtype=torch.int64)
+    if roots.numel():
+        _launch_roots(similarity, predecessor, stride, threshold, max_merges, roots)
+    return roots
+
+
+@_merge_roots.register_fake
+def _(similarity, predecessor, stride, threshold, bounds, bound):
+    return similarity.new_empty(similarity.shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("fftriton::group_mean", mutates_args=())
+def _group_mean(x: Tensor, kept: Tensor, row: Tensor, starts: Tensor, sizes: Tensor, members: Tensor) -> Tensor:
+    if not runs_triton(x):
+        return reference.group_mean(x, Groups(kept, kept, kept, row, starts, sizes, members))
+    batch, rows = kept.shape
+    length, width = x.shape[1:]
+    out = x.new_empty(batch, rows, width)
+    if out.numel():
+        block_d = min(block(width), _BLOCK_D)
+        with torch.cuda.device_of(x):
+            _mean_kernel[(rows, triton.cdiv(width, block_d), batch)](
+                x, out, kept, starts, sizes, members, *x.stride(), length, rows,
+                D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+@_group_mean.register_fake
+def _(x, kept, row, starts, sizes, members):
+    return x.new_empty(*kept.shape, x.shape[2])
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, row, _, sizes, _ = inputs
+    ctx.save_for_backward(row, sizes)
+
+
+def _backward(ctx, grad):
+    row, sizes = ctx.saved_tensors
+    share = (grad.float() / sizes.clamp_min(1).unsqueeze(2)).to(grad.dtype)  # what each member of a row receives
+    return gather(row, [share])[0], None, None, None, None, None
+
+
+_group_mean.register_autograd(_backward, setup_context=_setup_context)
+
+
+def merge_roots(
+    similarity: Tensor, predecessor: int | Tensor, threshold: float, max_merges: int | Tensor | None = None
+) -> Tensor:
+    """The first token of each token's group, where similar tokens join the group of their predecessor.
+
+    Groups are transitive: a token whose predecessor has joined an earlier one ends up with that one's root.
+
+    Args:
+        similarity: [B, N] fp16, bf16 or fp32, any strides: of each token with its predecessor. A pair joins when this
+            is at least the threshold; NaN and NO_LINK never join.
+        predecessor: the stride at which the partner stands earlier, at least 1; or [B, N] int32 or int64, any strides,
+            the position of each token's partner. Anything that is not an earlier position (-1, say) is no partner.
+        threshold: a finite number, compared in fp32.
+        max_merges: admit at most this many pairs of each sample, the most similar, ties to the lower index. An int of
+            at least 0, or int32 or int64 [B] on the device of `similarity`, which the host does not wait for.
+
+    Returns:
+        [B, N] int64. root[b, t] == t for the first token of a group; min(pairs over the threshold, max_merges) tokens
+        of a sample are not their own root.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a shape or a value that is not as above, or tensors on two
+            devices.
+
+    Source:
+        FrameFusion, arXiv:2501.01986, section 3.3.
+    """
+    op = "merge_roots"
+    check_dtype(op, "similarity", similarity, FLOATS)
+    check_shape(op, "similarity", similarity, B=None, N=None)
+    links, stride = _check_predecessor(op, similarity, predecessor)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise TypeError(f"{op}: threshold must be a float, got {type(threshold).__name__}")
+    if not math.isfinite(threshold):
+        raise ValueError(f"{op}: threshold must be finite, got {threshold}")
+    bounds = bound = None
+    if isinstance(max_merges, Tensor):
+        check_dtype(op, "max_merges", max_merges, INDICES)
+        check_shape(op, "max_merges", max_merges, B=similarity.shape[0])
+        bounds = max_merges
+    elif max_merges is not None:
+        check_at_least(op, "max_merges", max_merges, 0)
+        bound = max_merges
+    check_same_device(op, similarity=similarity, predecessor=links, max_merges=bounds)
+    return _merge_roots(similarity, links, stride, float(threshold), bounds, bound)
+
+
+def merge_mean(
+    x: Tensor, roots: Tensor, companions: Sequence[Tensor] = (), predecessor: int | Tensor | None = None
+) -> Merged:
+    """One row for each group of tokens: the mean of its members, in the place of its root.
+
+    Differentiable in x (each member receives its row's gradient over the group's size) and in floating point companions
+    (the roots receive it).
+
+    Args:
+        x: [B, N, D] fp16, bf16 or fp32, any strides.
+        roots: [B, N] int32 or int64, any strides: the root of each token's group, as `merge_roots` returns it. A root
+            is its own root. -1, or a root that is not its own, puts a token out of the sequence and into no group.
+        companions: tensors [B, N, ...] that follow their rows (position ids, rotary cosines): any dtype, any strides.
+            One whose trailing dimensions do not collapse to two strided ones is gathered by PyTorch.
+        predecessor: the links that the roots came from, as `merge_roots` takes them, to have the links among the
+            compacted rows; None for none.
+
+    Returns:
+        Merged(x, companions, kept, lengths, predecessor). x [B, M, D]: sums in fp32 in ascending order of the members,
+        rounded once; a group of one is copied bit for bit. companions: each [B, M, ...], taken at the roots.
+        kept [B, M] int64: original positions, ascending. lengths [B] int64. predecessor [B, M] int64: the row of the
+        group that holds the root's predecessor, -1 for none. M is the longest of the batch: shorter samples are padded
+        on the left, with kept and predecessor -1 and zeros elsewhere. The host waits once, for M.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a shape or a stride that is not as above, or tensors on two
+            devices.
+
+    Source:
+        FrameFusion, arXiv:2501.01986, section 3.3.
+    """
+    op = "merge_mean"
+    check_dtype(op, "x", x, FLOATS)
+    check_shape(op, "x", x, B=None, N=None, D=None)
+    check_dtype(op, "roots", roots, INDICES)
+    check_shape(op, "roots", roots, B=x.shape[0], N=x.shape[1])
+    links, stride = (None, 0) if predecessor is None else _check_predecessor(op, roots, predecessor)
+    for i, companion in enumerate(companions):
+        _check_companion(op, f"companions[{i}]", companion, x)
+    check_same_device(op, x=x, roots=roots, predecessor=links)
+    groups = Groups(*group_rows(roots, links, stride))
+    mean = _group_mean(x, groups.kept, groups.row, groups.starts, groups.sizes, groups.members)
+    taken = tuple(gather(groups.kept, companions)) if companions else ()
+    return Merged(mean, taken, groups.kept, groups.lengths, None if predecessor is None else groups.predecessor)
+
+
+def _check_predecessor(op: str, like: Tensor, predecessor: int | Tensor) -> tuple[Tensor | None, int]:
+    """The links as a tensor and a stride, one of which is None or 0."""
+    if isinstance(predecessor, Tensor):
+        check_dtype(op, "predecessor", predecessor, INDICES)
+        check_shape(op, "predecessor", predecessor, B=like.shape[0], N=like.shape[1])
+        return predecessor, 0
+    check_at_least(op, "predecessor", predecessor, 1)
+    return None, predecessor
+
+
+def _check_companion(op: str, name: str, companion: Tensor, x: Tensor) -> None:
+    if not isinstance(companion, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(companion).__name__}")
+    if companion.shape[:2] != x.shape[:2]:
+        sizes = f"B={x.shape[0]}, N={x.shape[1]}, ..."
+        raise ValueError(f"{op}: {name} must have shape [{sizes}], got {list(companion.shape)}")
+    check_same_device(op, **{"x": x, name: companion})
