@@ -35,7 +35,7 @@ class _Scratch(NamedTuple):
 
     arrival: Tensor  # [B, N] int32 how many members of the token's group were counted before it
     counts: Tensor  # [B, N] int32 members at each root
-    slot: Tensor  # [B, N] int32 a root's row in buffers of N, -1 for other tokens
+    slot: Tensor  # [B, N] int64 a root's row in buffers of N, -1 for other tokens
     block_roots: Tensor  # [B, blocks] int32
     block_members: Tensor  # [B, blocks] int32 members of the groups whose root is in the block
     keys: Tensor  # [B, N] int64 root << 32 | token, by root
@@ -84,7 +84,7 @@ def _slot_kernel(
     length = sum_before(block_roots_ptr + pid_b * blocks, blocks, CHUNK)
     first = N - length + sum_before(block_roots_ptr + pid_b * blocks, pid_n, CHUNK)
     slot = first + tl.cumsum(is_root.to(tl.int32), 0) - 1
-    tl.store(slot_ptr + pid_b * N + offs_n, tl.where(is_root, slot, -1), mask=offs_n < N)
+    tl.store(slot_ptr + pid_b * N + offs_n, tl.where(is_root, slot, -1).to(tl.int64), mask=offs_n < N)
     tl.store(kept_ptr + pid_b * N + slot, offs_n, mask=is_root)
     tl.store(sizes_ptr + pid_b * N + slot, count.to(tl.int64), mask=is_root)
     padding = offs_n < N - length
@@ -187,7 +187,7 @@ def _scratch(roots: Tensor, blocks: int) -> _Scratch:
     return _Scratch(
         arrival=roots.new_empty(batch, length, dtype=torch.int32),
         counts=roots.new_zeros(batch, length, dtype=torch.int32),
-        slot=roots.new_empty(batch, length, dtype=torch.int32),
+        slot=roots.new_empty(batch, length, dtype=torch.int64),
         block_roots=roots.new_empty(batch, blocks, dtype=torch.int32),
         block_members=roots.new_empty(batch, blocks, dtype=torch.int32),
         keys=roots.new_empty(batch, length, dtype=torch.int64),
