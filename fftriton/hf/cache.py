@@ -37,6 +37,11 @@ class ReducedLayer(DynamicLayer):
     def get_seq_length(self, *args: Any) -> int:
         return super().get_seq_length() + self.missing
 
+    def note_padding(self, valid: Tensor | None) -> None:
+        """Take over which rows [B, rows] are no padding, where all tokens are here and nothing is known yet."""
+        if valid is not None and self.valid is None and self.missing == 0 and valid.shape[1] == self.rows > 0:
+            self.valid = valid
+
     def append_valid(self, past: int, new: int, valid: Tensor | None) -> Tensor | None:
         """Note which of `new` rows [B, new] are no padding (None: all); returns the flags of all rows or None."""
         if valid is not None or self.valid is not None:

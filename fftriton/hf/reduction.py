@@ -145,7 +145,9 @@ class Reduction(AbstractContextManager["Reduction"]):
             return args, kwargs
         if layouts or any(layer.missing for layer in cache_layers or ()):
             source = args[0] if args else _embeddings_or_ids(kwargs)
-            valid = _padding(kwargs.get("attention_mask"), source.shape[1])
+            past_valid, valid = _padding(kwargs.get("attention_mask"), source.shape[1])
+            for layer in cache_layers or ():
+                layer.note_padding(past_valid)
             self._prefill = _Prefill(self.method, layouts, source, cache_layers, valid, len(decoder.layers))
         return args, kwargs
 
@@ -393,11 +395,14 @@ def _embeddings_or_ids(arguments: Mapping[str, Any]) -> Tensor:
     return arguments["input_ids"] if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
 
 
-def _padding(mask: Tensor | None, length: int) -> Tensor | None:
-    """[B, past + N] mask -> [B, N] bool for the new tokens, None where none of them is padding."""
-    if mask is None or bool(mask[:, -length:].all()):
-        return None
-    return mask[:, -length:].bool()
+def _padding(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """[B, past + N] mask -> bool [B, past] and [B, N], False for padding; None where nothing is padded.
+
+    A single token is taken to be none: decoding does not wait for the device to say so.
+    """
+    if mask is None or length == 1 or bool(mask.all()):
+        return None, None
+    return mask[:, :-length].bool(), mask[:, -length:].bool()
 
 
 def _rows_first(part: Tensor, batch: int) -> Tensor:

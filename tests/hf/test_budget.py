@@ -42,6 +42,12 @@ def test_framefusion_meets_it_with_any_threshold(threshold, ratio):
         assert_met(run(method, 6, "mixed", seed=seed), 0.25)
 
 
+def test_layers_that_cannot_merge_leave_a_token_for_each_layer_after_them():
+    budget = (9 * 96 + 1) / (28 * 96)  # nine full layers would leave one token for the other nineteen
+    report = run(fftriton.FrameFusion(budget, min_merge_ratio=0.0), 28, "unrelated")
+    assert report.budget_achieved <= budget + 0.5 / 96  # half a token a layer: pruning rounds
+
+
 @pytest.mark.parametrize("frames", [1, 2])
 @pytest.mark.parametrize("patches", [1, 5])
 @pytest.mark.filterwarnings("ignore:fftriton. the budget")

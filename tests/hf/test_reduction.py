@@ -362,6 +362,84 @@ def test_attention_is_what_eager_computes(family, queries):
         assert (scores[0] - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_attention_to_a_video_behind_a_first_turn(padding):
+    received = []
+
+    @dataclass(frozen=True)
+    class Listening(fftriton.Method):
+        def wants_attention(self, layer):
+            return True
+
+        def after_attention(self, layer, tokens):
+            received.append(tokens.attention(None)[0])
+
+    first = torch.randint(2, 140, (1, padding + 7), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones(1, padding + 7, dtype=torch.int64)
+    mask[:, :padding] = 0
+    video, layout = video_embeddings(4, 5)
+    new = video.shape[1]
+
+    def turns(model):
+        cache = model(input_ids=first, attention_mask=mask, use_cache=True).past_key_values
+        both = torch.cat([mask, torch.ones(1, new, dtype=torch.int64)], 1)
+        return model(inputs_embeds=video, attention_mask=both, past_key_values=cache, output_attentions=True)
+
+    with torch.no_grad():
+        with fftriton.reduce(tiny_qwen2(), Listening(), lambda model, arguments: layout_of(arguments, layout)):
+            turns(tiny_qwen2())
+        attentions = turns(tiny_qwen2(attention="eager")).attentions
+    for scores, weights in zip(received, attentions, strict=True):
+        assert (scores - weights[0].mean(0)[:, -new:].sum(0)).abs().max() < 1e-5
+
+
+def layout_of(arguments, layout):
+    return layout if arguments.get("inputs_embeds") is not None else []
+
+
+def test_a_registered_attention_function_is_called_without_the_positions_of_the_full_prompt():
+    seen = []
+
+    def attend(module, query, key, value, mask, position_ids=None, **kwargs):
+        seen.append((query.shape[2], position_ids))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+
+    model, inputs, _ = qwen2_vl("eager")
+    expected, inputs, _ = qwen2_vl("sdpa")
+    method = fftriton.FrameFusion(0.3)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "recorded", attend)
+        patch.setattr(model.config.get_text_config(), "_attn_implementation", "recorded")
+        with fftriton.reduce(model, method) as reduction:
+            reduced = model(**inputs).logits[0, -1]
+        with fftriton.reduce(expected, method):
+            assert (expected(**inputs).logits[0, -1] - reduced).abs().max() < 1e-4
+    text_calls = seen[-len(reduction.report.tokens_per_layer) :]
+    for (rows, position_ids), expected_rows in zip(text_calls, reduction.report.tokens_per_layer, strict=True):
+        assert rows == expected_rows
+        assert position_ids is None  # ids with gaps would look like packed sequences
+
+
+def test_an_interrupted_forward_does_not_spoil_the_next():
+    model, inputs, layout = qwen2()
+    attention = decoder_of(model).layers[0].self_attn
+    before = snapshot(model)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    handle = fftriton.apply(model, fftriton.FrameFusion(0.3, similarity_threshold=0.9), layout)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for _ in range(2):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(attention.q_proj, "forward", interrupted)
+                model(**inputs)
+        assert torch.equal(model(**inputs).logits, expected)
+    handle.remove()
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side):
     model, inputs, _ = qwen2_vl()
