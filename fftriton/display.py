@@ -1,0 +1,198 @@
+"""What a run prints: progress bars, a table for each clip, and the same figures as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fftriton import shipped
+from fftriton.hf import Report
+from fftriton.run import Options, Result, Way, is_right
+from fftriton.video import OnProgress
+
+
+class Bars:
+    """Progress bars, one a step.
+
+    Args:
+        progress: the display that they stand in.
+    """
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+
+    @contextmanager
+    def open(self, description: str) -> Iterator[OnProgress]:
+        """A bar that fills as `on_progress(done, total)` is called."""
+        task = self._progress.add_task(description, total=None)
+
+        def on_progress(done: int, total: int) -> None:
+            self._progress.update(task, completed=done, total=total)
+
+        yield on_progress
+
+
+def make_progress(console: Console) -> Progress:
+    """The display of the bars."""
+    text, bar = TextColumn("{task.description}"), BarColumn(bar_width=30)
+    return Progress(text, bar, TaskProgressColumn(), TimeElapsedColumn(), console=console)
+
+
+def print_result(console: Console, options: Options, result: Result) -> None:
+    """Print the table of one task, and what has to be known to read it."""
+    task, video = result.prompt.task, result.prompt.video
+    about = f" ({task.about})" if task.about else ""
+    console.print(f"\n[bold]{escape(task.path.name)}[/bold]{escape(about)}")
+    console.print(
+        f"{len(video.frames)} of {video.total_frames} frames, {result.reduced.report.num_video_tokens} vision tokens. "
+        f"Question: {escape(task.question)}"
+    )
+    console.print(_table(result))
+    for note in _notes(options, result):
+        console.print(note, style="yellow", highlight=False)
+    console.print("Pictures: " + ", ".join(str(path) for path in result.pictures), highlight=False, soft_wrap=True)
+
+
+def write_report(path: Path, options: Options, results: Sequence[Result]) -> None:
+    """Write the figures of all tasks as JSON."""
+    device = options.make_device()
+    content = {
+        "model": options.checkpoint if options.model else shipped.MODEL.name,
+        "method": options.method,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "clips": [_as_dict(result) for result in results],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def summarise_layers(counts: Sequence[int]) -> str:
+    """Counts per layer in runs: [9, 9, 5] -> "0-1: 9, 2: 5"."""
+    runs, layer = [], 0
+    for count, group in groupby(counts):
+        last = layer + len(list(group)) - 1
+        runs.append(f"{layer}-{last}: {count}" if last > layer else f"{layer}: {count}")
+        layer = last + 1
+    return ", ".join(runs)
+
+
+def _table(result: Result) -> Table:
+    ways = [way for way in (result.dense, result.reduced) if way is not None]
+    table = Table(show_lines=False)
+    table.add_column("")
+    for way in ways:
+        table.add_column(way.name, overflow="fold")
+    if result.dense is not None:
+        table.add_column("gain")
+    for label, cells, gain in _rows(result, ways):
+        table.add_row(label, *cells, *([gain] if result.dense is not None else []))
+    return table
+
+
+def _rows(result: Result, ways: list[Way]) -> Iterator[tuple[str, list[str], str]]:
+    """Label, one cell a way, and the gain of reducing."""
+    report = result.reduced.report
+    alone = [""] * (len(ways) - 1)  # cells of the ways that reduce nothing
+    yield "answer", [_answer_cell(way.answer, result.prompt.task.answer) for way in ways], ""
+    yield "vision tokens in layer", [summarise_layers(_vision_tokens(way, report)) for way in ways], ""
+    yield "budget asked", [*alone, f"{report.budget:.0%}"], ""
+    yield "budget achieved", [*alone, f"{report.budget_achieved:.1%}"], ""
+    if result.vision_seconds is not None:
+        yield "vision encoder", [_milliseconds(result.vision_seconds)] * len(ways), ""
+    prefills = [way.cost.prefill for way in ways]
+    yield "prefill, to the first token", [_milliseconds(seconds) for seconds in prefills], _speed_up(prefills)
+    own = sum(report.seconds.get(stage, 0.0) for stage in ("merge", "prune"))
+    yield "  of it merging and pruning", [*alone, _milliseconds(own)], ""
+    decodes = [way.cost.decode for way in ways]
+    yield "decode, per token", [_milliseconds(seconds) for seconds in decodes], _speed_up(decodes)
+    peaks = [way.cost.peak_memory for way in ways]
+    yield "peak memory, above rest", [_mebibytes(peak) for peak in peaks], _saving(peaks)
+
+
+def _vision_tokens(way: Way, report: Report) -> list[int]:
+    if way.method is not None:
+        return way.report.vision_tokens_per_layer
+    return [report.num_video_tokens] * len(report.vision_tokens_per_layer)
+
+
+def _answer_cell(answer: str, expected: str | None) -> str:
+    if expected is None:
+        return escape(answer)
+    verdict = "[green]right[/green]" if is_right(answer, expected) else f"[red]wrong, it is {escape(expected)}[/red]"
+    return f"{escape(answer)} ({verdict})"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
+
+
+def _speed_up(seconds: list[float]) -> str:
+    if len(seconds) < 2:
+        return ""
+    ratio = seconds[0] / seconds[1]
+    return f"[green]{ratio:.2f}x faster[/green]" if ratio >= 1 else f"[red]{1 / ratio:.2f}x slower[/red]"
+
+
+def _mebibytes(peak: int | None) -> str:
+    return "-" if peak is None else f"{peak / 2**20:.1f} MiB"
+
+
+def _saving(peaks: list[int | None]) -> str:
+    if len(peaks) < 2 or None in peaks:
+        return ""
+    dense, reduced = peaks
+    return f"{(reduced - dense) / 2**20:+.1f} MiB"  # type: ignore[operator]
+
+
+def _notes(options: Options, result: Result) -> Iterator[str]:
+    report = result.reduced.report
+    if result.prompt.unknown_words:
+        words = ", ".join(f"'{word}'" for word in result.prompt.unknown_words)
+        yield f"The model's vocabulary does not hold: {words}. It read the rest of the question only."
+    if options.uses_shipped_model and result.prompt.task.path != shipped.NEEDLE.path:
+        yield shipped.MODEL_LIMITS
+    if report.budget < report.least_budget:
+        yield f"No budget below {report.least_budget:.1%} can be met for this prompt with this method."
+
+
+def _as_dict(result: Result) -> dict[str, Any]:
+    report = result.reduced.report
+    return {
+        "video": result.prompt.task.path.name,
+        "question": result.prompt.task.question,
+        "right_answer": result.prompt.task.answer,
+        "frames": len(result.prompt.video.frames),
+        "vision_tokens": report.num_video_tokens,
+        "budget": report.budget,
+        "budget_achieved": report.budget_achieved,
+        "least_budget": report.least_budget,
+        "prune_layer": report.prune_layer,
+        "seconds_vision_encoder": result.vision_seconds,
+        "seconds_of_stages": report.seconds,
+        "dense": _way_as_dict(result.dense, report) if result.dense else None,
+        "reduced": _way_as_dict(result.reduced, report),
+        "pictures": [path.name for path in result.pictures],
+    }
+
+
+def _way_as_dict(way: Way, report: Report) -> dict[str, Any]:
+    return {
+        "answer": way.answer,
+        "vision_tokens_per_layer": _vision_tokens(way, report),
+        "seconds_prefill": way.cost.prefill,
+        "seconds_per_decoded_token": way.cost.decode,
+        "peak_memory_bytes": way.cost.peak_memory,
+    }

@@ -1,0 +1,225 @@
+"""Pictures of what a reduction did: which patches merged, and how many tokens each layer still had."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from fftriton.hf import Report
+
+FRAMES_A_ROW = 8
+MAX_FRAMES = 32
+
+_MERGED = np.array([238, 238, 242], dtype=np.uint8)  # nearly white
+_PRUNED = np.array([64, 68, 78], dtype=np.uint8)  # dark slate
+_DENSE_COLOUR, _REDUCED_COLOUR, _BUDGET_COLOUR = "#9aa0aa", "#2563eb", "#dc2626"
+
+_DPI = 100
+_FRAME_WIDTH = 160  # pixels, about
+_GAP, _MARGIN, _LABELS, _HEADER = 6, 24, 120, 96  # pixels
+
+
+@dataclass(frozen=True)
+class PatchFates:
+    """What became of each patch.
+
+    Attributes:
+        root: [F, P] int64: the patch, numbered f * P + p, whose token stands for this one; itself where unmerged.
+        pruned: [F, P] bool: the token that stands for it was dropped.
+    """
+
+    root: np.ndarray
+    pruned: np.ndarray
+
+    @property
+    def merged(self) -> np.ndarray:
+        """[F, P] bool: another patch's token stands for this one."""
+        return self.root != np.arange(self.root.size).reshape(self.root.shape)
+
+
+def patch_fates(report: Report, video: int = 0) -> PatchFates:
+    """Follow every patch of one video through the merges and the pruning.
+
+    Args:
+        report: of the prefill.
+        video: which of the prompt's videos.
+
+    Returns:
+        Where each patch ended. Patches that have no token (holes) count as pruned.
+    """
+    positions = report.layouts[video].positions.cpu()  # [F, P]
+    root = torch.arange(report.num_tokens)
+    for step in report.merge_steps:
+        root[step.merged.cpu()] = step.into.cpu()
+    while not torch.equal(root[root], root):  # a root may have joined another group at a later layer
+        root = root[root]
+    pruned = torch.zeros(report.num_tokens, dtype=torch.bool)
+    pruned[report.pruned.cpu()] = True
+
+    hole = positions < 0
+    patch_at = torch.zeros(report.num_tokens, dtype=torch.int64)
+    patch_at[positions[~hole]] = torch.arange(positions.numel()).view(positions.shape)[~hole]
+    own = torch.arange(positions.numel()).view(positions.shape)
+    root_patch = torch.where(hole, own, patch_at[root[positions.clamp(min=0)]])
+    return PatchFates(root_patch.numpy(), (hole | pruned[root[positions.clamp(min=0)]]).numpy())
+
+
+def draw_merges(
+    path: Path, frames: np.ndarray, seconds: list[float], fates: PatchFates, grid: tuple[int, int], title: str
+) -> None:
+    """Rows of frames: as sampled; merged patches blank; every patch as the mean of its group.
+
+    Args:
+        path: PNG file to write.
+        frames: [F, H, W, 3] uint8: the sampled frames. A model that makes one token of the same patch in several
+            frames has fewer rows in `fates` than there are frames.
+        seconds: [F]: when each frame is shown.
+        fates: what became of the patches, [f, P].
+        grid: rows and columns of patches in a frame, P in all.
+        title: first line of the picture.
+    """
+    patches = _cut(frames, grid)  # [F, P, c, c, 3]
+    frames_a_token = -(-len(frames) // len(fates.root))
+    frame_of = np.arange(len(frames)) // frames_a_token  # row of `fates` for each frame
+    strips = {"as sampled": patches, "what is left": _blank(patches, fates.merged, fates.pruned, frame_of)}
+    if fates.merged.any():
+        means = _group_means(patches, fates.root, frame_of)
+        strips["group means"] = _blank(means, np.zeros_like(fates.merged), fates.pruned, frame_of)
+    shown = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), MAX_FRAMES)).round().astype(int))
+    images = {label: [_join(strip[i], grid) for i in shown] for label, strip in strips.items()}
+    _draw_strips(path, images, [f"{seconds[i]:.1f} s" for i in shown], title, _tally(fates))
+
+
+def draw_tokens_per_layer(path: Path, report: Report, method: str, title: str) -> None:
+    """A plot of the vision tokens in each layer's attention, beside those of the unreduced model.
+
+    Args:
+        path: PNG file to write.
+        report: of the reduced prefill.
+        method: its name.
+        title: title of the plot.
+    """
+    counts = report.vision_tokens_per_layer
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    edges = np.arange(len(counts) + 1) - 0.5
+    dense = [report.num_video_tokens] * len(counts)
+    axes.stairs(dense, edges, color=_DENSE_COLOUR, linewidth=2, label="all tokens kept", baseline=None)
+    axes.stairs(counts, edges, color=_REDUCED_COLOUR, linewidth=2, fill=True, alpha=0.25)
+    reached = f"{method}: mean {report.budget_achieved:.1%} of all"
+    axes.stairs(counts, edges, color=_REDUCED_COLOUR, linewidth=2, label=reached, baseline=None)
+    budget = report.budget * report.num_video_tokens
+    axes.axhline(budget, color=_BUDGET_COLOUR, linestyle="--", label=f"budget: mean {report.budget:.0%}")
+    _label_counts(axes, counts)
+    axes.set(title=title, xlabel="layer", ylabel="vision tokens in attention", ylim=(0, dense[0] * 1.12))
+    axes.set_xlim(edges[0], edges[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    _save(figure, path)
+
+
+def _cut(frames: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Frames [F, H, W, 3] -> patches [F, P, c, c, 3], each frame resized so that all patches are c pixels square."""
+    rows, columns = grid
+    cell = max(4, round(_FRAME_WIDTH / columns))
+    size = (columns * cell, rows * cell)
+    enlarge = size[0] >= frames.shape[2]
+    resample = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
+    resized = np.stack([np.asarray(Image.fromarray(frame).resize(size, resample)) for frame in frames])
+    cells = resized.reshape(len(frames), rows, cell, columns, cell, 3).swapaxes(2, 3)
+    return cells.reshape(len(frames), rows * columns, cell, cell, 3)
+
+
+def _join(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """One frame's patches [P, c, c, 3] -> [H, W, 3]."""
+    cell = patches.shape[1]
+    cells = patches.reshape(*grid, cell, cell, 3).swapaxes(1, 2)
+    return cells.reshape(grid[0] * cell, grid[1] * cell, 3)
+
+
+def _blank(patches: np.ndarray, merged: np.ndarray, pruned: np.ndarray, frame_of: np.ndarray) -> np.ndarray:
+    """A copy of [F, P, c, c, 3] with flat colours where a token [f, P] merged or was pruned."""
+    out = patches.copy()
+    out[merged[frame_of]] = _MERGED
+    out[pruned[frame_of]] = _PRUNED
+    return out
+
+
+def _group_means(patches: np.ndarray, root: np.ndarray, frame_of: np.ndarray) -> np.ndarray:
+    """[F, P, c, c, 3]: the mean of all patches that share a root [f, P]."""
+    pixels = patches.reshape(-1, patches[0, 0].size).astype(np.float64)
+    group = root[frame_of].reshape(-1)
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    sums = np.add.reduceat(pixels[order], starts)
+    sizes = np.diff(starts, append=len(group))
+    means = np.empty_like(pixels)
+    means[order] = np.repeat(sums / sizes[:, None], sizes, axis=0)
+    return means.round().astype(np.uint8).reshape(patches.shape)
+
+
+def _tally(fates: PatchFates) -> str:
+    """How many tokens of each fate there are, in words."""
+    merged = int((fates.merged & ~fates.pruned).sum())
+    pruned = int(fates.pruned.sum())
+    total = fates.root.size
+    return f"{total} vision tokens: {merged} merged into others, {pruned} pruned, {total - merged - pruned} left"
+
+
+def _draw_strips(path: Path, images: dict[str, list[np.ndarray]], times: list[str], title: str, tally: str) -> None:
+    """Lay the images out in blocks of FRAMES_A_ROW frames, one strip for each label; one image pixel is one pixel."""
+    height, width = next(iter(images.values()))[0].shape[:2]
+    columns = min(len(times), FRAMES_A_ROW)
+    num_blocks = -(-len(times) // FRAMES_A_ROW)
+    block_height = len(images) * (height + _GAP) + _MARGIN
+    total_width = max(_LABELS + columns * (width + _GAP) + _MARGIN, 900)
+    total_height = _HEADER + num_blocks * block_height + _GAP
+    figure = Figure(figsize=(total_width / _DPI, total_height / _DPI), dpi=_DPI)
+
+    def at(x: float, y: float) -> tuple[float, float]:  # pixels from the top left corner -> figure's fractions
+        return x / total_width, 1 - y / total_height
+
+    figure.text(*at(_MARGIN, 34), title, fontsize=13, weight="bold")
+    figure.text(*at(_MARGIN, 58), tally, fontsize=10, color="#444444")
+    legend = {"merged into an earlier frame's patch": _MERGED, "pruned": _PRUNED}
+    swatches = [Patch(facecolor=tuple(colour / 255), edgecolor="#888888") for colour in legend.values()]
+    corner = at(total_width - _MARGIN, 44)
+    figure.legend(swatches, legend, loc="upper right", bbox_to_anchor=corner, ncols=2, frameon=False, fontsize=9)
+    for i, time in enumerate(times):
+        block, column = divmod(i, FRAMES_A_ROW)
+        x = _LABELS + column * (width + _GAP)
+        top = _HEADER + block * block_height
+        figure.text(*at(x + width / 2, top - 5), time, fontsize=9, ha="center", color="#444444")
+        for row, (label, strip) in enumerate(images.items()):
+            y = top + row * (height + _GAP)
+            if column == 0:
+                figure.text(*at(_LABELS - 12, y + height / 2), label, fontsize=10, ha="right", va="center")
+            axes = figure.add_axes((*at(x, y + height), width / total_width, height / total_height))
+            axes.imshow(strip[i], interpolation="nearest", aspect="auto")
+            axes.set_axis_off()
+    _save(figure, path)
+
+
+def _label_counts(axes: Axes, counts: list[int]) -> None:
+    """Write each count once, over the first layer that has it."""
+    for layer, count in enumerate(counts):
+        if layer == 0 or count != counts[layer - 1]:
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            at = (layer - 0.45, count)
+            axes.annotate(f"{count}", at, xytext=(0, 5), textcoords="offset points", fontsize=9, bbox=box)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)  # draws without a display, and leaves the process's choice of back end alone
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

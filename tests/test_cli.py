@@ -1,0 +1,260 @@
+"""`fftriton run`: right answers, honest figures, and bad input refused before the model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from typer.testing import CliRunner
+
+import fftriton.cli
+import fftriton.run
+from fftriton.display import summarise_layers
+from fftriton.run import Options, choose_tasks, is_right
+from fftriton.shipped import BUNNY, MODEL, NEEDLE
+
+
+@pytest.fixture(autouse=True)
+def single_repeat(monkeypatch):
+    monkeypatch.setattr(fftriton.run, "_REPEATS", 1)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Any attempt to load a model fails the test."""
+
+    def load_model(options):
+        pytest.fail("the model was loaded before the input was refused")
+
+    monkeypatch.setattr(fftriton.cli, "load_model", load_model)
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(fftriton.cli.app, ["run", *map(str, arguments)])
+
+
+def lines(output: str) -> str:
+    """The output with its table's lines unwrapped into single spaces."""
+    return " ".join(output.split())
+
+
+def write_video(path: Path, num_frames: int) -> Path:
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=8, options={"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for level in range(num_frames):
+            image = np.full((48, 64, 3), 20 * level % 256, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_demo(tmp_path):
+    """Without arguments: both clips, dense and reduced, answer right or said to be meaningless, everything drawn."""
+    result = invoke("--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    output = lines(result.output)
+    assert "3 (right)" in output
+    assert "wrong" not in output
+    assert "cannot describe this video" in output
+    for row in ("budget asked", "budget achieved", "prefill", "decode", "peak memory", "faster"):
+        assert row in output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [clip["video"] for clip in report["clips"]] == ["needle.mp4", "bunny.mp4"]
+    needle, bunny = report["clips"]
+    assert needle["dense"]["answer"] == needle["reduced"]["answer"] == needle["right_answer"] == "3"
+    assert needle["dense"]["vision_tokens_per_layer"] == [256] * 8
+    assert bunny["dense"]["vision_tokens_per_layer"] == [3520] * 8
+    for clip in report["clips"]:
+        assert abs(clip["budget_achieved"] - 0.3) < 0.005
+        for name in clip["pictures"]:
+            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", ["framefusion", "fastv", "keep-all"])
+def test_methods_answer_the_needle(tmp_path, method):
+    result = invoke("--question", NEEDLE.question, "--method", method, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    (clip,) = json.loads((tmp_path / "report.json").read_text())["clips"]
+    assert clip["reduced"]["answer"] == "3"
+    assert clip["budget"] == (1.0 if method == "keep-all" else 0.3)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("When does the red box appear?", "third quarter"),
+        ("Where is the red box?", "top right"),
+        ("How many boxes appear?", "one"),
+        ("Which color is the box with the digit 3?", "red"),
+    ],
+)
+def test_other_questions_at_30_percent(tmp_path, question, answer):
+    result = invoke("--video", NEEDLE.path, "--question", question, "--out", tmp_path, "--no-compare")
+    assert result.exit_code == 0, result.output
+    (clip,) = json.loads((tmp_path / "report.json").read_text())["clips"]
+    assert clip["reduced"]["answer"] == answer
+    assert clip["dense"] is None
+
+
+def test_unknown_words_are_named(tmp_path):
+    result = invoke("--question", "Which llama is on the red box?", "--out", tmp_path, "--no-compare")
+    assert result.exit_code == 0, result.output
+    assert "vocabulary does not hold: 'Which', 'llama'" in lines(result.output)
+
+
+def test_video_of_one_frame(tmp_path):
+    video = write_video(tmp_path / "one.mp4", 1)
+    result = invoke("--video", video, "--compare", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "1 of 1 frames" in lines(result.output)
+    assert (tmp_path / "out" / "one-merges.png").exists()
+
+
+def test_other_checkpoints_take_the_same_path(tmp_path):
+    """A small random Qwen2.5-VL with pairs of frames and squares of four patches to a token."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 6, "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
+            "patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 32,
+            "fullatt_block_indexes": [1], "tokens_per_second": 2,
+        },
+        image_token_id=7, video_token_id=8, vision_start_token_id=3, vision_end_token_id=4,
+        bos_token_id=1, eos_token_id=6, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(MODEL / name, model)
+    pixels = json.loads((MODEL / "preprocessor_config.json").read_text())
+    pixels |= {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen2_5_VLProcessor"}
+    (model / "preprocessor_config.json").write_text(json.dumps(pixels))
+
+    video = write_video(tmp_path / "video.mp4", 9)
+    result = invoke(
+        "--model", model, "--video", video, "--question", "what red", "--frames", 7, "--max-pixels", 3072,
+        "--max-new-tokens", 3, "--budget", 0.5, "--compare", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "trained on digits" not in lines(result.output)
+    (clip,) = json.loads((tmp_path / "out" / "report.json").read_text())["clips"]
+    assert clip["dense"]["vision_tokens_per_layer"] == [4 * 3 * 4] * 4
+    assert clip["budget_achieved"] <= 0.5 + 1 / 48
+
+
+BUDGETS = {
+    "0": "budget must be in (0, 1], got 0",
+    "-1": "budget must be in (0, 1], got -1",
+    "1.5": "budget must be in (0, 1], got 1.5",
+    "nan": "budget must be in (0, 1], got nan",
+    "a": "budget must be a number in (0, 1], got 'a'",
+}
+
+
+@pytest.mark.parametrize("method", ["framefusion", "fastv", "keep-all"])
+@pytest.mark.parametrize("value", BUDGETS)
+def test_bad_budgets_are_refused(no_model, method, value):
+    result = invoke("--method", method, "--budget", value)
+    assert result.exit_code == 2
+    assert BUDGETS[value] in result.output
+    assert "Traceback" not in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_budget_under_what_the_method_can_reach_is_refused(no_model, tmp_path):
+    result = invoke("--method", "fastv", "--budget", "0.2", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "FastV: budget must be above layer / num_layers = 2/8" in result.output
+
+
+def test_bad_videos_are_refused(no_model, tmp_path):
+    data = write_video(tmp_path / "whole.mp4", 40).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("not a video")
+    rules = {
+        "missing.mp4": "video must be a file that exists",
+        "empty.mp4": "video must not be empty",
+        "text.mp4": "video must be a video file",
+        "cut.mp4": "video must be whole",
+    }
+    for name, rule in rules.items():
+        result = invoke("--video", tmp_path / name)
+        assert result.exit_code == 2, name
+        assert rule in result.output
+        assert name in result.output
+        assert "Error: " in result.output
+        assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "0"], "frames must be at least 1, got 0"),
+        (["--max-pixels", "0"], "max_pixels must be at least 1, got 0"),
+        (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, got -3"),
+        (["--device", "toaster"], "device must be one that torch can use here, got 'toaster'"),
+        (["--out", str(NEEDLE.path)], "out must be a folder, got the file"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_options_are_refused(no_model, arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_folders_without_a_model_are_refused(no_model, tmp_path):
+    result = invoke("--model", tmp_path)
+    assert result.exit_code == 2
+    assert "model must be a folder with, or the hub's name of, a video language model" in result.output
+    assert str(tmp_path) in result.output
+
+
+def test_models_that_see_no_video_are_refused(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(MODEL / name, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": 4}))
+    result = invoke("--model", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "Error: model must be" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks():
+    both = choose_tasks(Options())
+    assert [(task.path, task.answer, task.max_pixels) for task in both] == [
+        (NEEDLE.path, "3", None),
+        (BUNNY.path, None, 320 * 176),
+    ]
+    (asked,) = choose_tasks(Options(question="Where is the red box?"))
+    assert (asked.path, asked.answer) == (NEEDLE.path, None)
+    other_model = choose_tasks(Options(model="some/model"))
+    assert [task.question for task in other_model] == [NEEDLE.question, "Describe this video."]
+    assert [task.max_pixels for task in other_model] == [None, None]
+    (own,) = choose_tasks(Options(video=Path("x.mp4"), max_pixels=5))
+    assert (own.path, own.max_pixels) == (Path("x.mp4"), 5)
+
+
+def test_is_right():
+    assert is_right("3", "3")
+    assert is_right("The digit on the red box is 3.", "3")
+    assert not is_right("13", "3")
+    assert is_right("In the Top Left corner", "top left")
+
+
+def test_layers_are_summarised_in_runs():
+    assert summarise_layers([9]) == "0: 9"
+    assert summarise_layers([9, 9, 5, 2, 2]) == "0-1: 9, 2: 5, 3-4: 2"
