@@ -26,6 +26,7 @@ from .reference import Groups
 
 BLOCK = 1024  # tokens a program
 _ORDER_BLOCK = 128  # list places a program of the last pass
+_OTHERS = 32  # places that it compares them with at a time
 _CHUNK = 64
 _KEY_BITS = tl.constexpr(32)
 
@@ -160,7 +161,7 @@ def _scatter_kernel(
 def _order_kernel(
     keys_ptr, slot_ptr, starts_ptr, sizes_ptr, block_members_ptr, members_ptr,  # keys, members [B, N]
     N, blocks,
-    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, OTHERS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # grid (ceil(N / BLOCK_N), B): keys ascend from group to group, so the place of a key is the number of smaller ones
     pid_b = tl.program_id(1).to(tl.int64)
@@ -174,8 +175,8 @@ def _order_kernel(
     end = start + tl.load(sizes_ptr + pid_b * N + slot, mask=mask, other=0)
     lowest = tl.min(tl.where(mask, start, N), 0)
     rank = tl.zeros((BLOCK_N,), tl.int32)
-    for first in range(lowest, tl.max(end, 0), BLOCK_N):
-        offs = first + tl.arange(0, BLOCK_N)
+    for first in range(lowest, tl.max(end, 0), OTHERS):
+        offs = first + tl.arange(0, OTHERS)
         other = tl.load(keys_ptr + offs, mask=offs < total, other=0x7FFFFFFFFFFFFFFF)
         rank += tl.sum((other[None, :] < key[:, None]).to(tl.int32), 1)
     tl.store(members_ptr + pid_b * N + lowest + rank, key & 0xFFFFFFFF, mask=mask)
@@ -234,7 +235,7 @@ def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int) -> Group
         )  # fmt: skip
         _order_kernel[(triton.cdiv(length, _ORDER_BLOCK), batch)](
             scratch.keys, scratch.slot, starts, sizes, scratch.block_members, members, length, blocks,
-            BLOCK_N=_ORDER_BLOCK, CHUNK=_CHUNK,
+            BLOCK_N=_ORDER_BLOCK, OTHERS=_OTHERS, CHUNK=_CHUNK,
         )  # fmt: skip
         if copied is not None:
             copied.synchronize()  # the only wait: the host needs M to allocate
