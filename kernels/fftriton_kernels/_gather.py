@@ -104,7 +104,7 @@ def _launch(index: Tensor, tensors: list[Tensor], outs: list[Tensor], layout: _L
         _gather_kernel[grid](
             index, *(part.view(layout.bits) for group in padded for part in group), *index.stride(),
             layout.stride_b, layout.stride_n, layout.stride_outer, layout.stride_inner, rows, width, layout.inner,
-            NESTED=layout.outer > 1, BLOCK_K=block_k, BLOCK_W=block_w, num_warps=4,
+            NESTED=layout.outer > 1, BLOCK_K=block_k, BLOCK_W=block_w, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 

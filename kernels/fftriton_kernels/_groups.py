@@ -217,25 +217,26 @@ def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int) -> Group
     partner = roots if predecessor is None else predecessor
     with torch.cuda.device_of(roots):
         _count_kernel[grid](
-            roots, scratch.counts, scratch.arrival, scratch.block_roots, *roots.stride(), length, blocks, BLOCK_N=BLOCK
-        )
+            roots, scratch.counts, scratch.arrival, scratch.block_roots, *roots.stride(), length, blocks,
+            BLOCK_N=BLOCK, enable_fp_fusion=True,
+        )  # fmt: skip
         _slot_kernel[grid](
             roots, scratch.counts, scratch.block_roots, scratch.slot, scratch.block_members, kept, sizes, lengths,
-            *roots.stride(), length, blocks, BLOCK_N=BLOCK, CHUNK=_CHUNK,
+            *roots.stride(), length, blocks, BLOCK_N=BLOCK, CHUNK=_CHUNK, enable_fp_fusion=True,
         )  # fmt: skip
         on_host, copied = _sent(lengths)
         _start_kernel[grid](
             scratch.counts, scratch.slot, scratch.block_members, lengths, starts, length, blocks,
-            BLOCK_N=BLOCK, CHUNK=_CHUNK,
+            BLOCK_N=BLOCK, CHUNK=_CHUNK, enable_fp_fusion=True,
         )  # fmt: skip
         _scatter_kernel[grid](
             roots, partner, scratch.arrival, scratch.slot, starts, lengths, scratch.keys, row, links,
             *roots.stride(), *partner.stride(), length, batch, stride,
-            LINKS=linked, STRIDED=predecessor is None, BLOCK_N=BLOCK, CHUNK=_CHUNK,
+            LINKS=linked, STRIDED=predecessor is None, BLOCK_N=BLOCK, CHUNK=_CHUNK, enable_fp_fusion=True,
         )  # fmt: skip
         _order_kernel[(triton.cdiv(length, _ORDER_BLOCK), batch)](
             scratch.keys, scratch.slot, starts, sizes, scratch.block_members, members, length, blocks,
-            BLOCK_N=_ORDER_BLOCK, OTHERS=_OTHERS, CHUNK=_CHUNK,
+            BLOCK_N=_ORDER_BLOCK, OTHERS=_OTHERS, CHUNK=_CHUNK, enable_fp_fusion=True,
         )  # fmt: skip
         if copied is not None:
             copied.synchronize()  # the only wait: the host needs M to allocate

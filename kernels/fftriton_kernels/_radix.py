@@ -142,7 +142,7 @@ def refine(selection: Selection, k: int | Tensor) -> None:
         for digit in (1, 2, 3):
             _refine_kernel[selection.grid](
                 keys, k_tensor, tallies, state, k_scalar, stride_k, length, tallies.shape[2], batch,
-                K_ON_DEVICE=on_device, DIGIT=digit, BLOCK_N=BLOCK, CHUNK=CHUNK, num_warps=WARPS,
+                K_ON_DEVICE=on_device, DIGIT=digit, BLOCK_N=BLOCK, CHUNK=CHUNK, num_warps=WARPS, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def score_keys(scores: Tensor, candidates: Tensor | None = None) -> Selection:
         _score_keys_kernel[selection.grid](
             scores, mask, selection.keys, selection.tallies, *scores.stride(), *mask.stride(),
             length, selection.tallies.shape[2], batch,
-            HAS_CANDIDATES=candidates is not None, BLOCK_N=BLOCK, num_warps=WARPS,
+            HAS_CANDIDATES=candidates is not None, BLOCK_N=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return selection
 
@@ -230,7 +230,7 @@ def keep_best(selection: Selection, keep_others: bool = False) -> tuple[Tensor, 
     with torch.cuda.device_of(keys):
         _keep_best_kernel[selection.grid](
             keys, tallies, state, keep, counts, length, tallies.shape[2], batch,
-            KEEP_OTHERS=keep_others, BLOCK_N=BLOCK, CHUNK=CHUNK, num_warps=WARPS,
+            KEEP_OTHERS=keep_others, BLOCK_N=BLOCK, CHUNK=CHUNK, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return keep, counts
 
@@ -274,7 +274,8 @@ def compact(keep: Tensor, counts: Tensor, rows: int | None = None) -> tuple[Tens
     lengths = torch.empty(batch, dtype=torch.int64, device=keep.device)
     with torch.cuda.device_of(keep):
         _compact_kernel[(counts.shape[1], batch)](
-            keep, counts, kept, lengths, length, counts.shape[1], BLOCK_N=BLOCK, CHUNK=CHUNK, num_warps=WARPS
-        )
+            keep, counts, kept, lengths, length, counts.shape[1],
+            BLOCK_N=BLOCK, CHUNK=CHUNK, num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
     rows = int(lengths.max()) if rows is None else rows
     return kept[:, length - rows :].contiguous(), lengths

@@ -79,8 +79,10 @@ def _connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     if edges.numel() and num_nodes:
         count = edges.shape[0]
         with torch.cuda.device_of(edges):
-            _hook_kernel[(triton.cdiv(count, BLOCK),)](edges, parents, *edges.stride(), count, num_nodes, BLOCK_E=BLOCK)
-            _flatten_kernel[(triton.cdiv(num_nodes, BLOCK),)](parents, num_nodes, BLOCK_N=BLOCK)
+            _hook_kernel[(triton.cdiv(count, BLOCK),)](
+                edges, parents, *edges.stride(), count, num_nodes, BLOCK_E=BLOCK, enable_fp_fusion=True
+            )
+            _flatten_kernel[(triton.cdiv(num_nodes, BLOCK),)](parents, num_nodes, BLOCK_N=BLOCK, enable_fp_fusion=True)
     return parents
 
 

@@ -34,7 +34,8 @@ def _scaled(x):
 @triton.jit
 def _cosine(dot, square, partner_square):
     usable = (square > 0) & (square < float("inf")) & (partner_square > 0) & (partner_square < float("inf"))
-    return tl.where(usable, dot / (tl.sqrt(square) * tl.sqrt(partner_square)), _NO_LINK)
+    norms = tl.where(usable, tl.sqrt_rn(square) * tl.sqrt_rn(partner_square), 1.0)
+    return tl.where(usable, tl.div_rn(dot, norms), _NO_LINK)
 
 
 @triton.jit
@@ -59,7 +60,8 @@ def _strided_cosine_kernel(
         x = _scaled(tl.load(x_ptr + t * stride_xn, mask=offs_d < tl.where(t < N, D, 0), other=0.0).to(tl.float32))
         square = tl.sum(x * x, 0)
         similarity = tl.where(t < P, _NO_LINK, _cosine(tl.sum(x * earlier, 0), square, earlier_square))
-        tl.store(out_ptr + pid_b * stride_ob + t * stride_on, similarity, mask=t < N)
+        if t < N:  # no mask: Triton 3.2's interpreter ignores that of a scalar
+            tl.store(out_ptr + pid_b * stride_ob + t * stride_on, similarity)
         earlier = x
         earlier_square = square
 
@@ -97,7 +99,7 @@ def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
         with torch.cuda.device_of(x):
             _strided_cosine_kernel[(chains, segments, batch)](
                 x, out, *x.stride(), *out.stride(), length, stride,
-                D=width, BLOCK_D=block(width), FRAMES=_FRAMES_A_PROGRAM, num_warps=_warps(width),
+                D=width, BLOCK_D=block(width), FRAMES=_FRAMES_A_PROGRAM, num_warps=_warps(width), enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -112,7 +114,7 @@ def _linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
         with torch.cuda.device_of(x):
             _linked_cosine_kernel[(length, batch)](
                 x, predecessor, out, *x.stride(), *predecessor.stride(), *out.stride(),
-                D=width, BLOCK_D=block(width), num_warps=_warps(width),
+                D=width, BLOCK_D=block(width), num_warps=_warps(width), enable_fp_fusion=True,
             )  # fmt: skip
     return out
 

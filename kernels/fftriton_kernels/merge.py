@@ -165,7 +165,7 @@ def _mean_kernel(
         total = tl.zeros((BLOCK_D,), tl.float32)
         for first in range(0, size, MEMBERS):
             for step in tl.static_range(MEMBERS):
-                member = tl.load(members_ptr + first + step, mask=first + step < size, other=0)
+                member = tl.load(members_ptr + tl.minimum(first + step, size - 1))
                 mask_d = offs_d < tl.where(first + step < size, D, 0)
                 total += tl.load(x_ptr + member * stride_xn, mask=mask_d, other=0.0).to(tl.float32)
         mean = tl.div_rn(total, tl.zeros((BLOCK_D,), tl.float32) + tl.maximum(size, 1).to(tl.float32))
@@ -181,7 +181,7 @@ def _launch_roots(similarity, predecessor, stride, threshold, max_merges, roots)
         if max_merges is None:
             _link_kernel[grid](
                 similarity, partner, roots, *similarity.stride(), *partner.stride(), threshold, stride, length,
-                STRIDED=strided, BLOCK_N=BLOCK,
+                STRIDED=strided, BLOCK_N=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
         else:
             selection = _radix.new_selection(similarity)
@@ -189,14 +189,15 @@ def _launch_roots(similarity, predecessor, stride, threshold, max_merges, roots)
             _join_keys_kernel[selection.grid](
                 similarity, partner, keys, tallies, *similarity.stride(), *partner.stride(),
                 threshold, stride, length, selection.grid[0], batch,
-                STRIDED=strided, BLOCK_N=_radix.BLOCK, num_warps=_radix.WARPS,
+                STRIDED=strided, BLOCK_N=_radix.BLOCK, num_warps=_radix.WARPS, enable_fp_fusion=True,
             )  # fmt: skip
             _radix.refine(selection, max_merges)
             _admit_kernel[selection.grid](
                 keys, tallies, state, partner, roots, *partner.stride(), stride, length, selection.grid[0], batch,
-                STRIDED=strided, BLOCK_N=_radix.BLOCK, CHUNK=_radix.CHUNK, num_warps=_radix.WARPS,
+                STRIDED=strided, BLOCK_N=_radix.BLOCK, CHUNK=_radix.CHUNK,
+                num_warps=_radix.WARPS, enable_fp_fusion=True,
             )  # fmt: skip
-        _jump_kernel[grid](roots, length, BLOCK_N=BLOCK)
+        _jump_kernel[grid](roots, length, BLOCK_N=BLOCK, enable_fp_fusion=True)
 
 
 @torch.library.custom_op(
@@ -239,7 +240,7 @@ def _group_mean(x: Tensor, kept: Tensor, row: Tensor, starts: Tensor, sizes: Ten
         with torch.cuda.device_of(x):
             _mean_kernel[(rows, triton.cdiv(width, block_d), batch)](
                 x, out, kept, starts, sizes, members, *x.stride(), length, rows,
-                D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET, num_warps=4,
+                D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
