@@ -4,6 +4,7 @@ Each op validates its arguments, then runs a Triton kernel on CUDA and ROCm tens
 With TRITON_INTERPRET=1 set before the import, CPU tensors run the Triton kernels in Triton's interpreter.
 """
 
+from .attention import attention_column_sum
 from .components import connected_components
 from .cosine import linked_cosine_similarity, strided_cosine_similarity
 from .merge import merge_mean, merge_roots
@@ -12,6 +13,7 @@ from .reference import NO_LINK, Merged
 __all__ = [
     "NO_LINK",
     "Merged",
+    "attention_column_sum",
     "connected_components",
     "linked_cosine_similarity",
     "merge_mean",
