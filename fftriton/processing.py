@@ -72,10 +72,15 @@ class HubProcessor:
     Args:
         checkpoint: folder, or name on the hub.
         max_pixels: upper bound of a frame's pixels, for processors that take one; None for the checkpoint's own.
+
+    Raises:
+        ValueError: no processor for videos, or one that takes no bound.
     """
 
     def __init__(self, checkpoint: str | Path, max_pixels: int | None = None):
         self._processor = AutoProcessor.from_pretrained(checkpoint)
+        if getattr(self._processor, "video_processor", None) is None:
+            raise ValueError(f"model must have a processor for videos, got '{checkpoint}'")
         self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
         if max_pixels is not None:
             self._bound_pixels(max_pixels)

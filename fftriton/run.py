@@ -232,7 +232,7 @@ def prepare(options: Options, open_bar: OpenBar) -> list[Prompt]:
         open_bar: shows the progress of each step.
 
     Raises:
-        ValueError, TypeError: a video or a model that cannot be used, or a method that the model is too shallow for.
+        ValueError, TypeError: a video, a model or a folder that cannot be used, or a model too shallow for the method.
     """
     _quieten_transformers()
     tasks = choose_tasks(options)
@@ -243,7 +243,12 @@ def prepare(options: Options, open_bar: OpenBar) -> list[Prompt]:
     with _naming_the_model(options.checkpoint):
         config = AutoConfig.from_pretrained(options.checkpoint)
     options.make_method().check(config.get_text_config().num_hidden_layers)
-    return [_encode_prompt(options, task, video) for task, video in zip(tasks, videos, strict=True)]
+    prompts = [_encode_prompt(options, task, video) for task, video in zip(tasks, videos, strict=True)]
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be written, got '{options.out}': {error.strerror}") from error
+    return prompts
 
 
 def _encode_prompt(options: Options, task: Task, video: Video) -> Prompt:

@@ -216,6 +216,13 @@ def test_bad_options_are_refused(no_model, arguments, message):
     assert message in result.output
 
 
+def test_a_folder_that_cannot_be_made_is_refused(no_model, tmp_path):
+    (tmp_path / "file").touch()
+    result = invoke("--out", tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    assert "out must be a folder that can be written" in result.output
+
+
 def test_folders_without_a_model_are_refused(no_model, tmp_path):
     result = invoke("--model", tmp_path)
     assert result.exit_code == 2
@@ -229,7 +236,7 @@ def test_models_that_see_no_video_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": 4}))
     result = invoke("--model", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert "Error: model must be" in result.output
+    assert "Error: model must " in result.output
     assert not (tmp_path / "out").exists()
 
 

@@ -147,6 +147,12 @@ def test_refuses_a_file_cut_off_in_the_middle(tmp_path, suffix, options):
             read_video(cut, 1)
 
 
+def test_refuses_a_file_that_lacks_its_last_bytes(numbered, tmp_path):
+    cut = write_bytes(tmp_path / "cut.mp4", numbered.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="video must be whole, .* which is cut off or damaged"):
+        read_video(cut, 1)
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_refuses_too_few_frames(numbered, count):
     with pytest.raises(ValueError, match=f"frames must be at least 1, got {count}"):
