@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fftriton.display import Bars, make_progress, print_result, write_report
+from fftriton.display import Bars, make_progress, print_result, print_run, write_report
 from fftriton.run import Options, load_model, prepare
 from fftriton.run import run as run_prompt
 
@@ -75,6 +75,7 @@ def run(
     except (ValueError, TypeError) as error:
         Console(stderr=True, style="bold red").print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(_BAD_INPUT) from None
+    print_run(console, options)
     results = []
     for prompt in prompts:
         with make_progress(console) as progress:

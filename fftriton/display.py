@@ -49,6 +49,28 @@ def make_progress(console: Console) -> Progress:
     return Progress(text, bar, TaskProgressColumn(), TimeElapsedColumn(), console=console)
 
 
+def describe_run(options: Options) -> dict[str, Any]:
+    """Which model, method and machine the figures are of."""
+    device = options.make_device()
+    on_gpu = device.type == "cuda"
+    return {
+        "model": shipped.MODEL.name if options.uses_shipped_model else options.checkpoint,
+        "method": options.method,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "threads": None if on_gpu else options.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def print_run(console: Console, options: Options) -> None:
+    """Print one line that names the model and the machine."""
+    run = describe_run(options)
+    threads = f", {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["threads"] else ""
+    versions = f"torch {run['torch']}, transformers {run['transformers']}"
+    console.print(escape(f"{run['model']} on {run['device']}{threads}, {versions}"), highlight=False)
+
+
 def print_result(console: Console, options: Options, result: Result) -> None:
     """Print the table of one task, and what has to be known to read it."""
     task, video = result.prompt.task, result.prompt.video
@@ -66,15 +88,7 @@ def print_result(console: Console, options: Options, result: Result) -> None:
 
 def write_report(path: Path, options: Options, results: Sequence[Result]) -> None:
     """Write the figures of all tasks as JSON."""
-    device = options.make_device()
-    content = {
-        "model": options.checkpoint if options.model else shipped.MODEL.name,
-        "method": options.method,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "clips": [_as_dict(result) for result in results],
-    }
+    content = describe_run(options) | {"clips": [_as_dict(result) for result in results]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

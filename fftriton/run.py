@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -96,10 +97,19 @@ class Options:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
             raise ValueError(f"device must be one that torch can use here, got '{self.device}'") from error
         return device
+
+    @property
+    def threads(self) -> int:
+        """CPU threads: one for the shipped model, which is too small to gain from more, unless OMP_NUM_THREADS says so.
+
+        With several, its times would hang on what else the machine is doing.
+        """
+        alone = self.uses_shipped_model and "OMP_NUM_THREADS" not in os.environ
+        return 1 if alone else torch.get_num_threads()
 
     @property
     def uses_shipped_model(self) -> bool:
@@ -300,6 +310,21 @@ def run(options: Options, model: Any, prompt: Prompt, open_bar: OpenBar) -> Resu
     Returns:
         The result; its pictures are in options.out.
     """
+    with _threads(options.threads):
+        return _run(options, model, prompt, open_bar)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(options: Options, model: Any, prompt: Prompt, open_bar: OpenBar) -> Result:
     inputs = _to_model(prompt.inputs, model)
     with open_bar("Encoding the frames") as on_progress:
         vision_seconds = _encode(model, inputs, on_progress)

@@ -206,6 +206,7 @@ def test_bad_videos_are_refused(no_model, tmp_path):
         (["--max-pixels", "0"], "max_pixels must be at least 1, got 0"),
         (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, got -3"),
         (["--device", "toaster"], "device must be one that torch can use here, got 'toaster'"),
+        (["--device", "meta"], "device must be one that torch can use here, got 'meta'"),
         (["--out", str(NEEDLE.path)], "out must be a folder, got the file"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -253,6 +254,14 @@ def test_tasks():
     assert [task.max_pixels for task in other_model] == [None, None]
     (own,) = choose_tasks(Options(video=Path("x.mp4"), max_pixels=5))
     assert (own.path, own.max_pixels) == (Path("x.mp4"), 5)
+
+
+def test_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert Options().threads == 1
+    assert Options(model="some/model").threads == torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert Options().threads == torch.get_num_threads()
 
 
 def test_is_right():
