@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fftriton.display import Bars, make_progress, print_result, print_run, write_report
-from fftriton.run import Options, load_model, prepare
-from fftriton.run import run as run_prompt
+from .display import Bars, make_progress, print_result, print_run, write_report
+from .request import Options, load_model, prepare
+from .run import run as run_prompt
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

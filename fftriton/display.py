@@ -16,10 +16,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fftriton import shipped
-from fftriton.hf import Report
-from fftriton.run import Options, Result, Way, is_right
-from fftriton.video import OnProgress
+from . import shipped
+from .hf import Report
+from .request import Options
+from .run import Result, Way, is_right
+from .video import OnProgress
 
 
 class Bars:

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from fftriton.hf import Report
+from .hf import Report
 
 FRAMES_A_ROW = 8
 MAX_FRAMES = 32
@@ -120,7 +120,8 @@ def draw_tokens_per_layer(path: Path, report: Report, method: str, title: str) -
     budget = report.budget * report.num_video_tokens
     axes.axhline(budget, color=_BUDGET_COLOUR, linestyle="--", label=f"budget: mean {report.budget:.0%}")
     _label_counts(axes, counts)
-    axes.set(title=title, xlabel="layer", ylabel="vision tokens in attention", ylim=(0, dense[0] * 1.12))
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="layer", ylabel="vision tokens in attention", ylim=(0, dense[0] * 1.12))
     axes.set_xlim(edges[0], edges[-1])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
@@ -189,7 +190,7 @@ def _draw_strips(path: Path, images: dict[str, list[np.ndarray]], times: list[st
     def at(x: float, y: float) -> tuple[float, float]:  # pixels from the top left corner -> figure's fractions
         return x / total_width, 1 - y / total_height
 
-    figure.text(*at(_MARGIN, 34), title, fontsize=13, weight="bold")
+    figure.text(*at(_MARGIN, 34), title, fontsize=13, weight="bold", parse_math=False)
     figure.text(*at(_MARGIN, 58), tally, fontsize=10, color="#444444")
     legend = {"merged into an earlier frame's patch": _MERGED, "pruned": _PRUNED}
     swatches = [Patch(facecolor=tuple(colour / 255), edgecolor="#888888") for colour in legend.values()]

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from fftriton.video import Video
+from .video import Video
 
 QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import fftriton.cli
 import fftriton.run
 from fftriton.display import summarise_layers
-from fftriton.run import Options, choose_tasks, is_right
+from fftriton.request import Options, choose_tasks
+from fftriton.run import is_right
 from fftriton.shipped import BUNNY, MODEL, NEEDLE
 
 

@@ -92,7 +92,7 @@ def draw(path: Path, num_frames: int, frames_a_token: int = 1) -> Image.Image:
     root = np.zeros((tokens, 6), dtype=np.int64) + np.arange(6)
     fates = PatchFates(root, np.zeros((tokens, 6), dtype=bool))
     frames = np.random.default_rng(0).integers(0, 256, (num_frames, 40, 60, 3), dtype=np.uint8)
-    draw_merges(path, frames, [i / 2 for i in range(num_frames)], fates, (2, 3), "title")
+    draw_merges(path, frames, [i / 2 for i in range(num_frames)], fates, (2, 3), "$100_$")
     return Image.open(path)
 
 
@@ -122,6 +122,6 @@ def test_plot_is_drawn_without_touching_the_back_end(tmp_path):
     report = SimpleNamespace(
         vision_tokens_per_layer=[100, 60, 60, 20], num_video_tokens=100, budget=0.6, budget_achieved=0.6
     )
-    draw_tokens_per_layer(tmp_path / "plots" / "tokens.png", report, "FrameFusion", "title")
+    draw_tokens_per_layer(tmp_path / "plots" / "tokens.png", report, "FrameFusion", "$100_$.mp4")
     assert Image.open(tmp_path / "plots" / "tokens.png").size == (1200, 675)
     assert matplotlib.get_backend() == back_end
