@@ -14,7 +14,6 @@ Source: FrameFusion, arXiv:2501.01986, section 3.3; ToMe, arXiv:2210.09461, for 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +29,7 @@ from ._dispatch import (
     block,
     check_at_least,
     check_dtype,
+    check_finite,
     check_same_device,
     check_shape,
     runs_triton,
@@ -295,10 +295,7 @@ def merge_roots(
     check_dtype(op, "similarity", similarity, FLOATS)
     check_shape(op, "similarity", similarity, B=None, N=None)
     links, stride = _check_predecessor(op, similarity, predecessor)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise TypeError(f"{op}: threshold must be a float, got {type(threshold).__name__}")
-    if not math.isfinite(threshold):
-        raise ValueError(f"{op}: threshold must be finite, got {threshold}")
+    check_finite(op, "threshold", threshold)
     bounds = bound = None
     if isinstance(max_merges, Tensor):
         check_dtype(op, "max_merges", max_merges, INDICES)

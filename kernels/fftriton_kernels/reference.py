@@ -185,9 +185,10 @@ def segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Ten
 
 def gather_rows(kept: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """kept [B, K] (-1: a row of zeros), tensors [B, N, ...] -> each [B, K, ...]."""
-    padding = kept < 0
-    taken = (_take_rows(tensor, kept.long().clamp_min(0)) for tensor in tensors)
-    return tuple(row.masked_fill(padding.view(*kept.shape, *[1] * (row.ndim - 2)), 0) for row in taken)
+    index, padding = kept.long().clamp_min(0), kept < 0
+    taken = (_take_rows(tensor, index) for tensor in tensors)
+    # where, not masked_fill: it takes every dtype
+    return tuple(torch.where(padding.view(*kept.shape, *[1] * (row.ndim - 2)), row.new_zeros(()), row) for row in taken)
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,7 +230,7 @@ def _accumulated(x: Tensor) -> Tensor:
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
-    return torch.gather(x, 1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand(*index.shape, *x.shape[2:]))
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]  # torch.gather would quiet fp16 NaNs
 
 
 def _per_row(count: int | Tensor, like: Tensor) -> int | Tensor:
