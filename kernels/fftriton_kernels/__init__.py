@@ -9,14 +9,18 @@ from .components import connected_components
 from .cosine import linked_cosine_similarity, strided_cosine_similarity
 from .merge import merge_mean, merge_roots
 from .reference import NO_LINK, Merged
+from .select import gather_rows, segmented_topk_keep, topk_keep
 
 __all__ = [
     "NO_LINK",
     "Merged",
     "attention_column_sum",
     "connected_components",
+    "gather_rows",
     "linked_cosine_similarity",
     "merge_mean",
     "merge_roots",
+    "segmented_topk_keep",
     "strided_cosine_similarity",
+    "topk_keep",
 ]

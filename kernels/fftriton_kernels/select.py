@@ -1,0 +1,226 @@
+"""Which tokens stay, and taking their rows.
+
+    topk:       kept = {t not a candidate} + {t: fewer than k candidates are better},   in ascending order
+    segmented:  kept = {t in no segment} + {t: fewer than counts[segment of t] of its segment are better}
+
+Better is a higher score, then a lower index; NaN is worse than any number. Top-k is an exact radix select (`_radix`),
+bound by launches. Segments come from one stable sort of (segment, score) keys: in sorted order a token stays unless the
+one counts[s] places earlier is of the same segment. Rows are copied by `_gather`, bound by DRAM bandwidth.
+Reference: reference.topk_keep, reference.segmented_topk_keep, reference.gather_rows.
+Source: FastV, arXiv:2403.06764, and FrameFusion, arXiv:2501.01986, prune so.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _radix, reference
+from ._dispatch import FLOATS, INDICES, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
+from ._gather import gather
+
+_BLOCK = 1024  # tokens a program
+
+
+@triton.jit
+def _segment_keys_kernel(
+    scores_ptr, segments_ptr, keys_ptr,            # scores, segments [B, N], keys [B, N] int64
+    stride_sb, stride_sn,
+    stride_gb, stride_gn,
+    N,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # grid (blocks, B): ascending keys are ascending segments, best first within each
+    pid_b = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    mask = offs_n < N
+    x = tl.load(scores_ptr + pid_b * stride_sb + offs_n * stride_sn, mask=mask, other=0.0).to(tl.float32)
+    segment = tl.load(segments_ptr + pid_b * stride_gb + offs_n * stride_gn, mask=mask, other=0).to(tl.int64)
+    key = (segment << 32) | (0xFFFFFFFF - _radix.sort_key(x, mask).to(tl.int64))
+    tl.store(keys_ptr + pid_b * N + offs_n, key, mask=mask)
+
+
+@triton.jit
+def _segment_keep_kernel(
+    keys_ptr, order_ptr, counts_ptr, keep_ptr,     # keys, order [B, N] int64 sorted, counts [B, S], keep [B, N] int8
+    stride_cb, stride_cs,
+    N, S,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # grid (blocks, B): one program looks at BLOCK_N places of the sorted order
+    pid_b = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    mask = place < N
+    keys_ptr += pid_b * N
+    segment = tl.load(keys_ptr + place, mask=mask, other=0) >> 32
+    counted = mask & (segment >= 0) & (segment < S)
+    count = tl.load(counts_ptr + pid_b * stride_cb + segment * stride_cs, mask=counted, other=0)
+    earlier = place - tl.maximum(count, 0)
+    rival = tl.load(keys_ptr + earlier, mask=mask & (earlier >= 0), other=0) >> 32
+    keep = (segment < 0) | (earlier < 0) | (rival != segment)
+    token = tl.load(order_ptr + pid_b * N + place, mask=mask, other=0)
+    tl.store(keep_ptr + pid_b * N + token, keep.to(tl.int8), mask=mask)
+
+
+@torch.library.custom_op("fftriton::topk_keep", mutates_args=())
+def _topk_keep(scores: Tensor, bound: int, bounds: Tensor | None, candidates: Tensor | None) -> Tensor:
+    k = bound if bounds is None else bounds
+    rows = bound if bounds is None and candidates is None else None  # None: only the device knows
+    if not scores.numel():
+        return scores.new_empty(scores.shape[0], rows or 0, dtype=torch.int64)
+    if not runs_triton(scores):
+        return reference.topk_keep(scores, k, candidates)
+    selection = _radix.score_keys(scores, candidates)
+    _radix.refine(selection, k)
+    return _radix.compact(*_radix.keep_best(selection, keep_others=candidates is not None), rows)[0]
+
+
+@_topk_keep.register_fake
+def _(scores, bound, bounds, candidates):
+    known = bounds is None and candidates is None
+    rows = bound if known else torch.library.get_ctx().new_dynamic_size()
+    return scores.new_empty(scores.shape[0], rows, dtype=torch.int64)
+
+
+@torch.library.custom_op("fftriton::segmented_topk_keep", mutates_args=())
+def _segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+    batch, length = scores.shape
+    if not scores.numel():
+        return scores.new_empty(batch, 0, dtype=torch.int64)
+    if not runs_triton(scores):
+        return reference.segmented_topk_keep(scores, segments, counts)
+    keys = scores.new_empty(batch, length, dtype=torch.int64)
+    keep = scores.new_empty(batch, length, dtype=torch.int8)
+    grid = (triton.cdiv(length, _BLOCK), batch)
+    with torch.cuda.device_of(scores):
+        _segment_keys_kernel[grid](
+            scores, segments, keys, *scores.stride(), *segments.stride(), length,
+            BLOCK_N=_BLOCK, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        keys, order = torch.sort(keys, dim=1, stable=True)
+        _segment_keep_kernel[grid](
+            keys, order, counts, keep, *counts.stride(), length, counts.shape[1],
+            BLOCK_N=_BLOCK, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    blocks = F.pad(keep, (0, -length % _radix.BLOCK)).unflatten(1, (-1, _radix.BLOCK))
+    return _radix.compact(keep, blocks.sum(2, dtype=torch.int32))[0]
+
+
+@_segmented_topk_keep.register_fake
+def _(scores, segments, counts):
+    return scores.new_empty(scores.shape[0], torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+def topk_keep(scores: Tensor, k: int | Tensor, candidates: Tensor | None = None) -> Tensor:
+    """Positions of the k tokens of the highest scores, in their original order.
+
+    With a k on the device or with candidates the number of rows depends on the data, and the host waits for it once;
+    with an int k and no candidates it does not wait.
+
+    Args:
+        scores: [B, N] fp16, bf16 or fp32, any strides. Ties go to the lower index; NaN is below every number.
+        k: how many to keep of each sample, 0 <= k <= N; or int32 or int64 [B] on the device of `scores`, whose values
+            are taken as the nearest in 0..N.
+        candidates: [B, N] bool, any strides: only these compete for the k places, all others stay. None: all compete.
+
+    Returns:
+        [B, K] int64 ascending. K is the most that a sample keeps; the others are padded with -1 on the left.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a shape or a k that is not as above, or tensors on two
+            devices.
+
+    Source:
+        FastV, arXiv:2403.06764; FrameFusion, arXiv:2501.01986.
+    """
+    op = "topk_keep"
+    check_dtype(op, "scores", scores, FLOATS)
+    check_shape(op, "scores", scores, B=None, N=None)
+    batch, length = scores.shape
+    bound, bounds = 0, None
+    if isinstance(k, Tensor):
+        check_dtype(op, "k", k, INDICES)
+        check_shape(op, "k", k, B=batch)
+        bounds = k
+    else:
+        check_at_least(op, "k", k, 0)
+        if k > length:
+            raise ValueError(f"{op}: k must be at most N={length}, got {k}")
+        bound = k
+    if candidates is not None:
+        check_dtype(op, "candidates", candidates, (torch.bool,))
+        check_shape(op, "candidates", candidates, B=batch, N=length)
+    check_same_device(op, scores=scores, k=bounds, candidates=candidates)
+    return _topk_keep(scores, bound, bounds, candidates)
+
+
+def segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+    """Positions of the best tokens of every segment (a frame, say), in their original order.
+
+    The host waits once, for the number of rows.
+
+    Args:
+        scores: [B, N] fp16, bf16 or fp32, any strides. Ties go to the lower index; NaN is below every number.
+        segments: [B, N] or [N] int32 or int64, any strides: the segment of each token, 0..S-1, in any order; -1 for
+            none, and such tokens always stay. Larger values are not checked: that would stall a GPU.
+        counts: [B, S] or [S] int32 or int64, any strides: how many tokens of each segment stay; all of them where there
+            are fewer, none where it is negative.
+
+    Returns:
+        [B, K] int64 ascending. K is the most that a sample keeps; the others are padded with -1 on the left.
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: a shape that is not as above, or tensors on two devices.
+
+    Source:
+        FrameFusion, arXiv:2501.01986, and KVTP, arXiv:2503.10742, where each frame has a budget of its own.
+    """
+    op = "segmented_topk_keep"
+    check_dtype(op, "scores", scores, FLOATS)
+    check_shape(op, "scores", scores, B=None, N=None)
+    batch, length = scores.shape
+    check_dtype(op, "segments", segments, INDICES)
+    check_dtype(op, "counts", counts, INDICES)
+    segments = segments.expand(batch, -1) if segments.ndim == 1 else segments
+    counts = counts.expand(batch, -1) if counts.ndim == 1 else counts
+    check_shape(op, "segments", segments, B=batch, N=length)
+    check_shape(op, "counts", counts, B=batch, S=None)
+    check_same_device(op, scores=scores, segments=segments, counts=counts)
+    return _segmented_topk_keep(scores, segments, counts)
+
+
+def gather_rows(kept: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same rows of many tensors, copied bit for bit. Differentiable: gradients add up at the rows taken.
+
+    Tensors of one element size, trailing shape and strides share a launch, four at a time.
+
+    Args:
+        kept: [B, K] int32 or int64, any strides: the rows to take, in any order; -1 gives a row of zeros. Values from N
+            up are not checked: that would stall a GPU.
+        tensors: each [B, N, ...] of any dtype on the device of `kept`, any strides. PyTorch's own gather serves those
+            whose trailing dimensions are not one or two strided runs, and elements over 8 bytes.
+
+    Returns:
+        A tuple with each tensor's rows, [B, K, ...] contiguous.
+
+    Raises:
+        TypeError: `kept` of another dtype, or something that is no tensor. ValueError: a shape that is not as above, or
+            tensors on two devices.
+
+    Source:
+        FastV, arXiv:2403.06764; FrameFusion, arXiv:2501.01986.
+    """
+    op = "gather_rows"
+    check_dtype(op, "kept", kept, INDICES)
+    check_shape(op, "kept", kept, B=None, K=None)
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: tensors[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.ndim < 2 or tensor.shape[:2] != (kept.shape[0], tensors[0].shape[1]):
+            rule = f"B={kept.shape[0]}, N{'' if i == 0 else f'={tensors[0].shape[1]}'}, ..."
+            raise ValueError(f"{op}: tensors[{i}] must have shape [{rule}], got {list(tensor.shape)}")
+        check_same_device(op, **{"kept": kept, f"tensors[{i}]": tensor})
+    return tuple(gather(kept, tensors)) if tensors else ()
