@@ -65,7 +65,7 @@ def test_importing_changes_nothing_else(package, tmp_path):
 
 
 def test_the_kernels_need_torch_and_triton_only(tmp_path):
-    blocked = "transformers av typer rich matplotlib PIL fftriton safetensors tokenizers".split()
+    blocked = ["transformers", "av", "typer", "rich", "matplotlib", "PIL", "fftriton", "safetensors", "tokenizers"]
     code = f"""
 import sys
 import torch, triton
