@@ -111,6 +111,6 @@ def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     """
     op = "connected_components"
     check_dtype(op, "edges", edges, INDICES)
-    check_shape(op, "edges", edges, E=None, two=2)
+    check_shape(op, "edges", edges, E=None, ends=2)
     check_at_least(op, "num_nodes", num_nodes, 0)
     return _connected_components(edges, num_nodes)
