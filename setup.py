@@ -8,7 +8,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py").read_text())[1]
 
-TEST = ["hypothesis", "pytest>=8", "pytest-benchmark>=5", "scikit-learn"]
+TEST = ["hypothesis", "pytest>=8", "pytest-benchmark>=5", "scikit-learn", "setuptools>=70.1"]
 LINT = ["mypy>=1.10", "pre-commit", "ruff>=0.6"]
 
 setup(
@@ -40,7 +40,6 @@ setup(
     },
     entry_points={"console_scripts": ["fftriton = fftriton.cli:app"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
