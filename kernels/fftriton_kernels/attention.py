@@ -411,8 +411,9 @@ def _added_norms(peaks: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     flat = peaks.flatten(1)
     peak, total = torch.empty_like(peaks[0]), torch.empty_like(peaks[0])
     _add_norms_kernel[(triton.cdiv(peak.numel(), 16),)](
-        flat, totals, peak, total, *flat.stride(), 1, *flat.shape, BLOCK_S=64, BLOCK_R=16, num_warps=4
-    )
+        flat, totals, peak, total, *flat.stride(), 1, *flat.shape, BLOCK_S=64, BLOCK_R=16,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     return peak, total
 
 
@@ -458,17 +459,9 @@ def _kept_score_sum(q: Tensor, k: Tensor, scale: float, causal: bool, begin: int
     score = score.flatten(1, 2)
     peak, total = (norm.flatten(1) for norm in _added_norms(peak, total))
     _score_sum_kernel[(triton.cdiv(end - begin, 128), batch)](
-        score,
-        peak,
-        total,
-        out,
-        *score.stride(),
-        *peak.stride(),
-        *out.stride(),
-        *score.shape[1:],
-        BLOCK_R=16,
-        BLOCK_C=128,
-    )
+        score, peak, total, out, *score.stride(), *peak.stride(), *out.stride(), *score.shape[1:],
+        BLOCK_R=16, BLOCK_C=128, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 

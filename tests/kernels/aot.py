@@ -1,0 +1,171 @@
+"""Compiles every kernel of the library ahead of time, without a GPU, exactly as its launcher would.
+
+    PYTHONPATH=kernels python tests/kernels/aot.py cuda:80 cuda:90 hip:gfx942
+
+Runs each op on CPU tensors with the launches intercepted: the arguments, constants and options of a launch make up its
+signature, and `triton.compile` takes that for each target. Prints the names of all kernels, then one line for each
+compiled launch, as JSON. TRITON_INTERPRET must not be set.
+"""
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import fftriton_kernels as ops
+from fftriton_kernels import _dispatch
+
+POINTERS = {
+    torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
+    torch.int64: "*i64", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+}  # fmt: skip
+WRITTEN = 64  # what every kernel is taken to have written, so that sizes read back from the device are plausible
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MATRIX = r"\b(wgmma|tcgen05\.mma|mma\.sync|v_mfma|v_wmma)"
+WIDE_LOAD = r"ld\.global[\w.:]*\.v(?:4\.\w32|2\.\w64)|cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], (?:0x10|16)\b"
+NARROW_LOAD = r"ld\.global(?:\.(?!v\d)[\w:]+)*\.\w16\b"
+FLOAT_ATOMIC = r"\b(?:atom|red)\.[\w.:]*\.b?f(?:16|32|64)(?:x2)?\b"
+
+
+def call_every_op():
+    """Each op in the ways that lead to different launches, at the sizes of Qwen2 0.5B and 7B."""
+    N = 1001
+    similarity = torch.zeros(1, N)
+    links = torch.zeros(1, N, dtype=torch.int64)
+    bounds = torch.ones(1, dtype=torch.int64)
+    cos = torch.zeros(3, 1, N, 128, dtype=torch.bfloat16).permute(1, 2, 0, 3)
+    for width in (896, 3584):
+        x = torch.zeros(1, N, width, dtype=torch.bfloat16)
+        ops.strided_cosine_similarity(x, 210)
+        ops.linked_cosine_similarity(x, links)
+        ops.merge_mean(x, links, (cos[:, :, 0], links), links)
+        ops.gather_rows(links, x, cos, links)
+    ops.merge_mean(x, links, (), 210)
+    for predecessor in (210, links):
+        ops.merge_roots(similarity, predecessor, 0.6)
+        ops.merge_roots(similarity, predecessor, 0.6, 300)
+    ops.merge_roots(similarity, 210, 0.6, bounds)
+    ops.connected_components(torch.zeros(1001, 2, dtype=torch.int64), 1001)
+    ops.topk_keep(similarity, 300)
+    ops.topk_keep(similarity.bfloat16(), bounds, links > 0)
+    ops.segmented_topk_keep(similarity, links, torch.ones(16, dtype=torch.int64))
+    for heads, kv_heads, width in ((14, 2, 64), (28, 4, 128)):
+        q = torch.zeros(1, N, heads, width, dtype=torch.bfloat16).transpose(1, 2)
+        k = torch.zeros(1, N, kv_heads, width, dtype=torch.bfloat16).transpose(1, 2)
+        ops.attention_column_sum(q, k)
+        ops.attention_column_sum(q, k, lse=torch.zeros(1, heads, N), num_queries=1)
+        ops.attention_column_sum(q, k, num_queries=4)
+    ops.attention_column_sum(q, k, causal=False)
+    ops.attention_column_sum(q.float(), k.float())
+
+
+def every_kernel():
+    """The names of the package's launched kernels."""
+    names = set()
+    for info in pkgutil.iter_modules(ops.__path__):
+        module = importlib.import_module(f"{ops.__name__}.{info.name}")
+        names |= {n for n, value in vars(module).items() if isinstance(value, JITFunction) and n.endswith("_kernel")}
+    return sorted(names)
+
+
+def record(launches):
+    """Instead of launching: note the kernel, its arguments and options; overwrite the arguments."""
+
+    def run(kernel, *positional, grid, warmup=False, **keywords):
+        named = dict(zip(kernel.arg_names, positional, strict=False)) | keywords
+        arguments = {name: named[name] for name in kernel.arg_names}
+        options = {name: value for name, value in keywords.items() if name not in arguments}
+        types = {name: specialised(kernel, name, value) for name, value in arguments.items()}
+        launches.setdefault(f"{kernel.__name__} {types} {options}", (kernel, types, options))
+        for value in arguments.values():
+            if isinstance(value, torch.Tensor) and 0 not in value.stride():
+                value.fill_(WRITTEN)
+
+    JITFunction.run = run
+
+
+def specialised(kernel, name, value):
+    """Triton's type of an argument, its value where that is compiled in, and whether it is a multiple of 16."""
+    if kernel.params[kernel.arg_names.index(name)].is_constexpr or value is None:
+        return "constexpr", value, False
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype], None, value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", None, False
+    return ("constexpr", 1, False) if value == 1 else ("i32" if abs(value) < 2**31 else "i64", None, value % 16 == 0)
+
+
+def source(kernel, types):
+    """What Triton compiles for one launch."""
+    constants = {name: value for name, (kind, value, _) in types.items() if kind == "constexpr"}
+    divisible = [index for index, (_, _, multiple) in enumerate(types.values()) if multiple]
+    if hasattr(triton.backends.compiler, "AttrsDescriptor"):  # Triton 3.2
+        ones = [i for i, (name, t) in enumerate(types.items()) if t[1] == 1 and not kernel.params[i].is_constexpr]
+        hints = {"tt.divisibility": divisible, "tt.equal_to": ones}
+        hints = triton.backends.compiler.AttrsDescriptor.from_dict({"cls": "AttrsDescriptor", "arg_properties": hints})
+        given = [name for i, name in enumerate(types) if not kernel.params[i].is_constexpr]
+        signature = {n: {1: "i32", None: "*i8"}[types[n][1]] if n in constants else types[n][0] for n in given}
+        return ASTSource(kernel, signature, constants, hints)
+    signature = {name: kind for name, (kind, _, _) in types.items()}
+    return ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in divisible})
+
+
+def compiled(kernel, types, options, target):
+    """Compile one launch; what there is to assert about it."""
+    code = triton.compile(source(kernel, types), target=target, options=options)
+    text = code.asm.get("ptx") or code.asm["amdgcn"]
+    row = {
+        "kernel": kernel.__name__,
+        "target": f"{target.backend}:{target.arch}",
+        "pointers": [kind for kind, _, _ in types.values() if kind[0] == "*"],
+        "constants": {name: str(value) for name, (kind, value, _) in types.items() if kind == "constexpr"},
+        "shared": code.metadata.shared,
+        "matrix": sorted(set(re.findall(MATRIX, text))),
+        "wide_loads": len(re.findall(WIDE_LOAD, text)),
+        "narrow_loads": len(re.findall(NARROW_LOAD, text)),
+        "float_atomics": re.findall(FLOAT_ATOMIC, text),
+    }
+    return row | (resources(code.asm["cubin"]) if "cubin" in code.asm and CUOBJDUMP.exists() else {})
+
+
+def resources(cubin):
+    """Registers and spilled bytes of a thread, as the assembler reports them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups())
+    return {"registers": registers, "spilled": stack + local}
+
+
+def gpu_target(name):
+    """A target from its name, `cuda:80` or `hip:gfx942`."""
+    backend, arch = name.split(":")
+    return GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
+
+
+def main(targets):
+    """Record, then compile."""
+    print(json.dumps(every_kernel()))
+    launches = {}
+    _dispatch.INTERPRET = True  # CPU tensors take the launchers' path, to the recorder instead of the interpreter
+    record(launches)
+    call_every_op()
+    for target in targets:
+        for kernel, types, options in launches.values():
+            print(json.dumps(compiled(kernel, types, options, gpu_target(target))), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,84 @@
+"""Every kernel compiles for the GPUs that the library is made for: what the interpreter cannot see.
+
+`aot.py` does the compiling, in a process of its own, because TRITON_INTERPRET is set in this one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+TARGETS = {"cuda:80": 163, "cuda:90": 227}  # KiB of shared memory that a block can have; more targets: a line each
+ROW_KERNELS = {  # they move whole rows of hidden states or heads
+    "_strided_cosine_kernel", "_linked_cosine_kernel", "_mean_kernel", "_gather_kernel",
+    "_row_norm_kernel", "_column_sum_kernel", "_score_kernel",
+}  # fmt: skip
+DOT_KERNELS = {"_row_norm_kernel", "_column_sum_kernel", "_score_kernel"}
+HALF = {"*bf16", "*fp16", "*i16"}  # i16: any two bytes, as the gather sees them
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """What aot.py prints: the names of all kernels, then a row for each compiled launch and target."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, str(Path(__file__).with_name("aot.py")), *TARGETS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(params=TARGETS)
+def rows(request, output):
+    """The launches compiled for one target."""
+    return [row for row in output[1:] if row["target"] == request.param]
+
+
+def described(rows):
+    return "\n".join(map(str, rows))
+
+
+def test_no_kernel_is_left_out(output, rows):
+    assert {row["kernel"] for row in rows} == set(output[0])
+    assert set(output[0]) >= ROW_KERNELS
+
+
+def test_shared_memory_fits(rows):
+    too_large = [row for row in rows if row["shared"] > TARGETS[row["target"]] * 1024]
+    assert not too_large, described(too_large)
+
+
+def test_no_spills(rows):
+    if "spilled" not in rows[0]:
+        pytest.skip("no cuobjdump, or not CUDA")
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    allowed = 0 if version >= (3, 9) else 160  # older ones hold more of an fp32 tile in registers
+    spilling = [row for row in rows if row["spilled"] > allowed]
+    assert not spilling, described(spilling)
+
+
+def test_half_precision_runs_on_matrix_units(rows):
+    dots = [row for row in rows if row["kernel"] in DOT_KERNELS and row["pointers"][0] in HALF]
+    assert {row["kernel"] for row in dots} == DOT_KERNELS
+    assert all(row["matrix"] for row in dots), described(row for row in dots if not row["matrix"])
+    if rows[0]["target"] == "cuda:90":
+        assert all("wgmma" in row["matrix"] for row in dots if row["kernel"] == "_row_norm_kernel"), described(dots)
+
+
+def test_rows_are_loaded_16_bytes_at_a_time(rows):
+    if not rows[0]["target"].startswith("cuda"):
+        pytest.skip("reads PTX")
+    moving = [row for row in rows if row["kernel"] in ROW_KERNELS and HALF & set(row["pointers"])]
+    assert {row["kernel"] for row in moving} == ROW_KERNELS
+    narrow = [row for row in moving if row["narrow_loads"] or not row["wide_loads"]]
+    assert not narrow, described(narrow)
+
+
+def test_no_float_atomics(rows):
+    atomic = [row for row in rows if row["float_atomics"]]
+    assert not atomic, described(atomic)  # sums would depend on the order of programs
