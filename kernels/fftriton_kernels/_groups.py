@@ -211,9 +211,10 @@ def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int) -> Group
     blocks = triton.cdiv(length, BLOCK)
     grid = (blocks, batch)
     scratch = _scratch(roots, blocks)
-    kept, links, row, starts, sizes, members = (roots.new_empty(batch, length, dtype=torch.int64) for _ in range(6))
-    lengths = roots.new_empty(batch, dtype=torch.int64)
     linked = predecessor is not None or stride > 0
+    kept, row, starts, sizes, members = (roots.new_empty(batch, length, dtype=torch.int64) for _ in range(5))
+    links = roots.new_empty(batch, length if linked else 0, dtype=torch.int64)
+    lengths = roots.new_empty(batch, dtype=torch.int64)
     partner = roots if predecessor is None else predecessor
     with torch.cuda.device_of(roots):
         _count_kernel[grid](
@@ -241,8 +242,7 @@ def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int) -> Group
         if copied is not None:
             copied.synchronize()  # the only wait: the host needs M to allocate
     before = length - int(on_host.max())
-    kept, starts, sizes = (part[:, before:].contiguous() for part in (kept, starts, sizes))
-    links = links[:, before:].contiguous() if linked else links[:, :0].contiguous()
+    kept, links, starts, sizes = (part[:, before:].contiguous() for part in (kept, links, starts, sizes))
     return Groups(kept, lengths, links, row, starts, sizes, members)
 
 

@@ -214,7 +214,9 @@ def _merge_roots(
     bounds: Tensor | None,
     bound: int | None,
 ) -> Tensor:
-    max_merges = bound if bounds is None else bounds
+    max_merges = bounds
+    if bounds is None and bound is not None and bound < similarity.shape[1]:  # above, it bounds nothing
+        max_merges = bound
     if not runs_triton(similarity):
         return reference.merge_roots(similarity, stride if predecessor is None else predecessor, threshold, max_merges)
     roots = similarity.new_empty(similarity.shape, dtype=torch.int64)

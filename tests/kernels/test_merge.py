@@ -172,12 +172,26 @@ def test_roots_keep_the_rules(data, B, N, bound):
     assert (similarity.masked_fill(~fits | joined, -9).amax(1) <= worst_taken).all()
 
 
+@pytest.mark.gpu
+def test_a_long_video(device):
+    torch.manual_seed(0)
+    N = 70_000  # more blocks than a program adds up at a time
+    similarity = torch.rand(1, N, device=device).round(decimals=2)
+    roots = merge_roots(similarity, 300, 0.2, 50_000)
+    assert torch.equal(roots, reference.merge_roots(similarity, 300, 0.2, 50_000))
+    groups, expected = group_rows(roots, None, 300), reference.group_rows(roots, 300)
+    for name, ours, theirs in zip(expected._fields, groups, expected, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has an order of its own")
 @pytest.mark.parametrize("seed", range(3))
 def test_programs_in_any_order(seed, monkeypatch):
     monkeypatch.setattr(_radix, "BLOCK", 512)
     monkeypatch.setattr(merge, "BLOCK", 256)
     monkeypatch.setattr(_groups, "BLOCK", 256)
+    monkeypatch.setattr(_radix, "CHUNK", 2)  # fewer blocks at a time than there are
+    monkeypatch.setattr(_groups, "_CHUNK", 2)
     torch.manual_seed(0)
     B, N = 2, 2100
     similarity, links = torch.rand(B, N).round(decimals=2), random_links(B, N, "cpu")
