@@ -6,15 +6,17 @@ ground truth that tests measure errors against. Nothing is validated here; the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NO_LINK = -2.0
 """Similarity of a token that has no partner: below every cosine, so it never reaches a threshold."""
 
+_ROWS = 128  # rows of x that are worked on at a time
 _QUERY_BLOCK = 128  # rows of the attention matrix that exist at a time
 
 
@@ -47,15 +49,38 @@ def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
 
 def linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
     """x [B, N, D], predecessor [B, N] (-1: none) -> [B, N]: cosine of each row with its predecessor."""
-    x = _accumulated(x)
-    peak = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:2], 1)
-    usable = (peak > 0) & peak.isfinite()  # [B, N, 1]
-    unit = torch.where(usable, x / peak, 0)  # rows of any finite size: no square over- or underflows
-    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    dot = x.new_empty(predecessor.shape, dtype=_accumulator(x))
+    square = torch.empty_like(dot)
     partner = predecessor.long().clamp_min(0)
-    cosine = (unit * _take_rows(unit, partner)).sum(-1)
-    linked = (predecessor >= 0) & usable[..., 0] & usable[..., 0].gather(1, partner)
+    for sample, low, high in _row_blocks(x):
+        rows = _accumulated(x[sample, low:high])
+        partners = _accumulated(x[sample].index_select(0, partner[sample, low:high]))
+        square[sample, low:high] = (rows * rows).sum(-1)
+        dot[sample, low:high] = (rows * partners).sum(-1)
+    partner_square = square.gather(1, partner)
+    cosine = dot / (square.sqrt() * partner_square.sqrt())
+    safe = _is_safe(square) & _is_safe(partner_square)
+    linked = predecessor >= 0
+    sample, position = (linked & ~safe).nonzero(as_tuple=True)
+    if len(sample):  # rows that are zero, not finite, or so large or small that their squares are
+        cosine[sample, position] = _scaled_cosine(x[sample, position], x[sample, partner[sample, position]])
     return torch.where(linked, cosine, NO_LINK)
+
+
+def _scaled_cosine(x: Tensor, y: Tensor) -> Tensor:
+    """x, y [n, D] -> [n]: their cosine, whatever their size; NO_LINK where either is zero or not finite."""
+    unit, usable = [], torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for rows in (_accumulated(x), _accumulated(y)):
+        peak = rows.abs().amax(-1, keepdim=True) if rows.shape[-1] else rows.new_zeros(len(rows), 1)
+        usable &= ((peak > 0) & peak.isfinite())[:, 0]
+        scaled = rows / peak
+        unit.append(scaled / scaled.norm(dim=-1, keepdim=True))
+    return torch.where(usable, (unit[0] * unit[1]).sum(-1), NO_LINK)
+
+
+def _is_safe(square: Tensor) -> Tensor:
+    """Whether a sum of squares is far enough from under- and overflow to be exact to rounding."""
+    return (square > 1e-24) & (square < 1e30)
 
 
 def merge_roots(
@@ -124,14 +149,32 @@ def group_rows(roots: Tensor, predecessor: int | Tensor | None = None) -> Groups
 
 def group_mean(x: Tensor, groups: Groups) -> Tensor:
     """x [B, N, D] -> [B, M, D]: the mean of each row's members, added up in ascending order; zeros for padding."""
-    batch, rows = groups.kept.shape
-    row = groups.row + torch.arange(batch, device=x.device)[:, None] * rows
-    member = groups.row >= 0
-    total = _accumulated(x).new_zeros(batch * rows, x.shape[2]).index_add(0, row[member], _accumulated(x)[member])
-    sizes = groups.sizes.unsqueeze(2)
-    mean = (total.view(batch, rows, x.shape[2]) / sizes.clamp_min(1)).to(x.dtype)
-    (alone,) = gather_rows(groups.kept, x)
-    return torch.where(sizes == 1, alone, mean)  # a group of one is copied bit for bit
+    (mean,) = gather_rows(groups.kept, x)  # a group of one is copied bit for bit
+    for sample in range(len(x)):
+        sizes, members = groups.sizes[sample], groups.members[sample]
+        crowded = (sizes > 1).nonzero()[:, 0]
+        members = members[: int(sizes.sum())]
+        members = members[sizes[groups.row[sample, members]] > 1]
+        if len(crowded):
+            mean[sample, crowded] = _bag_means(x[sample], members, sizes[crowded])
+    return mean
+
+
+def _bag_means(x: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
+    """x [N, D], members [m] bag after bag, sizes [R] of the bags -> [R, D] means."""
+    ends = sizes.cumsum(0)
+    if x.dtype == _accumulator(x):
+        return F.embedding_bag(members, x, ends - sizes, mode="sum") / sizes[:, None]
+    out = x.new_empty(len(sizes), x.shape[1])
+    low = first = 0
+    lasts = torch.unique_consecutive((ends - 1) // _ROWS, return_counts=True)[1].cumsum(0)
+    for last, high in zip(lasts.tolist(), ends[lasts - 1].tolist(), strict=True):
+        rows = x.index_select(0, members[low:high]).float()
+        starts = ends[first:last] - sizes[first:last] - low
+        total = F.embedding_bag(torch.arange(high - low, device=x.device), rows, starts, mode="sum")
+        out[first:last] = total / sizes[first:last, None]
+        low, first = high, last
+    return out
 
 
 def attention_column_sum(
@@ -187,6 +230,8 @@ def gather_rows(kept: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """kept [B, K] (-1: a row of zeros), tensors [B, N, ...] -> each [B, K, ...]."""
     index, padding = kept.long().clamp_min(0), kept < 0
     taken = (_take_rows(tensor, index) for tensor in tensors)
+    if not padding.any():
+        return tuple(taken)
     # where, not masked_fill: it takes every dtype
     return tuple(torch.where(padding.view(*kept.shape, *[1] * (row.ndim - 2)), row.new_zeros(()), row) for row in taken)
 
@@ -225,12 +270,27 @@ def as_predecessor(predecessor: int | Tensor, like: Tensor) -> Tensor:
     return strided_predecessor(like.shape[0], like.shape[1], predecessor, like.device)
 
 
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _accumulated(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(_accumulator(x))
+
+
+def _row_blocks(x: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(sample, first row, end) of blocks of x [B, N, D] small enough to stay in the cache while they are worked on."""
+    for sample in range(x.shape[0]):
+        for low in range(0, x.shape[1], _ROWS):
+            yield sample, low, min(low + _ROWS, x.shape[1])
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]  # torch.gather would quiet fp16 NaNs
+    # torch.gather would quiet fp16 NaNs, and indexing is slower
+    rows = [sample.index_select(0, kept) for sample, kept in zip(x, index, strict=True)]
+    if len(rows) == 1:
+        return rows[0][None]
+    return torch.stack(rows) if rows else x.new_empty(*index.shape, *x.shape[2:])
 
 
 def _per_row(count: int | Tensor, like: Tensor) -> int | Tensor:
