@@ -26,7 +26,7 @@ def reduce(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRul
         method: what to keep: FrameFusion, FastV, KeepAll or a Method of your own.
         layout: where the videos stand in the prompt. None finds them for Qwen2-VL and Qwen2.5-VL; otherwise a list of
             VideoLayout, used for every prompt that starts at the first token, or a callable that gets the model and
-            its forward's arguments by name and returns such a list (an empty one for decode steps).
+            its forward's arguments by name and returns such a list; it is not asked for single tokens.
 
     Raises:
         TypeError: an unsupported model, method or layout. ValueError: a method that cannot work at this depth.

@@ -17,8 +17,10 @@ def qwen2_vl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayou
     """Qwen2-VL and Qwen2.5-VL: one run of video tokens a row of video_grid_thw, t frames of h * w / merge^2 each."""
     config = model.config
     grids = arguments.get("video_grid_thw")
+    if grids is None:
+        return []
     found = _find_tokens(model, arguments, config.video_token_id)
-    if found is None or grids is None or not bool(found.any()):
+    if found is None or not bool(found.any()):
         return []
     merge = config.vision_config.spatial_merge_size
     sample, position = found.nonzero(as_tuple=True)
@@ -45,12 +47,12 @@ RULES: dict[str, LayoutRule] = {
 
 
 def _find_tokens(model: Any, arguments: Mapping[str, Any], token: int) -> Tensor | None:
-    """[B, N] bool: which places of the prompt hold `token`; by its embedding where there are no ids."""
+    """[B, N] bool on the CPU: which places of the prompt hold `token`; by its embedding where there are no ids."""
     ids = arguments.get("input_ids")
     if ids is not None:
-        return ids == token
+        return (ids == token).cpu()
     embeddings = arguments.get("inputs_embeds")
     if embeddings is None:
         return None
     placeholder = model.get_input_embeddings()(torch.tensor(token, device=embeddings.device))
-    return (embeddings == placeholder).all(-1)
+    return (embeddings == placeholder).all(-1).cpu()

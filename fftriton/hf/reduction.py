@@ -50,6 +50,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         self.layout = _layout_rule(model, layout)
         method.check(len(self.decoder.layers))
         self.report: Report | None = None
+        self._signature = inspect.signature(model.forward)
         self._layouts: list[VideoLayout] = []
         self._encoder_arguments: dict[str, Any] = {}
         self._prefill: _Prefill | None = None
@@ -119,16 +120,19 @@ class Reduction(AbstractContextManager["Reduction"]):
     # ---- the model and its decoder
 
     def _before_model(self, model: Any, args: tuple, kwargs: dict) -> None:
-        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**bound.pop("kwargs", {}), **bound}
+        self._layouts = []
+        tokens = _embeddings_or_ids(given)
+        if tokens is None or tokens.shape[1] == 1:  # decoding: no time to lose
+            return
         if (given.get("mm_encoder_outputs") or {}).get("video") is not None:
             given = {**self._encoder_arguments, **{name: value for name, value in given.items() if value is not None}}
-        self._layouts = self.layout(model, given)
-        if self._layouts:
-            batch, length = _embeddings_or_ids(given).shape[:2]
-            if batch > 1:
-                raise ValueError(f"reduce: the batch size must be 1 for a prompt with a video, got {batch}")
-            check_layouts(self._layouts, batch, length)
+        layouts = self.layout(model, given)
+        if layouts and len(tokens) > 1:
+            raise ValueError(f"reduce: the batch size must be 1 for a prompt with a video, got {len(tokens)}")
+        check_layouts(layouts, *tokens.shape[:2])
+        self._layouts = layouts
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         layouts, self._layouts = self._layouts, []
@@ -145,6 +149,7 @@ class Reduction(AbstractContextManager["Reduction"]):
             return args, kwargs
         if layouts or any(layer.missing for layer in cache_layers or ()):
             source = args[0] if args else _embeddings_or_ids(kwargs)
+            assert source is not None  # the decoder would refuse it
             past_valid, valid = _padding(kwargs.get("attention_mask"), source.shape[1])
             for layer in cache_layers or ():
                 layer.note_padding(past_valid)
@@ -268,10 +273,11 @@ class _Prefill:
             return hidden
         before = self.tokens.at(hidden, None)
         after = self._call("before_attention", index, before)
-        self.tokens = before if after is None else after
-        self.report.kept_positions.append(self.tokens.position[0])
-        self.report.vision_tokens_per_layer.append(self.tokens.num_video)
-        return self.tokens.hidden
+        tokens = before if after is None else after
+        self.report.kept_positions.append(tokens.position[0])
+        self.report.vision_tokens_per_layer.append(tokens.num_video)
+        self.tokens = tokens.at(tokens.hidden.new_empty(0), None)  # a layer's input is not held while it runs
+        return tokens.hidden
 
     def after_attention(self, index: int, hidden: Tensor, tap: AttentionTap) -> Tensor | None:
         """The rows [B, M, D] that the feed-forward block is to see; None for all."""
@@ -281,7 +287,7 @@ class _Prefill:
         after = self._call("after_attention", index, before)
         if after is None or after.length == before.length:
             return None
-        self.tokens, self.residual = after, after.hidden
+        self.tokens, self.residual = after.at(hidden.new_empty(0), None), after.hidden
         return after.hidden
 
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -390,9 +396,10 @@ def _fixed_layout(layouts: list[VideoLayout], model: Any, arguments: Mapping[str
     return [] if cache is not None and cache.get_seq_length() > 0 else layouts
 
 
-def _embeddings_or_ids(arguments: Mapping[str, Any]) -> Tensor:
+def _embeddings_or_ids(arguments: Mapping[str, Any]) -> Tensor | None:
     """[B, N, D] or [B, N]: what a forward gets its tokens from."""
-    return arguments["input_ids"] if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
+    embeddings = arguments.get("inputs_embeds")
+    return arguments.get("input_ids") if embeddings is None else embeddings
 
 
 def _padding(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:

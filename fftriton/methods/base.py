@@ -79,7 +79,7 @@ class VideoTokens:
     @property
     def length(self) -> int:
         """Rows of the sequence, text included."""
-        return self.hidden.shape[1]
+        return self.position.shape[1]
 
     @cached_property
     def predecessor(self) -> Tensor:

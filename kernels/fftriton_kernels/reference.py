@@ -61,9 +61,9 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
     cosine = dot / (square.sqrt() * partner_square.sqrt())
     safe = _is_safe(square) & _is_safe(partner_square)
     linked = predecessor >= 0
-    sample, position = (linked & ~safe).nonzero(as_tuple=True)
-    if len(sample):  # rows that are zero, not finite, or so large or small that their squares are
-        cosine[sample, position] = _scaled_cosine(x[sample, position], x[sample, partner[sample, position]])
+    samples, unsafe = (linked & ~safe).nonzero(as_tuple=True)
+    if len(unsafe):  # rows that are zero, not finite, or so large or small that their squares are
+        cosine[samples, unsafe] = _scaled_cosine(x[samples, unsafe], x[samples, partner[samples, unsafe]])
     return torch.where(linked, cosine, NO_LINK)
 
 
