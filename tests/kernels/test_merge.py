@@ -220,7 +220,7 @@ def test_similarity_past_two_to_the_31_elements(device):
 @libraries
 @dtypes
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 1), (2, 23, 65), (3, 40, 1025), (1, 33, 128)], ids="B{0[0]}-N{0[1]}-D{0[2]}".format
+    "shape", [(1, 2, 1), (2, 23, 65), (3, 40, 1025), (1, 6, 2048)], ids="B{0[0]}-N{0[1]}-D{0[2]}".format
 )
 def test_mean_matches_fp64(library, shape, dtype, device):
     torch.manual_seed(1)
@@ -287,8 +287,8 @@ def test_rows_that_are_not_finite_spoil_their_own_group_only(library, device):
 @libraries
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_who_leaves(library, index, device):
-    # -1 leaves, so does a token whose root is no root: 3 is led by 2, which 1 leads; 9 and -5 are no tokens
-    roots = torch.tensor([[-1, 1, 1, 2, 4, 4, 9, -5], [0, 0, 0, 0, 0, 0, 0, 0]], dtype=index, device=device)
+    # -1 leaves, so does a token whose root is no root: 3 is led by 2, which 1 leads; 8 and -5 are no tokens
+    roots = torch.tensor([[-1, 1, 1, 2, 4, 4, 8, -5], [0, 0, 0, 0, 0, 0, 0, 0]], dtype=index, device=device)
     x = torch.arange(16.0, device=device).view(2, 8, 1)
     merged = library.merge_mean(x, roots, predecessor=1)
     assert merged.kept.tolist() == [[1, 4], [-1, 0]]
@@ -382,8 +382,8 @@ def test_strides(library, device):
 
 
 def test_rows_past_two_to_the_31_elements(device):
-    x = make_video(1, 5, 1, 16, torch.float16, device)
-    roots = torch.tensor([[0, 1, 0, 3, 3]], device=device)
+    x = make_video(1, 4, 1, 16, torch.float16, device)
+    roots = torch.tensor([[0, 0, 2, 0]], device=device)
     far, plain = merge_mean(far_rows(x), roots, (far_rows(x),)), merge_mean(x, roots, (x,))
     assert torch.equal(far.x, plain.x)
     assert torch.equal(far.companions[0], plain.companions[0])
