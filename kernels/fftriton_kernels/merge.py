@@ -332,7 +332,8 @@ def merge_mean(
         rounded once; a group of one is copied bit for bit. companions: each [B, M, ...], taken at the roots.
         kept [B, M] int64: original positions, ascending. lengths [B] int64. predecessor [B, M] int64: the row of the
         group that holds the root's predecessor, -1 for none. M is the longest of the batch: shorter samples are padded
-        on the left, with kept and predecessor -1 and zeros elsewhere. The host waits once, for M.
+        on the left, with kept and predecessor -1 and zeros elsewhere. The host waits once, for M. Under torch.compile
+        M is a dynamic size, which needs torch._dynamo.config.capture_dynamic_output_shape_ops for a single graph.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: a shape or a stride that is not as above, or tensors on two
