@@ -101,3 +101,20 @@ def test_budgets_that_the_authors_code_refuses(refused):
     report = reduction.report
     assert report.budget_achieved <= max(refused["cost"], report.least_budget) + 1 / report.num_video_tokens
     assert min(report.vision_tokens_per_layer) >= 1
+
+
+ACCEPTED = [case for case in RECORD["official_does_not_raise"] if case["cost"] <= 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("accepted", ACCEPTED, ids=lambda case: case["note"].replace(" ", "-"))
+def test_same_merges_with_other_parameters(accepted):
+    case, _, model, inputs, layout = load(accepted["inputs_of_case"])
+    changes = {"budget": accepted["cost"], "min_merge_ratio": accepted["ratio_lower_bound"]}
+    with fftriton.reduce(model, method(case, **changes), layout) as reduction:
+        model(**inputs)
+    report = reduction.report
+    text = report.num_tokens - report.num_video_tokens
+    ours = [f"{text + step.tokens_before}>{text + step.tokens_after}" for step in report.merge_steps]
+    assert ours == [event.rpartition(":")[2] for event in accepted["events_before"].split()]
+    assert report.prune_layer is None
