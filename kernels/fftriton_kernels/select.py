@@ -176,7 +176,7 @@ def segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Ten
         TypeError: a dtype that is not listed. ValueError: a shape that is not as above, or tensors on two devices.
 
     Source:
-        FrameFusion, arXiv:2501.01986, and KVTP, arXiv:2503.10742, where each frame has a budget of its own.
+        KVTP, arXiv:2503.10742, where each frame has a budget of its own.
     """
     op = "segmented_topk_keep"
     check_dtype(op, "scores", scores, FLOATS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testing_helpers import DTYPES, make_strided, shuffled_programs
+from testing_helpers import DTYPES, far_rows, make_strided, shuffled_programs
 
 from fftriton_kernels import attention_column_sum, reference
 
@@ -71,7 +71,7 @@ def test_reference_is_the_softmax(H, Hkv, Nq, Nk, d, causal):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("Nq", "Nk"), [(1, 1), (1, 70), (2, 131), (17, 17), (33, 170), (150, 150)])
+@pytest.mark.parametrize(("Nq", "Nk"), [(1, 1), (1, 70), (2, 131), (17, 17), (33, 170), (150, 151)])
 def test_matches_fp64(Nq, Nk, causal, dtype, device):
     check(*make_heads(2, 4, 2, Nq, Nk, 64, dtype, device), causal=causal)
 
@@ -142,7 +142,8 @@ def test_scale(scale, device):
 def test_strides(dtype, num_queries, device):
     q, k = make_heads(2, 4, 2, 33, 40, 24, dtype, device)
     expected = attention_column_sum(q, k, num_queries=num_queries)
-    assert torch.equal(attention_column_sum(make_strided(q), make_strided(k), num_queries=num_queries), expected)
+    for strided in ((make_strided(q), k), (q, make_strided(k))):
+        assert torch.equal(attention_column_sum(*strided, num_queries=num_queries), expected)
     q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))  # [B, N, H, d] in memory
     assert torch.equal(attention_column_sum(q, k, num_queries=num_queries), expected)
     shared = k[:, :1].expand(-1, 2, -1, -1)  # stride 0
@@ -152,9 +153,22 @@ def test_strides(dtype, num_queries, device):
     )
 
 
-@pytest.mark.parametrize(("Nq", "Nk", "H"), [(150, 150, 14), (20, 1100, 2), (1, 1100, 2)], ids=["column", "row", "few"])
+@pytest.mark.parametrize("num_queries", [None, 2])
+def test_rows_past_two_to_the_31_elements(num_queries, device):
+    q, k = make_heads(1, 1, 1, 5, 5, 16, torch.float16, device)
+    expected = attention_column_sum(q, k, num_queries=num_queries)
+    for inputs in ((far_rows(q[:, 0])[:, None], k), (q, far_rows(k[:, 0])[:, None])):
+        assert torch.equal(attention_column_sum(*inputs, num_queries=num_queries), expected)
+    q, k = make_heads(1, 4, 4, 1, 1, 16, torch.float16, device)
+    expected = attention_column_sum(q, k, scale=0.1, lse=torch.zeros(1, 4, 1, device=device))
+    for inputs in ((far_rows(q[:, :, 0])[:, :, None], k), (q, far_rows(k[:, :, 0])[:, :, None])):
+        out = attention_column_sum(*inputs, scale=0.1, lse=torch.zeros(1, 4, 1, device=device))
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("Nq", "Nk", "H"), [(150, 150, 14), (20, 1100, 2), (1, 2100, 2)], ids=["column", "row", "few"])
 def test_work_shared_by_programs(Nq, Nk, H, device):
-    check(*make_heads(1, H, 2, Nq, Nk, 16, torch.bfloat16, device))
+    check(*make_heads(1, H, 2, Nq, Nk, 16, torch.float32, device))
 
 
 @pytest.mark.parametrize(("Nq", "Nk"), [(150, 150), (20, 600), (2, 600)])

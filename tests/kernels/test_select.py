@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testing_helpers import DTYPES, make_strided, shuffled_programs
+from testing_helpers import DTYPES, far_rows, make_strided, shuffled_programs
 
 import fftriton_kernels
 from fftriton_kernels import gather_rows, reference, segmented_topk_keep, topk_keep
@@ -113,7 +113,8 @@ def test_topk_strides(device):
     scores = make_scores(2, 300, device=device)
     candidates = scores > -0.5
     expected = topk_keep(scores, 50, candidates)
-    assert torch.equal(topk_keep(make_strided(scores), 50, make_strided(candidates)), expected)
+    assert torch.equal(topk_keep(make_strided(scores), 50, candidates), expected)
+    assert torch.equal(topk_keep(scores, 50, make_strided(candidates)), expected)
     assert torch.equal(topk_keep(scores.t().contiguous().t(), 50, candidates.t().contiguous().t()), expected)
     assert torch.equal(topk_keep(scores[:1].expand(2, -1), 50), topk_keep(scores[:1], 50).expand(2, -1))
 
@@ -141,8 +142,9 @@ def test_segmented_dtypes_and_strides(dtype, index, device):
     expected = expected_segmented(scores, segments.expand(2, -1), counts.expand(2, -1))
     assert torch.equal(segmented_topk_keep(scores, segments, counts), expected)
     assert torch.equal(segmented_topk_keep(scores, segments.expand(2, -1), counts.expand(2, -1)), expected)
-    wide = [make_strided(x) for x in (scores, segments.expand(2, -1), counts.expand(2, -1))]
-    assert torch.equal(segmented_topk_keep(*wide), expected)
+    inputs = [scores, segments.expand(2, -1), counts.expand(2, -1)]
+    for i, x in enumerate(inputs):
+        assert torch.equal(segmented_topk_keep(*inputs[:i], make_strided(x), *inputs[i + 1 :]), expected)
     assert torch.equal(segmented_topk_keep(scores, segments, -counts.clamp_min(1)), expected[:, :0])
 
 
@@ -257,6 +259,16 @@ def test_gather_wide_rows(device):
     many = [x + i for i in range(6)]  # more than one launch holds
     for out, tensor in zip(gather_rows(kept, *many), many, strict=True):
         assert torch.equal(out, reference.gather_rows(kept, tensor)[0])
+
+
+def test_rows_past_two_to_the_31_elements(device):
+    scores, kept = make_scores(1, 6, "smooth", device=device), torch.tensor([[5, -1, 2]], device=device)
+    segments, counts = torch.zeros_like(scores, dtype=torch.int64), torch.tensor([2], device=device)
+    far = far_rows(scores)
+    assert torch.equal(topk_keep(far, 2), topk_keep(scores, 2))
+    assert torch.equal(segmented_topk_keep(far, segments, counts), topk_keep(scores, 2))
+    x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    assert torch.equal(gather_rows(kept, far_rows(x))[0], gather_rows(kept, x)[0])
 
 
 def test_gather_leaves_its_inputs_alone(device):
