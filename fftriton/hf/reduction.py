@@ -19,17 +19,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..layout import VideoLayout, check_layouts, patch_ids
-from ..methods.base import Method, Prompt, VideoTokens
-from .cache import ReducedLayer, prepare
-from .compat import causal_mask, first_of, with_first
+from ..layout import VideoLayout, check_layouts
+from ..methods.base import Method
+from .cache import prepare
+from .compat import first_of, with_first
 from .families import RULES, LayoutRule
 from .importance import AttentionTap
-from .report import MergeStep, Report, Stopwatch
+from .prefill import Prefill
+from .report import Report
 
 _reduced: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders that have a reduction installed
 _reduced_lock = threading.Lock()
@@ -53,7 +53,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._signature = inspect.signature(model.forward)
         self._layouts: list[VideoLayout] = []
         self._encoder_arguments: dict[str, Any] = {}
-        self._prefill: _Prefill | None = None
+        self._prefill: Prefill | None = None
         self._tap = AttentionTap()
         self._undo: list[Callable[[], object]] = []
         self._warned: set[str] = set()
@@ -145,7 +145,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         reason = self._why_not(decoder, cache, cache_layers, kwargs.get("attention_mask"))
         if reason is not None:
             if layouts:
-                self._warn_once(f"fftriton: running without reduction, because {reason}")
+                self._warn_once("unreduced", f"fftriton: running without reduction, because {reason}")
             return args, kwargs
         if layouts or any(layer.missing for layer in cache_layers or ()):
             source = args[0] if args else _embeddings_or_ids(kwargs)
@@ -153,7 +153,7 @@ class Reduction(AbstractContextManager["Reduction"]):
             past_valid, valid = _padding(kwargs.get("attention_mask"), source.shape[1])
             for layer in cache_layers or ():
                 layer.note_padding(past_valid)
-            self._prefill = _Prefill(self.method, layouts, source, cache_layers, valid, len(decoder.layers))
+            self._prefill = Prefill(self.method, layouts, source, cache_layers, valid, len(decoder.layers))
         return args, kwargs
 
     def _why_not(self, decoder: Any, cache: Any, cache_layers: Any, mask: Any) -> str | None:
@@ -172,12 +172,12 @@ class Reduction(AbstractContextManager["Reduction"]):
         self.report = prefill.finish()
         if self.report.budget_achieved > self.report.budget + 1 / self.report.num_video_tokens:
             self._warn_once(
+                "budget",
                 f"fftriton: the budget {self.report.budget:g} cannot be reached on this prompt; the least possible is "
-                f"{self.report.least_budget:.4g}, and {self.report.budget_achieved:.4g} of the video tokens were kept"
+                f"{self.report.least_budget:.4g}, and {self.report.budget_achieved:.4g} of the video tokens were kept",
             )
 
-    def _warn_once(self, message: str) -> None:
-        kind = message[:40]
+    def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=2)
@@ -225,135 +225,6 @@ class Reduction(AbstractContextManager["Reduction"]):
         if index == len(self.decoder.layers) - 1 and prefill.is_shorter:
             return with_first(output, prefill.restore(first_of(output) if shorter is None else shorter))
         return None if shorter is None else with_first(output, shorter)
-
-
-class _Prefill:
-    """One forward of the decoder: the tokens left, and what goes with them. Without a video it only keeps masks."""
-
-    def __init__(
-        self, method: Method, layouts: list[VideoLayout], source: Tensor,
-        cache_layers: list[ReducedLayer] | None, valid: Tensor | None, num_layers: int,
-    ) -> None:  # fmt: skip
-        self.batch, self.length = source.shape[:2]
-        self.layouts, self.cache_layers, self.valid = layouts, cache_layers, valid
-        self.tokens: VideoTokens | None = None
-        self.residual: Tensor | None = None  # [B, M, D] rows kept, waiting for their feed-forward output
-        self.layer_output: Tensor | None = None  # [B, M, D] what the layer is to return
-        self.report: Report | None = None
-        self._masks: dict[tuple, Any] = {}
-        self._rotary_like: Sequence[Tensor] = ()
-        if layouts:
-            count = sum(len(layout.tokens) for layout in layouts)
-            self.calls = method.begin(Prompt(num_layers, count))
-            self.stopwatch = Stopwatch(source.device)
-            self.report = Report(str(method), method.budget, layouts, self.length, count, _stopwatch=self.stopwatch)
-
-    def begin(self, hidden: Tensor, rotary: Sequence[Tensor] | None) -> None:
-        """Take the prompt's hidden states [B, N, D] and rotary embeddings, before layer 0."""
-        if self.report is None:
-            return
-        self._started = self.stopwatch.now()
-        position = torch.arange(self.length, device=hidden.device).expand(self.batch, -1)
-        patch = patch_ids(self.layouts, self.batch, self.length, hidden.device)
-        self._rotary_like = rotary or ()
-        companions = tuple(_rows_first(part, self.batch) for part in self._rotary_like)
-        self.tokens = VideoTokens(hidden, position, patch, self.report.num_video_tokens, companions)
-
-    @property
-    def is_shorter(self) -> bool:
-        """Whether rows have left the sequence."""
-        return self.tokens is not None and self.tokens.length < self.length
-
-    def wants_attention(self, index: int) -> bool:
-        return self.tokens is not None and self.calls.wants_attention(index)
-
-    def before_attention(self, index: int, hidden: Tensor) -> Tensor:
-        """The rows [B, M, D] that the layer is to see."""
-        if self.tokens is None or self.report is None:
-            return hidden
-        before = self.tokens.at(hidden, None)
-        after = self._call("before_attention", index, before)
-        tokens = before if after is None else after
-        self.report.kept_positions.append(tokens.position[0])
-        self.report.vision_tokens_per_layer.append(tokens.num_video)
-        self.tokens = tokens.at(tokens.hidden.new_empty(0), None)  # a layer's input is not held while it runs
-        return tokens.hidden
-
-    def after_attention(self, index: int, hidden: Tensor, tap: AttentionTap) -> Tensor | None:
-        """The rows [B, M, D] that the feed-forward block is to see; None for all."""
-        if self.tokens is None:
-            return None
-        before = self.tokens.at(hidden, tap.scores(self._valid_rows(index)))
-        after = self._call("after_attention", index, before)
-        if after is None or after.length == before.length:
-            return None
-        self.tokens, self.residual = after.at(hidden.new_empty(0), None), after.hidden
-        return after.hidden
-
-    def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
-        """The layer's keyword arguments that differ from what the decoder gave, and the cache's bookkeeping."""
-        cached = self.cache_layers[index] if self.cache_layers is not None else None
-        past, rows = (0 if cached is None else cached.rows), hidden.shape[1]
-        valid = self.valid
-        if valid is not None and self.tokens is not None:
-            valid = valid.gather(1, self.tokens.position)
-        shorter_past = cached is not None and cached.missing > 0
-        if cached is not None:
-            valid = cached.append_valid(past, rows, valid)
-            cached.missing += self.length - rows
-            if rows < self.length:
-                cached.fixed = past + rows + cached.missing
-        changed: dict[str, Any] = {}
-        if self.is_shorter:
-            assert self.tokens is not None
-            changed["position_ids"] = None  # flash attention takes ids with gaps for packed sequences
-            changed["position_embeddings"] = tuple(
-                _like(part, original) for part, original in zip(self.tokens.companions, self._rotary_like, strict=True)
-            )
-        if (self.is_shorter or shorter_past) and (given.get("attention_mask") is not None or (rows > 1 and past > 0)):
-            changed["attention_mask"] = self._mask(config, hidden, valid, past)
-        return changed
-
-    def restore(self, hidden: Tensor) -> Tensor:
-        """[B, M, D] -> [B, N, D]: every row back in its place in the prompt, zeros elsewhere."""
-        assert self.tokens is not None
-        full = hidden.new_zeros(self.batch, self.length, hidden.shape[-1])
-        return full.scatter(1, self.tokens.position[..., None].to(hidden.device).expand_as(hidden), hidden)
-
-    def finish(self) -> Report:
-        """The report of a prefill that went through."""
-        assert self.report is not None
-        self.report.least_budget = self.calls.least_budget
-        self.stopwatch.spans.append(("prefill", self._started, self.stopwatch.now()))
-        return self.report
-
-    def _call(self, stage: str, index: int, tokens: VideoTokens) -> VideoTokens | None:
-        assert self.report is not None
-        start = self.stopwatch.now()
-        after = getattr(self.calls, stage)(index, tokens)
-        if after is None:
-            return None
-        name = "prune" if after.merge is None else "merge"
-        self.stopwatch.spans.append((name, start, self.stopwatch.now()))
-        if after.merge is None:
-            self.report.prune_layer = index
-        else:
-            step = MergeStep(index, stage, tokens.num_video, after.num_video, after.merge)
-            self.report.merge_steps.append(step)
-        return after
-
-    def _valid_rows(self, index: int) -> Tensor | None:
-        """[B, past + n] bool: which rows of the layer's keys are no padding; None: all."""
-        if self.cache_layers is not None:
-            return self.cache_layers[index].valid
-        assert self.tokens is not None
-        return None if self.valid is None else self.valid.gather(1, self.tokens.position)
-
-    def _mask(self, config: Any, hidden: Tensor, valid: Tensor | None, past: int) -> Any:
-        key = (past, hidden.shape[1], hidden.device)
-        if key not in self._masks:
-            self._masks = {key: causal_mask(config, hidden, valid, past)}
-        return self._masks[key]
 
 
 def find_decoder(model: Any) -> Any:
@@ -410,15 +281,3 @@ def _padding(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | 
     if mask is None or length == 1 or bool(mask.all()):
         return None, None
     return mask[:, :-length].bool(), mask[:, -length:].bool()
-
-
-def _rows_first(part: Tensor, batch: int) -> Tensor:
-    """Rotary [1 or B, N, d] or [3, 1 or B, N, d] -> [B, N, d] or [B, N, 3, d], without a copy."""
-    if part.ndim == 4:
-        return part.expand(-1, batch, -1, -1).permute(1, 2, 0, 3)
-    return part.expand(batch, -1, -1)
-
-
-def _like(part: Tensor, original: Tensor) -> Tensor:
-    """Undo `_rows_first`, up to the length."""
-    return part.permute(2, 0, 1, 3) if original.ndim == 4 else part
