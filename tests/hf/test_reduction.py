@@ -404,18 +404,20 @@ def test_a_registered_attention_function_is_called_without_the_positions_of_the_
         seen.append((query.shape[2], position_ids))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
 
-    model, inputs, _ = qwen2_vl("eager")
-    expected, inputs, _ = qwen2_vl("sdpa")
+    model, inputs, layout = qwen2("eager")  # its layers get the prompt's position ids
+    expected, _, _ = qwen2("sdpa")
     method = fftriton.FrameFusion(0.3)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setitem(ALL_ATTENTION_FUNCTIONS, "recorded", attend)
-        patch.setattr(model.config.get_text_config(), "_attn_implementation", "recorded")
-        with fftriton.reduce(model, method) as reduction:
+        patch.setattr(model.config, "_attn_implementation", "recorded")
+        model(**inputs)
+        with fftriton.reduce(model, method, layout) as reduction:
             reduced = model(**inputs).logits[0, -1]
-        with fftriton.reduce(expected, method):
+        with fftriton.reduce(expected, method, layout):
             assert (expected(**inputs).logits[0, -1] - reduced).abs().max() < 1e-4
-    text_calls = seen[-len(reduction.report.tokens_per_layer) :]
-    for (rows, position_ids), expected_rows in zip(text_calls, reduction.report.tokens_per_layer, strict=True):
+    depth = len(reduction.report.tokens_per_layer)
+    assert all(position_ids is not None for _, position_ids in seen[:depth])  # dense
+    for (rows, position_ids), expected_rows in zip(seen[depth:], reduction.report.tokens_per_layer, strict=True):
         assert rows == expected_rows
         assert position_ids is None  # ids with gaps would look like packed sequences
 
