@@ -28,7 +28,8 @@ def merge_tokens(x: Tensor, metric: Tensor, size: Tensor, r: int) -> tuple[Tenso
         r: how many tokens to merge; never more than N // 2, nor an even token that is zero or not finite.
 
     Returns:
-        The tokens [B, N - r, D], their sizes [B, N - r, 1] and their original positions [B, N - r].
+        The tokens [B, N - r, D], their sizes [B, N - r, 1] and their original positions [B, N - r]. Samples in which
+        fewer were merged set the length; the others are padded on the left, with position -1 and zeros.
     """
     batch, length, _ = x.shape
     r = min(r, length // 2)
@@ -50,7 +51,7 @@ def merge_tokens(x: Tensor, metric: Tensor, size: Tensor, r: int) -> tuple[Tenso
     total, weight = merged.x[..., :-1], merged.x[..., -1:]  # both divided by the number of members, which cancels
     sizes = torch.zeros_like(size).scatter_add(1, roots.unsqueeze(-1), size)
     (size,) = gather_rows(merged.kept, sizes)
-    return (total / weight).to(x.dtype), size, merged.kept
+    return (total / weight.where(weight > 0, 1.0)).to(x.dtype), size, merged.kept
 
 
 def main() -> None:
