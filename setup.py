@@ -8,7 +8,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py").read_text())[1]
 
-TEST = ["hypothesis", "pytest>=8", "pytest-benchmark>=5", "scikit-learn", "setuptools>=70.1"]
+TEST = ["hypothesis", "kernels>=0.12,<0.18", "pytest>=8", "pytest-benchmark>=5", "scikit-learn", "setuptools>=70.1"]
 LINT = ["mypy>=1.10", "pre-commit", "ruff>=0.6"]
 
 setup(
