@@ -214,7 +214,7 @@ def _merge_roots(
     bounds: Tensor | None,
     bound: int | None,
 ) -> Tensor:
-    max_merges = bounds
+    max_merges: int | Tensor | None = bounds
     if bounds is None and bound is not None and bound < similarity.shape[1]:  # above, it bounds nothing
         max_merges = bound
     if not runs_triton(similarity):
