@@ -6,7 +6,9 @@ INSTALLED := $(VENV)/.installed
 # Without an NVIDIA GPU a CPU build of torch is enough: the constraints pin the release that pip offers one for.
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint .ci/cpu-constraints.txt)
 
-.PHONY: demo test lint format bench clean
+MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
+
+.PHONY: demo test lint format bench bench-save bench-compare gpu clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -22,6 +24,19 @@ lint: $(INSTALLED)  ## style and types
 format: $(INSTALLED)  ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## the kernel bench at sizes for a CPU, once the tests of the ops are green
+	$(BIN)/python bench/kernels/run.py --device cpu --threads 2
+
+bench-save: $(INSTALLED)  ## the micro-benchmarks, saved to compare with on this machine
+	$(MICRO) --benchmark-save=baseline
+
+bench-compare: $(INSTALLED)  ## the micro-benchmarks against the last saved run: an op that takes half as long again fails
+	$(MICRO) --benchmark-compare --benchmark-compare-fail=min:50%
+
+gpu: $(INSTALLED)  ## on a GPU: the whole suite, then the kernel bench
+	$(BIN)/pytest
+	$(BIN)/python bench/kernels/run.py --device cuda
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fftriton-out

@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
+        "bench": ["flash-colreduce>=0.2.2", "scipy"],  # what the kernel bench compares with where it is installed
         "test": TEST,
         "dev": TEST + LINT,
     },

@@ -71,7 +71,7 @@ class Provider:
     Args:
         run: called with the op's inputs by name.
         refuse: why it cannot serve them; None where it can.
-        may_fail: an error is a note and no failure of the bench.
+        may_fail: an error or a wrong result is a note and no failure of the bench: it is not our code.
         dense: holds the op's intermediate of `Op.dense_bytes`.
     """
 
@@ -307,7 +307,7 @@ def prune_step_bytes(shape: Shape, size: int) -> int:
 def column_sum_ops() -> list[Op]:
     """The column sum in its four modes."""
     ours, eager = attention_column_sum, baselines.attention_column_sum
-    peer = Provider(peers.flash_colreduce, peers.refuse_flash_colreduce)
+    peer = Provider(peers.flash_colreduce, peers.refuse_flash_colreduce, may_fail=True)
     common = {"tests": ("test_attention.py",), "axes": "FHd"}
 
     def with_lse(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
@@ -398,7 +398,7 @@ OPS = [
         providers(
             baselines.connected_components,
             connected_components,
-            scipy=Provider(peers.scipy_components, peers.refuse_scipy),
+            scipy=Provider(peers.scipy_components, peers.refuse_scipy, may_fail=True),
         ),
         lambda shape, size: 16 * (shape.N - survivors(shape)) + 8 * shape.N,
     ),

@@ -105,17 +105,19 @@ class Bench:
             try:
                 out = provider.run(**inputs)
                 if baseline is not None and not agree(out, baseline, case):
-                    self.failures.append(f"{where}: its result is not the baseline's")
+                    self._note(provider, f"{where}: its result is not the baseline's")
                     continue
                 baseline = out if baseline is None else baseline
                 times = time_call(lambda run=provider.run, given=inputs: run(**given), self.device, self.seconds)
             except torch.cuda.OutOfMemoryError:
                 self.notes.append(f"{where}: does not fit into memory")
             except Exception as error:
-                reason = f"{where}: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-                (self.notes if provider.may_fail else self.failures).append(reason)
+                self._note(provider, f"{where}: {type(error).__name__}: {str(error).strip()[:200]}")
             else:
                 self._add_times(case, name, times)
+
+    def _note(self, provider: Provider, reason: str) -> None:
+        (self.notes if provider.may_fail else self.failures).append(reason)
 
     def _refusal(self, case: Case, provider: Provider, inputs: Inputs) -> str | None:
         if provider.dense and case.op.dense_bytes(case.shape) > ROOM * free_bytes(self.device):

@@ -1,0 +1,175 @@
+"""The kernel bench: its providers agree, its CSV has its columns, and a red test gives no number."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+BENCH = Path(__file__).parents[1] / "bench" / "kernels"
+COLUMNS = "op,provider,shape,dtype,metric,p50,p20,p80,gbps_or_tflops,percent_of_ceiling,device,torch,triton,commit,date"
+IDENTITY = {"device": "a device", "torch": "2", "triton": "3", "commit": "abc", "date": "2025-01-01"}
+EAGER_AND_OURS = ["eager", "fftriton"]
+OPS = [
+    "strided_cosine_similarity", "linked_cosine_similarity", "merge_roots", "merge_roots_bounded", "merge_mean",
+    "connected_components", "column_sum", "column_sum_given_lse", "column_sum_last_1", "column_sum_last_4",
+    "topk_keep", "segmented_topk_keep", "gather_rows", "merge_step", "prune_step",
+]  # fmt: skip
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("run")
+
+
+def tiny_case(bench: ModuleType, name: str, dtype: torch.dtype = torch.float32):
+    """An op at a size that takes no time, without torch.compile, which takes seconds to say the same as eager."""
+    op = next(op for op in bench.OPS if op.name == name)
+    providers = {name: provider for name, provider in op.providers.items() if name != "torch.compile"}
+    return bench.Case(replace(op, providers=providers), bench.Shape(5, 33, 4, 2, 16, P=7), dtype)
+
+
+def new_bench(bench: ModuleType, device: str):
+    ceilings = {"GB/s": 10.0, "TFLOP/s float32": 1.0, "TFLOP/s bfloat16": 1.0}
+    return bench.Bench(device, 0.001, IDENTITY, ceilings=ceilings)
+
+
+def measured(bench: ModuleType, case, device: str):
+    """What one case adds to a bench."""
+    result = new_bench(bench, device)
+    for _ in result.measure(case):
+        pass
+    return result
+
+
+def test_every_op_of_the_library_is_timed(bench):
+    assert [op.name for op in bench.OPS] == OPS
+    assert all(next(iter(op.providers)) == "eager" for op in bench.OPS)
+    assert all((bench.KERNEL_TESTS / file).exists() for op in bench.OPS for file in op.tests)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_providers_agree(name, dtype, bench, device):
+    result = measured(bench, tiny_case(bench, name, dtype), device)
+    assert result.failures == []
+    assert [row.provider for row in result.rows if row.provider in EAGER_AND_OURS] == EAGER_AND_OURS
+    assert all(0 < row.p20 <= row.p50 <= row.p80 and row.percent_of_ceiling > 0 for row in result.rows)
+
+
+def test_peer_for_equal_heads_only(bench):
+    import peers
+
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    assert peers.refuse_flash_colreduce(q, k)
+
+
+@pytest.mark.parametrize("name", ["topk_keep", "merge_mean", "prune_step"])
+def test_wrong_result_gives_no_number(name, bench, device):
+    case = tiny_case(bench, name)
+
+    def wrong(**inputs):
+        out = case.op.providers["fftriton"].run(**inputs)
+        first, *others = out if isinstance(out, tuple) else (out,)
+        return spoiled(first), *others
+
+    providers = {"eager": case.op.providers["eager"], "wrong": replace(case.op.providers["fftriton"], run=wrong)}
+    result = measured(bench, bench.Case(replace(case.op, providers=providers), case.shape, case.dtype), device)
+    assert [row.provider for row in result.rows] == ["eager"]
+    assert "not the baseline's" in result.failures[0]
+
+
+def spoiled(out: Tensor) -> Tensor:
+    """One row wrong; of positions, all of them."""
+    out = out.clone()
+    if out.is_floating_point():
+        out[0, 0] += 3
+        return out
+    return out + 1
+
+
+def test_baseline_may_write_into_its_inputs(bench, device):
+    """The authors' merge works in place, so every provider has inputs of its own."""
+    case = tiny_case(bench, "merge_step")
+    inputs = case.op.inputs(case.shape, case.dtype, device)
+    given = bench.cloned(inputs)
+    case.op.providers["eager"].run(**given)
+    assert not torch.equal(given["hidden"], inputs["hidden"])
+    torch.testing.assert_close(case.op.inputs(case.shape, case.dtype, device), inputs)
+
+
+def test_bytes_of_a_merge_step(bench):
+    """Two and a half times the hidden states where half survive, which is what the formula is for."""
+    import ops
+
+    shape = bench.Shape(64)
+    hidden = shape.N * shape.D * 2
+    assert ops.merge_step_bytes(shape, 2) == pytest.approx(2.5 * hidden, rel=0.05)
+
+
+def test_cases_fit_their_device(bench):
+    on_gpu = bench.cases("cuda")
+    assert {case.dtype for case in on_gpu} == {torch.bfloat16}
+    assert {case.shape.F for case in on_gpu if case.op.name == "merge_step"} == {16, 64, 256, 512}
+    assert len({(case.op.name, case.label) for case in on_gpu}) == len(on_gpu)
+    steps = {(case.shape.N, case.shape.D, case.dtype) for case in bench.cases("cpu", ["merge_step"])}
+    assert steps == {(13440, D, dtype) for D in (896, 3584) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def test_csv_and_picture(bench, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "passing", lambda files, device: set(files))
+    monkeypatch.setattr(bench, "cases", lambda device, names: [tiny_case(bench, "topk_keep")])
+    monkeypatch.setattr("timing.COPY_BYTES", {device: 1 << 16})
+    monkeypatch.setattr("timing.MATMUL_SIZE", {device: 16})
+    done = run_bench(bench, "--out", str(tmp_path), "--device", device, "--seconds", "0.001", "--commit", "abc")
+    assert done.exit_code == 0, done.output
+    (path,) = tmp_path.glob("kernels-*.csv")
+    assert path.read_text().splitlines()[0] == COLUMNS
+    rows = list(csv.DictReader(path.open()))
+    assert [row["provider"] for row in rows if row["op"] == "topk_keep"] == EAGER_AND_OURS
+    assert [row["op"] for row in rows[:2]] == ["copy", "matmul"]
+    assert {row["commit"] for row in rows} == {"abc"}
+    assert path.with_suffix(".png").stat().st_size > 0
+
+
+def test_red_test_gives_no_number(bench, tmp_path, monkeypatch):
+    red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
+    red.write_text("def test_it():\n    assert 1 == 2\n")
+    green.write_text("def test_it():\n    pass\n")
+    assert bench.passing([red, green], "cpu") == {green}
+    monkeypatch.setattr(bench, "passing", lambda files, device: {f for f in files if f.name != "test_merge.py"})
+    kept, reasons = bench.green_cases(bench.cases("cpu"), "cpu")
+    without = {"merge_roots", "merge_roots_bounded", "merge_mean", "merge_step"}
+    assert {case.op.name for case in kept} == set(OPS) - without
+    assert len(reasons) == len(without)
+
+
+def test_nothing_green_writes_nothing(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "passing", lambda files, device: set())
+    done = run_bench(bench, "--out", str(tmp_path), "--device", "cpu", "--op", "topk_keep")
+    assert done.exit_code == 1
+    assert "its tests fail" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_op(bench):
+    done = run_bench(bench, "--op", "no_such_op")
+    assert done.exit_code == 2
+    assert "no_such_op" in done.output
+
+
+def run_bench(bench: ModuleType, *arguments: str):
+    """The command line, without the process."""
+    import typer
+
+    app = typer.Typer()
+    app.command()(bench.main)
+    return CliRunner().invoke(app, arguments)
