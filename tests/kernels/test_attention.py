@@ -247,6 +247,16 @@ def test_infinite_keys(num_queries, op, device):
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("length", [2, 20])
+def test_query_that_sees_scores_of_minus_infinity_alone(length, op, device):
+    q, k = make_heads(1, 2, 1, length, length, 16, device=device)
+    k[0, 0, 0] = -INF
+    out = op(q.abs(), k)
+    assert out[0, 0] == 0
+    torch.testing.assert_close(out.sum(), torch.tensor(length - 1.0, device=device))  # the first query adds nothing
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("value", [INF, -INF])
 @pytest.mark.parametrize("causal", [True, False])
 def test_rows_of_infinite_log_sum_exp_add_nothing(causal, value, op, device):
