@@ -430,14 +430,18 @@ def test_an_interrupted_forward_does_not_spoil_the_next():
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    handle = fftriton.apply(model, fftriton.FrameFusion(0.3, similarity_threshold=0.9), layout)
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        for _ in range(2):
+    def interrupt(times):
+        for _ in range(times):
             with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(attention.q_proj, "forward", interrupted)
                 model(**inputs)
+
+    handle = fftriton.apply(model, fftriton.FrameFusion(0.3, similarity_threshold=0.9), layout)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        interrupt(2)
         assert torch.equal(model(**inputs).logits, expected)
+        interrupt(2)
     handle.remove()
     assert snapshot(model) == before
 
