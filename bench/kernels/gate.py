@@ -16,8 +16,9 @@ def passing(files: Iterable[Path], device: str) -> set[Path]:
     """Those of the test files that are green: at least one test passed and none failed.
 
     Args:
-        files: run side by side, each in a process of its own.
-        device: "cpu" hides GPUs from the tests.
+        files: each runs in a process of its own.
+        device: "cpu" hides GPUs from the tests and runs the files side by side; "cuda" runs one after the other, as
+            some tests take most of a GPU's memory.
     """
     environment = dict(os.environ)
     if device == "cpu":
@@ -31,5 +32,5 @@ def passing(files: Iterable[Path], device: str) -> set[Path]:
         return done.returncode == 0
 
     files = sorted(set(files))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count() if device == "cpu" else 1) as pool:
         return {file for file, green in zip(files, pool.map(passes, files), strict=True) if green}

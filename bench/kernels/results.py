@@ -101,10 +101,14 @@ def _draw_op(axis: plt.Axes, op: str, rows: Sequence[Row]) -> None:
     for row in rows:
         x = cases.index((row.shape, row.dtype)) + (providers.index(row.provider) - (len(providers) - 1) / 2) * width
         axis.bar(x, row.percent_of_ceiling, width, color=COLOURS.get(row.provider, OTHER))
-        label = f"{row.p50:.3g}"
+        label = f" {row.p50:.0f}" if row.p50 >= 100 else f" {row.p50:.3g}"
         axis.text(x, row.percent_of_ceiling, label, ha="center", va="bottom", fontsize=6, rotation=90)
-    labels = [f"{shape}\n{dtype}" for shape, dtype in cases]
-    axis.set_xticks(range(len(cases)), labels, fontsize=6, rotation=20 if len(cases) > 3 else 0)
+    one_dtype = len({dtype for _, dtype in cases}) == 1
+    labels = [shape if one_dtype else f"{shape} {dtype}" for shape, dtype in cases]
+    axis.set_xticks(range(len(cases)), labels, fontsize=6)
+    if len(cases) > 2:
+        plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
+    axis.set_xlim(-1, max(len(cases), 2))
     axis.set_title(op, fontsize=10)
     axis.set_ylabel("% of matmul rate" if rows[0].metric == "TFLOP/s" else "% of copy rate", fontsize=8)
     axis.tick_params(axis="y", labelsize=7)

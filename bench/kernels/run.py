@@ -8,7 +8,9 @@ An op is timed when its tests pass and its result is the baseline's; otherwise i
 from __future__ import annotations
 
 import gc
+import logging
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -40,6 +42,7 @@ LARGEST_ERROR = {torch.float32: 1e-4}  # of the largest entry
 LARGEST_HALF_ERROR = 5e-2  # the baselines of half types round after each addition
 SAME_ROWS = 0.98  # of those kept, where rounding may decide which of two nearly equal tokens is
 ROOM = 0.9  # of the free memory that a provider may take
+LOG_WIDTH = 150  # where the table goes to a file
 SECONDS = {"cuda": 0.1, "cpu": 1.0}
 
 
@@ -223,6 +226,7 @@ def checked_out() -> str:
 
 def measure_all(bench: Bench, every: Sequence[Case], console: Console) -> None:
     """Ceilings, then all cases, with a progress bar."""
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the authors' code breaks graphs, which is no news
     columns = TextColumn("{task.description:<60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("ceilings", total=sum(len(case.op.providers) for case in every))
@@ -248,7 +252,7 @@ def main(
     commit: Annotated[str | None, typer.Option(help="What to call this commit where there is no git.")] = None,
 ) -> None:
     """Time every op of fftriton_kernels, the merge step and the prune step."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     names = [case.name for case in OPS]
     if unknown := sorted(set(op or ()) - set(names)):
         raise typer.BadParameter(f"no op is called {', '.join(unknown)}; there are {', '.join(names)}")
