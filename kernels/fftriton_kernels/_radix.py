@@ -345,4 +345,8 @@ def compact(keep: Tensor, counts: Tensor, rows: int | None = None) -> tuple[Tens
 def right_end(x: Tensor, rows: int, fill: int) -> Tensor:
     """x [B, N] -> [B, rows] contiguous: its last columns, after `fill` where there are fewer."""
     missing = rows - x.shape[1]
-    return F.pad(x, (missing, 0), value=fill) if missing > 0 else x[:, -missing:].contiguous()
+    if missing > 0:
+        return F.pad(x, (missing, 0), value=fill)
+    return (
+        x[:, -missing:].clone(memory_format=torch.contiguous_format) if missing else x
+    )  # not a view of what is longer

@@ -198,7 +198,9 @@ def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity:
     order = torch.argsort(torch.where(member, row, rows), dim=1, stable=True)  # by row, ascending within
     members = torch.where(position < sizes.sum(1, keepdim=True), order, -1)
     links = kept.new_empty(batch, 0)
-    if predecessor is not None:
+    if predecessor is not None and not length:
+        links = torch.full_like(kept, -1)
+    elif predecessor is not None:
         (earlier,) = gather_rows(kept, as_predecessor(predecessor, roots))
         linked = (kept >= 0) & (earlier >= 0) & (earlier < length)
         links = torch.where(linked, row.gather(1, torch.where(linked, earlier, 0)), -1)
@@ -354,7 +356,7 @@ def rank_descending(scores: Tensor, candidates: Tensor | None = None, cu_seqlens
     if cu_seqlens is not None:
         sequence = sequence_of(cu_seqlens, scores.shape[1])
         order = order.gather(1, torch.argsort(sequence[order], dim=1, stable=True))  # those of a sequence, best first
-        position = position - cu_seqlens.long()[sequence.clamp_min(0)]
+        position = position - torch.where(sequence < 0, 0, cu_seqlens.long()[sequence.clamp_min(0)])
     return torch.empty_like(order).scatter_(1, order, position)
 
 
@@ -399,6 +401,8 @@ def _row_blocks(x: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
+    if not x.shape[1]:  # all of index is padding
+        return x.new_zeros(*index.shape, *x.shape[2:])
     # torch.gather would quiet fp16 NaNs, and indexing is slower
     rows = [sample.index_select(0, kept) for sample, kept in zip(x, index, strict=True)]
     if len(rows) == 1:
