@@ -3,7 +3,8 @@
 A root's row is the number of roots before it (a scan); a row's place in the member list is the number of members before
 it (a scan); tokens enter their row's stretch of the list in the order their atomic increments arrive, and a last pass
 puts each stretch in ascending order by counting smaller members. So nothing depends on the order programs run in.
-Rows stand at the right end of buffers of N until the host knows M, the longest of the batch.
+Rows stand at the right end of buffers of N until the host knows M, the longest of the batch, or for good, where M is a
+capacity that the caller gave; rows that do not fit there are cut off.
 
 Bound by launches: about 60 bytes a token. The last pass compares the members of a group with each other, which costs
 more than the rest once a group has tens of thousands of members.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import runs_triton
-from ._radix import sum_before
+from ._radix import right_end, sum_before
 from .reference import Groups
 
 BLOCK = 1024  # tokens a program
@@ -128,19 +129,23 @@ def _scatter_kernel(
     keys_ptr, row_ptr, links_ptr,                  # each [B, N]
     stride_rb, stride_rn,
     stride_pb, stride_pn,
-    N, batch, distance,
-    LINKS: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    N, batch, distance, capacity,
+    LINKS: tl.constexpr, STRIDED: tl.constexpr, HAS_CAPACITY: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # grid (blocks, B)
     pid_b = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    before = N - _longest(lengths_ptr, batch, CHUNK)  # columns of the buffers that the result does without
+    # columns of the buffers that the result does without
+    if HAS_CAPACITY:
+        before = pid_b * 0 + N - capacity
+    else:
+        before = N - _longest(lengths_ptr, batch, CHUNK)
     root = _load_roots(roots_ptr, stride_rb, stride_rn, pid_b, offs_n, N)
     slot = tl.load(slot_ptr + pid_b * N + root, mask=root >= 0, other=-1)
     start = tl.load(starts_ptr + pid_b * N + slot, mask=slot >= 0, other=0)
     place = start + tl.load(arrival_ptr + pid_b * N + offs_n, mask=slot >= 0, other=0)
     tl.store(keys_ptr + pid_b * N + place, (root << _KEY_BITS) | offs_n, mask=slot >= 0)
-    tl.store(row_ptr + pid_b * N + offs_n, tl.where(slot >= 0, slot - before, -1), mask=offs_n < N)
+    tl.store(row_ptr + pid_b * N + offs_n, tl.where(slot >= tl.maximum(before, 0), slot - before, -1), mask=offs_n < N)
     if LINKS:
         is_root = root == offs_n
         earlier = offs_n - distance
@@ -152,7 +157,8 @@ def _scatter_kernel(
         earlier_root = tl.load(roots_ptr + pid_b * stride_rb + earlier * stride_rn, mask=linked, other=-1).to(tl.int64)
         linked &= (earlier_root >= 0) & (earlier_root < N)
         earlier_slot = tl.load(slot_ptr + pid_b * N + earlier_root, mask=linked, other=-1)
-        tl.store(links_ptr + pid_b * N + slot, tl.where(earlier_slot >= 0, earlier_slot - before, -1), mask=is_root)
+        link = tl.where(earlier_slot >= tl.maximum(before, 0), earlier_slot - before, -1)
+        tl.store(links_ptr + pid_b * N + slot, link, mask=is_root)
         padding = offs_n < N - tl.load(lengths_ptr + pid_b)
         tl.store(links_ptr + pid_b * N + offs_n, tl.full((BLOCK_N,), -1, tl.int64), mask=padding)
 
@@ -206,7 +212,7 @@ def _sent(lengths: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return on_host, event
 
 
-def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int) -> Groups:
+def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None) -> Groups:
     batch, length = roots.shape
     blocks = triton.cdiv(length, BLOCK)
     grid = (blocks, batch)
@@ -225,15 +231,16 @@ def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int) -> Group
             roots, scratch.counts, scratch.block_roots, scratch.slot, scratch.block_members, kept, sizes, lengths,
             *roots.stride(), length, blocks, BLOCK_N=BLOCK, CHUNK=_CHUNK, enable_fp_fusion=True,
         )  # fmt: skip
-        on_host, copied = _sent(lengths)
+        on_host, copied = _sent(lengths) if capacity is None else (lengths, None)
         _start_kernel[grid](
             scratch.counts, scratch.slot, scratch.block_members, lengths, starts, length, blocks,
             BLOCK_N=BLOCK, CHUNK=_CHUNK, enable_fp_fusion=True,
         )  # fmt: skip
         _scatter_kernel[grid](
             roots, partner, scratch.arrival, scratch.slot, starts, lengths, scratch.keys, row, links,
-            *roots.stride(), *partner.stride(), length, batch, stride,
-            LINKS=linked, STRIDED=predecessor is None, BLOCK_N=BLOCK, CHUNK=_CHUNK, enable_fp_fusion=True,
+            *roots.stride(), *partner.stride(), length, batch, stride, 0 if capacity is None else capacity,
+            LINKS=linked, STRIDED=predecessor is None, HAS_CAPACITY=capacity is not None,
+            BLOCK_N=BLOCK, CHUNK=_CHUNK, enable_fp_fusion=True,
         )  # fmt: skip
         _order_kernel[(triton.cdiv(length, _ORDER_BLOCK), batch)](
             scratch.keys, scratch.slot, starts, sizes, scratch.block_members, members, length, blocks,
@@ -241,28 +248,34 @@ def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int) -> Group
         )  # fmt: skip
         if copied is not None:
             copied.synchronize()  # the only wait: the host needs M to allocate
-    before = length - int(on_host.max())
-    kept, links, starts, sizes = (part[:, before:].contiguous() for part in (kept, links, starts, sizes))
-    return Groups(kept, lengths, links, row, starts, sizes, members)
+    if capacity is None:
+        rows = int(on_host.max())
+    else:
+        rows, lengths = capacity, lengths.clamp_max(capacity)
+    kept, starts, sizes = right_end(kept, rows, -1), right_end(starts, rows, 0), right_end(sizes, rows, 0)
+    return Groups(kept, lengths, right_end(links, rows, -1) if linked else links, row, starts, sizes, members)
 
 
 @torch.library.custom_op(
     "fftriton::group_rows",
     mutates_args=(),
-    schema="(Tensor roots, Tensor? predecessor, SymInt stride)"
+    schema="(Tensor roots, Tensor? predecessor, SymInt stride, SymInt? capacity=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def group_rows(roots: Tensor, predecessor: Tensor | None, stride: int) -> Groups:
-    """roots [B, N] -> Groups. Links come from `predecessor`, or from a `stride` above 0, or there are none."""
+def group_rows(roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None = None) -> Groups:
+    """roots [B, N] -> Groups. Links come from `predecessor`, or from a `stride` above 0, or there are none.
+
+    M is the longest of the batch, or the capacity.
+    """
     if roots.numel() and runs_triton(roots):
-        return _group_rows(roots, predecessor, stride)
-    return reference.group_rows(roots, stride if predecessor is None and stride else predecessor)
+        return _group_rows(roots, predecessor, stride, capacity)
+    return reference.group_rows(roots, stride if predecessor is None and stride else predecessor, capacity)
 
 
 @group_rows.register_fake
-def _(roots, predecessor, stride):
+def _(roots, predecessor, stride, capacity=None):
     batch, length = roots.shape
-    rows = torch.library.get_ctx().new_dynamic_size()
+    rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     links = rows if predecessor is not None or stride > 0 else 0
     sizes = ((batch, rows), (batch,), (batch, links), (batch, length), (batch, rows), (batch, rows), (batch, length))
     return tuple(roots.new_empty(size, dtype=torch.int64) for size in sizes)

@@ -94,6 +94,9 @@ def _(edges, num_nodes):
 def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     """Label each node with the smallest node it is connected to.
 
+    Packed graphs need no argument of their own: number the nodes through, as packed tokens are, and no edge leads from
+    one graph to another; num_nodes is the number of all nodes, and labels are numbers among them.
+
     Args:
         edges: [E, 2] int32 or int64, any strides. Direction, order, repetition and loops do not matter. An edge with an
             end outside 0 .. num_nodes - 1 is no edge, so a list may be padded with -1.

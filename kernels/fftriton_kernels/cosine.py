@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import FLOATS, INDICES, block, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
+from ._packed import any_rows, check_cu_seqlens, rows_of
 
 _NO_LINK = tl.constexpr(reference.NO_LINK)
 _FRAMES_A_PROGRAM = 8
@@ -125,7 +126,7 @@ def _(x, _):
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
+def strided_cosine_similarity(x: Tensor, stride: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Cosine similarity of each token with the one `stride` places earlier.
 
     With the P patches of every frame stored one after the other, `stride=P` compares a patch with the same patch one
@@ -134,33 +135,42 @@ def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
     Args:
         x: [B, N, D] fp16, bf16 or fp32, any strides.
         stride: how many places earlier the partner stands, at least 1.
+        cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): x [T, D] is
+            packed sequences, and t counts from the start of each.
 
     Returns:
-        [B, N] fp32. NO_LINK (-2) for t < stride and where either row is zero or holds a NaN or an Inf.
+        [B, N] fp32, [T] packed. NO_LINK (-2) for t < stride and where either row is zero or holds a NaN or an Inf.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape or a stride that is not as above.
+        TypeError: a dtype that is not listed. ValueError: a shape or a stride that is not as above, or tensors on two
+            devices.
 
     Source:
         FrameFusion, arXiv:2501.01986, eq. 1.
     """
     op = "strided_cosine_similarity"
     check_dtype(op, "x", x, FLOATS)
-    check_shape(op, "x", x, B=None, N=None, D=None)
+    check_shape(op, "x", x, **any_rows(cu_seqlens is not None), D=None)
     check_at_least(op, "stride", stride, 1)
-    return _strided_cosine_similarity(x, stride)
+    check_cu_seqlens(op, cu_seqlens, "x", x)
+    if cu_seqlens is None:
+        return _strided_cosine_similarity(x, stride)
+    links = reference.strided_predecessor(1, x.shape[0], stride, x.device, cu_seqlens)
+    return _strided_cosine_similarity(x[None], stride).masked_fill(links < 0, reference.NO_LINK)[0]
 
 
-def linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
+def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Cosine similarity of each token with an explicit partner.
 
     Args:
         x: [B, N, D] fp16, bf16 or fp32, any strides.
         predecessor: [B, N] int32 or int64, the position of each token's partner in its own sample, -1 for none.
             Values from N up are not checked: that would stall a GPU.
+        cu_seqlens: [S+1] int32 or int64: x [T, D] and predecessor [T] are packed sequences, and predecessors positions
+            among the T tokens. That a partner is of the same sequence is the caller's care.
 
     Returns:
-        [B, N] fp32. NO_LINK (-2) without a partner and where either row is zero or holds a NaN or an Inf.
+        [B, N] fp32, [T] packed. NO_LINK (-2) without a partner and where either row is zero or holds a NaN or an Inf.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: a shape that is not as above, or tensors on two devices.
@@ -170,10 +180,14 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
     """
     op = "linked_cosine_similarity"
     check_dtype(op, "x", x, FLOATS)
-    check_shape(op, "x", x, B=None, N=None, D=None)
+    packed = cu_seqlens is not None
+    check_shape(op, "x", x, **any_rows(packed), D=None)
+    check_cu_seqlens(op, cu_seqlens, "x", x)
     check_dtype(op, "predecessor", predecessor, INDICES)
-    check_shape(op, "predecessor", predecessor, B=x.shape[0], N=x.shape[1])
+    check_shape(op, "predecessor", predecessor, **rows_of(x, packed))
     check_same_device(op, x=x, predecessor=predecessor)
+    if packed:
+        return _linked_cosine_similarity(x[None], predecessor[None])[0]
     return _linked_cosine_similarity(x, predecessor)
 
 

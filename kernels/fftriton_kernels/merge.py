@@ -36,6 +36,7 @@ from ._dispatch import (
 )
 from ._gather import gather
 from ._groups import group_rows
+from ._packed import any_rows, check_capacity, check_cu_seqlens, rows_of
 from ._radix import admitted, load_keys, sort_key, tally
 from .reference import Groups, Merged
 
@@ -46,11 +47,11 @@ _MEMBERS = 4  # rows in flight
 
 
 @triton.jit
-def _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, N, STRIDED: tl.constexpr):
+def _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, mask, STRIDED: tl.constexpr):
     if STRIDED:
         partner = offs_n - distance
     else:
-        partner = tl.load(predecessor_ptr + pid_b * stride_pb + offs_n * stride_pn, mask=offs_n < N, other=-1)
+        partner = tl.load(predecessor_ptr + pid_b * stride_pb + offs_n * stride_pn, mask=mask, other=-1)
     return partner.to(tl.int64)
 
 
@@ -63,38 +64,46 @@ def _joins(similarity, partner, offs_n, threshold):
 @triton.jit
 def _join_keys_kernel(
     similarity_ptr, predecessor_ptr, keys_ptr, tallies_ptr,  # similarity, predecessor, keys [B, N]
+    cu_seqlens_ptr,
     stride_sb, stride_sn,
     stride_pb, stride_pn,
     threshold, distance, N, blocks, batch,
-    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    STRIDED: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # grid (blocks, B): the first pass of the select among the pairs that reach the threshold
     pid_n = tl.program_id(0)
     pid_b = tl.program_id(1).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, N, STRIDED)
-    similarity = tl.load(similarity_ptr + pid_b * stride_sb + offs_n * stride_sn, mask=offs_n < N, other=_NO_LINK)
+    base, begin, length = _radix.span(cu_seqlens_ptr, pid_b, N, PACKED)
+    token = begin + offs_n
+    mask = offs_n < length
+    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, token, mask, STRIDED)
+    similarity = tl.load(similarity_ptr + pid_b * stride_sb + token * stride_sn, mask=mask, other=_NO_LINK)
     similarity = similarity.to(tl.float32)
-    key = sort_key(similarity, _joins(similarity, partner, offs_n, threshold))
-    tl.store(keys_ptr + pid_b * N + offs_n, key.to(tl.int32, bitcast=True), mask=offs_n < N)
+    key = sort_key(similarity, _joins(similarity, partner, token, threshold))
+    tl.store(keys_ptr + base + offs_n, key.to(tl.int32, bitcast=True), mask=mask)
     tally(key, 0, tallies_ptr, pid_b, pid_n, blocks, batch, 0)
 
 
 @triton.jit
 def _admit_kernel(
     keys_ptr, tallies_ptr, state_ptr, predecessor_ptr, roots_ptr,  # keys, predecessor, roots [B, N]
+    cu_seqlens_ptr,
     stride_pb, stride_pn,
     distance, N, blocks, batch,
-    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    STRIDED: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # grid (blocks, B): the link of each token, its partner where the select took the pair
     pid_n = tl.program_id(0)
     pid_b = tl.program_id(1).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     least, ties, earlier = _radix.threshold(tallies_ptr, state_ptr, pid_b, pid_n, blocks, batch, CHUNK)
-    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, N, STRIDED)
-    joins = admitted(load_keys(keys_ptr, pid_b, offs_n, N), least, ties, earlier)
-    tl.store(roots_ptr + pid_b * N + offs_n, tl.where(joins, partner, offs_n), mask=offs_n < N)
+    base, begin, length = _radix.span(cu_seqlens_ptr, pid_b, N, PACKED)
+    token = begin + offs_n
+    mask = offs_n < length
+    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, token, mask, STRIDED)
+    joins = admitted(load_keys(keys_ptr, base, offs_n, length), least, ties, earlier)
+    tl.store(roots_ptr + base + offs_n, tl.where(joins, partner, token), mask=mask)
 
 
 @triton.jit
@@ -108,7 +117,7 @@ def _link_kernel(
     # grid (blocks, B): the link of each token, its partner where the pair reaches the threshold
     pid_b = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, N, STRIDED)
+    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, offs_n < N, STRIDED)
     similarity = tl.load(similarity_ptr + pid_b * stride_sb + offs_n * stride_sn, mask=offs_n < N, other=_NO_LINK)
     joins = _joins(similarity.to(tl.float32), partner, offs_n, threshold)
     tl.store(roots_ptr + pid_b * N + offs_n, tl.where(joins, partner, offs_n), mask=offs_n < N)
@@ -172,39 +181,57 @@ def _mean_kernel(
         tl.store(out_ptr, _rounded(mean, out_ptr.dtype.element_ty, INTERPRETED), mask=offs_d < D)
 
 
-def _launch_roots(similarity, predecessor, stride, threshold, max_merges, roots) -> None:
-    batch, length = similarity.shape
+def _launch_roots(
+    similarity: Tensor,
+    predecessor: Tensor | None,
+    stride: int,
+    threshold: float,
+    max_merges: int | Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> Tensor:
+    """Roots of similarity [B, N], or [T] packed; neither is empty."""
+    length = similarity.shape[-1]
+    packed = cu_seqlens is not None
+    if packed and predecessor is None:
+        predecessor = reference.strided_predecessor(1, length, stride, similarity.device, cu_seqlens)[0]
     strided = predecessor is None
-    partner = roots if strided else predecessor
-    grid = (triton.cdiv(length, BLOCK), batch)
+    if packed and max_merges is not None:  # the select leaves out what belongs to no sequence
+        roots = torch.arange(length, device=similarity.device)
+    else:
+        roots = similarity.new_empty(similarity.shape, dtype=torch.int64)
+    partner = roots if predecessor is None else predecessor
+    strides = (*_radix.row_strides(similarity), *_radix.row_strides(partner))
+    grid = (triton.cdiv(length, BLOCK), similarity.numel() // length)
     with torch.cuda.device_of(similarity):
         if max_merges is None:
             _link_kernel[grid](
-                similarity, partner, roots, *similarity.stride(), *partner.stride(), threshold, stride, length,
+                similarity, partner, roots, *strides, threshold, stride, length,
                 STRIDED=strided, BLOCK_N=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
         else:
-            selection = _radix.new_selection(similarity)
-            keys, tallies, state = selection
+            selection = _radix.new_selection(similarity, cu_seqlens, max_seqlen)
+            keys, tallies, state, _ = selection
             _join_keys_kernel[selection.grid](
-                similarity, partner, keys, tallies, *similarity.stride(), *partner.stride(),
-                threshold, stride, length, selection.grid[0], batch,
-                STRIDED=strided, BLOCK_N=_radix.BLOCK, num_warps=_radix.WARPS, enable_fp_fusion=True,
+                similarity, partner, keys, tallies, selection.spans, *strides,
+                threshold, stride, length, *selection.grid,
+                STRIDED=strided, PACKED=packed, BLOCK_N=_radix.BLOCK, num_warps=_radix.WARPS, enable_fp_fusion=True,
             )  # fmt: skip
             _radix.refine(selection, max_merges)
             _admit_kernel[selection.grid](
-                keys, tallies, state, partner, roots, *partner.stride(), stride, length, selection.grid[0], batch,
-                STRIDED=strided, BLOCK_N=_radix.BLOCK, CHUNK=_radix.CHUNK,
+                keys, tallies, state, partner, roots, selection.spans, *strides[2:], stride, length, *selection.grid,
+                STRIDED=strided, PACKED=packed, BLOCK_N=_radix.BLOCK, CHUNK=_radix.CHUNK,
                 num_warps=_radix.WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         _jump_kernel[grid](roots, length, BLOCK_N=BLOCK, enable_fp_fusion=True)
+    return roots
 
 
 @torch.library.custom_op(
     "fftriton::merge_roots",
     mutates_args=(),
-    schema="(Tensor similarity, Tensor? predecessor, SymInt stride, float threshold, Tensor? bounds, SymInt? bound)"
-    " -> Tensor",
+    schema="(Tensor similarity, Tensor? predecessor, SymInt stride, float threshold, Tensor? bounds, SymInt? bound,"
+    " Tensor? cu_seqlens=None, SymInt? max_seqlen=None) -> Tensor",
 )
 def _merge_roots(
     similarity: Tensor,
@@ -213,20 +240,22 @@ def _merge_roots(
     threshold: float,
     bounds: Tensor | None,
     bound: int | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     max_merges: int | Tensor | None = bounds
-    if bounds is None and bound is not None and bound < similarity.shape[1]:  # above, it bounds nothing
+    if bounds is None and bound is not None and bound < similarity.shape[-1]:  # above, it bounds nothing
         max_merges = bound
+    if not similarity.numel():
+        return similarity.new_empty(similarity.shape, dtype=torch.int64)
     if not runs_triton(similarity):
-        return reference.merge_roots(similarity, stride if predecessor is None else predecessor, threshold, max_merges)
-    roots = similarity.new_empty(similarity.shape, dtype=torch.int64)
-    if roots.numel():
-        _launch_roots(similarity, predecessor, stride, threshold, max_merges, roots)
-    return roots
+        links = stride if predecessor is None else predecessor
+        return reference.merge_roots(similarity, links, threshold, max_merges, cu_seqlens=cu_seqlens)
+    return _launch_roots(similarity, predecessor, stride, threshold, max_merges, cu_seqlens, max_seqlen)
 
 
 @_merge_roots.register_fake
-def _(similarity, predecessor, stride, threshold, bounds, bound):
+def _(similarity, predecessor, stride, threshold, bounds, bound, cu_seqlens=None, max_seqlen=None):
     return similarity.new_empty(similarity.shape, dtype=torch.int64)
 
 
@@ -267,7 +296,13 @@ _group_mean.register_autograd(_backward, setup_context=_setup_context)
 
 
 def merge_roots(
-    similarity: Tensor, predecessor: int | Tensor, threshold: float, max_merges: int | Tensor | None = None
+    similarity: Tensor,
+    predecessor: int | Tensor,
+    threshold: float,
+    max_merges: int | Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """The first token of each token's group, where similar tokens join the group of their predecessor.
 
@@ -281,10 +316,15 @@ def merge_roots(
         threshold: a finite number, compared in fp32.
         max_merges: admit at most this many pairs of each sample, the most similar, ties to the lower index. An int of
             at least 0, or int32 or int64 [B] on the device of `similarity`, which the host does not wait for.
+        cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): similarity
+            is packed sequences [T]. A stride does not reach over the start of a sequence; explicit predecessors [T] are
+            positions among the T tokens, and the caller's care. max_merges counts for each sequence, [S] as a tensor.
+        max_seqlen: the length of the longest packed sequence, or more. Only max_merges needs it; None: the host waits
+            for it.
 
     Returns:
-        [B, N] int64. root[b, t] == t for the first token of a group; min(pairs over the threshold, max_merges) tokens
-        of a sample are not their own root.
+        [B, N] int64, [T] packed. root[b, t] == t for the first token of a group; min(pairs over the threshold,
+        max_merges) tokens of a sample are not their own root.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: a shape or a value that is not as above, or tensors on two
@@ -294,24 +334,33 @@ def merge_roots(
         FrameFusion, arXiv:2501.01986, section 3.3.
     """
     op = "merge_roots"
+    packed = cu_seqlens is not None
     check_dtype(op, "similarity", similarity, FLOATS)
-    check_shape(op, "similarity", similarity, B=None, N=None)
-    links, stride = _check_predecessor(op, similarity, predecessor)
+    check_shape(op, "similarity", similarity, **any_rows(packed))
+    check_cu_seqlens(op, cu_seqlens, "similarity", similarity, max_seqlen)
+    links, stride = _check_predecessor(op, similarity, predecessor, packed)
     check_finite(op, "threshold", threshold)
     bounds = bound = None
     if isinstance(max_merges, Tensor):
         check_dtype(op, "max_merges", max_merges, INDICES)
-        check_shape(op, "max_merges", max_merges, B=similarity.shape[0])
+        samples = {"B": similarity.shape[0]} if cu_seqlens is None else {"S": cu_seqlens.shape[0] - 1}
+        check_shape(op, "max_merges", max_merges, **samples)
         bounds = max_merges
     elif max_merges is not None:
         check_at_least(op, "max_merges", max_merges, 0)
         bound = max_merges
     check_same_device(op, similarity=similarity, predecessor=links, max_merges=bounds)
-    return _merge_roots(similarity, links, stride, float(threshold), bounds, bound)
+    return _merge_roots(similarity, links, stride, float(threshold), bounds, bound, cu_seqlens, max_seqlen)
 
 
 def merge_mean(
-    x: Tensor, roots: Tensor, companions: Sequence[Tensor] = (), predecessor: int | Tensor | None = None
+    x: Tensor,
+    roots: Tensor,
+    companions: Sequence[Tensor] = (),
+    predecessor: int | Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    capacity: int | None = None,
 ) -> Merged:
     """One row for each group of tokens: the mean of its members, in the place of its root.
 
@@ -326,51 +375,74 @@ def merge_mean(
             One whose trailing dimensions do not collapse to two strided ones is gathered by PyTorch.
         predecessor: the links that the roots came from, as `merge_roots` takes them, to have the links among the
             compacted rows; None for none.
+        cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): x [T, D],
+            roots [T], companions [T, ...] and predecessor [T] are packed sequences, roots and predecessors positions
+            among the T tokens. No group reaches over the start of a sequence.
+        capacity: the number of rows to return, at least as many as a sample (packed: all sequences together) has
+            groups, for which N (T) always suffices. Where it is too small the last rows are returned. None: the longest
+            of the batch, for which the host waits once.
 
     Returns:
         Merged(x, companions, kept, lengths, predecessor). x [B, M, D]: sums in fp32 in ascending order of the members,
         rounded once; a group of one is copied bit for bit. companions: each [B, M, ...], taken at the roots.
         kept [B, M] int64: original positions, ascending. lengths [B] int64. predecessor [B, M] int64: the row of the
-        group that holds the root's predecessor, -1 for none. M is the longest of the batch: shorter samples are padded
-        on the left, with kept and predecessor -1 and zeros elsewhere. The host waits once, for M. Under torch.compile
-        M is a dynamic size, which needs torch._dynamo.config.capture_dynamic_output_shape_ops for a single graph.
+        group that holds the root's predecessor, -1 for none. M is the longest of the batch, or the capacity: shorter
+        samples are padded on the left, with kept and predecessor -1 and zeros elsewhere.
+        Packed: x [M, D], companions [M, ...], kept and predecessor [M], positions and rows among all of them;
+        lengths [S], and Merged.cu_seqlens [S+1] int32.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape or a stride that is not as above, or tensors on two
+        TypeError: a dtype that is not listed. ValueError: a shape or a value that is not as above, or tensors on two
             devices.
 
     Source:
         FrameFusion, arXiv:2501.01986, section 3.3.
     """
     op = "merge_mean"
+    packed = cu_seqlens is not None
     check_dtype(op, "x", x, FLOATS)
-    check_shape(op, "x", x, B=None, N=None, D=None)
+    check_shape(op, "x", x, **any_rows(packed), D=None)
+    check_cu_seqlens(op, cu_seqlens, "x", x)
+    check_capacity(op, capacity)
     check_dtype(op, "roots", roots, INDICES)
-    check_shape(op, "roots", roots, B=x.shape[0], N=x.shape[1])
-    links, stride = (None, 0) if predecessor is None else _check_predecessor(op, roots, predecessor)
+    check_shape(op, "roots", roots, **rows_of(x, packed))
+    links, stride = (None, 0) if predecessor is None else _check_predecessor(op, roots, predecessor, packed)
     for i, companion in enumerate(companions):
-        _check_companion(op, f"companions[{i}]", companion, x)
+        _check_companion(op, f"companions[{i}]", companion, x, packed)
     check_same_device(op, x=x, roots=roots, predecessor=links)
-    groups = Groups(*group_rows(roots, links, stride))
+    if cu_seqlens is None:
+        return _merge_mean(x, roots, companions, links, stride, capacity)
+    if stride:
+        links = reference.strided_predecessor(1, x.shape[0], stride, x.device, cu_seqlens)[0]
+    links = None if links is None else links[None]
+    merged = _merge_mean(x[None], roots[None], [companion[None] for companion in companions], links, 0, capacity)
+    return reference.packed(merged, cu_seqlens)
+
+
+def _merge_mean(
+    x: Tensor, roots: Tensor, companions: Sequence[Tensor], links: Tensor | None, stride: int, capacity: int | None
+) -> Merged:
+    groups = Groups(*group_rows(roots, links, stride, capacity))
     mean = _group_mean(x, groups.kept, groups.row, groups.starts, groups.sizes, groups.members)
     taken = tuple(gather(groups.kept, companions)) if companions else ()
-    return Merged(mean, taken, groups.kept, groups.lengths, None if predecessor is None else groups.predecessor)
+    return Merged(mean, taken, groups.kept, groups.lengths, groups.predecessor if links is not None or stride else None)
 
 
-def _check_predecessor(op: str, like: Tensor, predecessor: int | Tensor) -> tuple[Tensor | None, int]:
+def _check_predecessor(op: str, like: Tensor, predecessor: int | Tensor, packed: bool) -> tuple[Tensor | None, int]:
     """The links as a tensor and a stride, one of which is None or 0."""
     if isinstance(predecessor, Tensor):
         check_dtype(op, "predecessor", predecessor, INDICES)
-        check_shape(op, "predecessor", predecessor, B=like.shape[0], N=like.shape[1])
+        check_shape(op, "predecessor", predecessor, **rows_of(like, packed))
         return predecessor, 0
     check_at_least(op, "predecessor", predecessor, 1)
     return None, predecessor
 
 
-def _check_companion(op: str, name: str, companion: Tensor, x: Tensor) -> None:
+def _check_companion(op: str, name: str, companion: Tensor, x: Tensor, packed: bool) -> None:
     if not isinstance(companion, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(companion).__name__}")
-    if companion.shape[:2] != x.shape[:2]:
-        sizes = f"B={x.shape[0]}, N={x.shape[1]}, ..."
-        raise ValueError(f"{op}: {name} must have shape [{sizes}], got {list(companion.shape)}")
+    leading = rows_of(x, packed)
+    if companion.shape[: len(leading)] != tuple(leading.values()):
+        sizes = ", ".join(f"{axis}={size}" for axis, size in leading.items())
+        raise ValueError(f"{op}: {name} must have shape [{sizes}, ...], got {list(companion.shape)}")
     check_same_device(op, **{"x": x, name: companion})

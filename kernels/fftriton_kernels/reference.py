@@ -2,6 +2,8 @@
 
 Half and single precision inputs are computed in fp32, double precision ones in fp64, so `op(x.double())` is the
 ground truth that tests measure errors against. Nothing is validated here; the public functions do that.
+
+With cu_seqlens tensors are packed: [T, ...] for [B, N, ...], and S sequences for B samples.
 """
 
 from __future__ import annotations
@@ -21,13 +23,27 @@ _QUERY_BLOCK = 128  # rows of the attention matrix that exist at a time
 
 
 class Merged(NamedTuple):
-    """What `merge_mean` returns. Rows are left-padded to the batch's longest M."""
+    """What `merge_mean` returns. Rows are left-padded to the batch's longest M, or to the capacity asked for.
+
+    Packed sequences come back packed: x [M, D], companions [M, ...], kept and predecessor [M], lengths [S].
+    """
 
     x: Tensor  # [B, M, D] group means in their roots' order
     companions: tuple[Tensor, ...]  # each [B, M, ...], taken at the roots
     kept: Tensor  # [B, M] int64 original positions ascending, -1 for padding
     lengths: Tensor  # [B] int64 rows that are no padding
     predecessor: Tensor | None  # [B, M] int64 links among the compacted rows, -1 for none
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """[S+1] int32: where each sequence of packed rows begins and ends; None where rows are not packed.
+
+        The first is 0, or the number of padding rows where a capacity was asked for: they belong to no sequence.
+        """
+        if self.x.ndim != 2:
+            return None
+        ends = self.lengths.cumsum(0)
+        return F.pad(ends, (1, 0)).add(self.x.shape[0] - self.lengths.sum()).int()
 
 
 class Groups(NamedTuple):
@@ -42,13 +58,18 @@ class Groups(NamedTuple):
     members: Tensor  # [B, N] int64 tokens by row, ascending within a row, then -1
 
 
-def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
+def strided_cosine_similarity(x: Tensor, stride: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """x [B, N, D] -> [B, N]: cosine of each row with the one `stride` places earlier."""
+    if cu_seqlens is not None:
+        links = strided_predecessor(1, x.shape[0], stride, x.device, cu_seqlens)
+        return linked_cosine_similarity(x[None], links)[0]
     return linked_cosine_similarity(x, strided_predecessor(x.shape[0], x.shape[1], stride, x.device))
 
 
-def linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
+def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """x [B, N, D], predecessor [B, N] (-1: none) -> [B, N]: cosine of each row with its predecessor."""
+    if cu_seqlens is not None:
+        return linked_cosine_similarity(x[None], predecessor[None])[0]
     dot = x.new_empty(predecessor.shape, dtype=_accumulator(x))
     square = torch.empty_like(dot)
     partner = predecessor.long().clamp_min(0)
@@ -84,21 +105,32 @@ def _is_safe(square: Tensor) -> Tensor:
 
 
 def merge_roots(
-    similarity: Tensor, predecessor: int | Tensor, threshold: float, max_merges: int | Tensor | None = None
+    similarity: Tensor,
+    predecessor: int | Tensor,
+    threshold: float,
+    max_merges: int | Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
-    """similarity [B, N] -> [B, N] int64: the first token of each token's group."""
+    """similarity [B, N] -> [B, N] int64: the first token of each token's group. max_seqlen does not matter here."""
+    shape = similarity.shape
+    if cu_seqlens is not None:
+        similarity = similarity[None]
+        predecessor = predecessor[None] if isinstance(predecessor, Tensor) else predecessor
     batch, length = similarity.shape
     similarity = _accumulated(similarity)
-    links = as_predecessor(predecessor, similarity)
+    links = as_predecessor(predecessor, similarity, cu_seqlens)
     position = torch.arange(length, device=similarity.device).expand(batch, -1)
     earlier = (links >= 0) & (links < position)
     joins = earlier & (similarity >= threshold) & (similarity > NO_LINK)  # False for NaN
     if max_merges is not None:
-        joins &= rank_descending(similarity.masked_fill(~joins, float("nan"))) < _per_row(max_merges, similarity)
+        rank = rank_descending(similarity.masked_fill(~joins, float("nan")), cu_seqlens=cu_seqlens)
+        joins &= rank < _per_row(max_merges, similarity, cu_seqlens)
     roots = torch.where(joins, links, position)
     while not torch.equal(further := roots.gather(1, roots), roots):  # each round doubles the distance covered
         roots = further
-    return roots
+    return roots.view(shape)
 
 
 def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
@@ -116,31 +148,59 @@ def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
 
 
 def merge_mean(
-    x: Tensor, roots: Tensor, companions: Sequence[Tensor] = (), predecessor: int | Tensor | None = None
+    x: Tensor,
+    roots: Tensor,
+    companions: Sequence[Tensor] = (),
+    predecessor: int | Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    capacity: int | None = None,
 ) -> Merged:
     """x [B, N, D], roots [B, N] (-1: leaves without a group) -> the mean of each group at its root, compacted."""
-    groups = group_rows(roots, predecessor)
+    if cu_seqlens is not None:
+        links = None if predecessor is None else as_predecessor(predecessor, roots, cu_seqlens)
+        links = links[None] if links is not None and links.ndim == 1 else links
+        merged = merge_mean(x[None], roots[None], [part[None] for part in companions], links, capacity=capacity)
+        return packed(merged, cu_seqlens)
+    groups = group_rows(roots, predecessor, capacity)
     taken = gather_rows(groups.kept, *companions)
     links = None if predecessor is None else groups.predecessor
     return Merged(group_mean(x, groups), taken, groups.kept, groups.lengths, links)
 
 
-def group_rows(roots: Tensor, predecessor: int | Tensor | None = None) -> Groups:
+def packed(merged: Merged, cu_seqlens: Tensor) -> Merged:
+    """The merge of a batch of one, which held the sequences cu_seqlens [S+1], without its batch dimension."""
+    kept, links = merged.kept[0], merged.predecessor
+    companions = tuple(part[0] for part in merged.companions)
+    return Merged(merged.x[0], companions, kept, lengths_of(kept, cu_seqlens), None if links is None else links[0])
+
+
+def lengths_of(kept: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Rows that are no padding: kept [B, K] -> [B] int64; packed, [K] ascending -> [S]."""
+    if cu_seqlens is None:
+        return (kept >= 0).sum(1)
+    return torch.searchsorted(kept, cu_seqlens.to(kept.dtype)).diff()
+
+
+def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity: int | None = None) -> Groups:
     """roots [B, N] -> the compacted rows and who is in them. A root that is no root itself, or -1, puts a token out."""
     batch, length = roots.shape
     roots = roots.long()
     position = torch.arange(length, device=roots.device)
-    kept, lengths, slot = compact(roots == position)
+    kept, lengths, slot = compact(roots == position, capacity)
     rows = kept.shape[1]
     inside = (roots >= 0) & (roots < length)
     root = torch.where(inside, roots, 0)
-    member = inside & (roots.gather(1, root) == root)
-    row = torch.where(member, slot.gather(1, root), -1)
+    row = slot.gather(1, root)
+    member = inside & (roots.gather(1, root) == root) & (row >= 0)
+    row = torch.where(member, row, -1)
     sizes = row.new_zeros(batch, rows + 1).scatter_add_(1, torch.where(member, row, rows), member.long())[:, :rows]
     order = torch.argsort(torch.where(member, row, rows), dim=1, stable=True)  # by row, ascending within
     members = torch.where(position < sizes.sum(1, keepdim=True), order, -1)
     links = kept.new_empty(batch, 0)
-    if predecessor is not None:
+    if predecessor is not None and not length:
+        links = torch.full_like(kept, -1)
+    elif predecessor is not None:
         (earlier,) = gather_rows(kept, as_predecessor(predecessor, roots))
         linked = (kept >= 0) & (earlier >= 0) & (earlier < length)
         links = torch.where(linked, row.gather(1, torch.where(linked, earlier, 0)), -1)
@@ -208,26 +268,57 @@ def attention_column_sum(
     return total / heads
 
 
-def topk_keep(scores: Tensor, k: int | Tensor, candidates: Tensor | None = None) -> Tensor:
+def topk_keep(
+    scores: Tensor,
+    k: int | Tensor,
+    candidates: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    capacity: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """scores [B, N] -> [B, K] int64: every non-candidate and the k best candidates, ascending, -1 for padding."""
     candidates = torch.ones_like(scores, dtype=torch.bool) if candidates is None else candidates
-    best = rank_descending(scores, candidates) < _per_row(k, scores)
-    return compact(best | ~candidates)[0]
+    if cu_seqlens is None:
+        kept = compact((rank_descending(scores, candidates) < _per_row(k, scores)) | ~candidates, capacity)[0]
+    else:
+        scores, candidates = scores[None], candidates[None]
+        best = rank_descending(scores, candidates, cu_seqlens) < _per_row(k, scores, cu_seqlens)
+        others = ~candidates & (_per_row(1, scores, cu_seqlens) == 1)  # those of no sequence are not kept
+        kept = compact(best | others, capacity)[0][0]
+    return kept if capacity is None else (kept, lengths_of(kept, cu_seqlens))
 
 
-def segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+def segmented_topk_keep(
+    scores: Tensor,
+    segments: Tensor,
+    counts: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    capacity: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """scores, segments [B, N], counts [B, S] -> [B, K] int64: tokens of segment -1 and the best of each segment."""
+    if cu_seqlens is not None:
+        kept = _segmented_kept(scores[None], segments[None], counts[None], capacity)[0]
+    else:
+        kept = _segmented_kept(scores, segments, counts, capacity)
+    return kept if capacity is None else (kept, lengths_of(kept, cu_seqlens))
+
+
+def _segmented_kept(scores: Tensor, segments: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
     order = torch.argsort(rank_descending(scores), dim=1)  # best first
     order = order.gather(1, torch.argsort(segments.gather(1, order), dim=1, stable=True))  # by segment, best first
     sorted_segments = segments.gather(1, order).contiguous()
     position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, position - torch.searchsorted(sorted_segments, sorted_segments))
     allowed = counts.gather(1, segments.clamp_min(0)) if counts.shape[1] else torch.zeros_like(segments)
-    return compact((segments < 0) | (rank < allowed))[0]
+    return compact((segments < 0) | (rank < allowed), capacity)[0]
 
 
-def gather_rows(kept: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
     """kept [B, K] (-1: a row of zeros), tensors [B, N, ...] -> each [B, K, ...]."""
+    if cu_seqlens is not None:
+        return tuple(rows[0] for rows in gather_rows(kept[None], *(tensor[None] for tensor in tensors)))
     index, padding = kept.long().clamp_min(0), kept < 0
     taken = (_take_rows(tensor, index) for tensor in tensors)
     if not padding.any():
@@ -236,38 +327,62 @@ def gather_rows(kept: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.where(padding.view(*kept.shape, *[1] * (row.ndim - 2)), row.new_zeros(()), row) for row in taken)
 
 
-def compact(keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """keep [B, N] bool -> kept [B, M] positions ascending, left-padded with -1; lengths [B]; slot [B, N] of each."""
+def compact(keep: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """keep [B, N] bool -> kept [B, M] positions ascending, left-padded with -1; lengths [B]; slot [B, N] of each.
+
+    M is the longest of the batch, or `rows`, which takes the last ones; then slots of the others are negative.
+    """
     lengths = keep.sum(1)
-    rows = int(lengths.max()) if keep.numel() else 0
+    if rows is None:
+        rows = int(lengths.max()) if keep.numel() else 0
     slot = keep.cumsum(1) - 1 + (rows - lengths)[:, None]
-    sample, position = keep.nonzero(as_tuple=True)
+    sample, position = (keep & (slot >= 0)).nonzero(as_tuple=True)
     kept = keep.new_full((keep.shape[0], rows), -1, dtype=torch.int64)
     kept[sample, slot[sample, position]] = position
-    return kept, lengths, slot
+    return kept, lengths.clamp_max(rows), slot
 
 
-def rank_descending(scores: Tensor, candidates: Tensor | None = None) -> Tensor:
-    """scores [B, N] -> [B, N] int64: 0 for the highest; ties to the lower index, then NaN, then non-candidates."""
+def rank_descending(scores: Tensor, candidates: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """scores [B, N] -> [B, N] int64: 0 for the highest; ties to the lower index, then NaN, then non-candidates.
+
+    Packed, scores [1, T] are ranked within their sequences.
+    """
     last = scores.isnan().long()
     if candidates is not None:
         last = torch.where(candidates, last, 2)
     order = torch.argsort(scores.masked_fill(scores.isnan(), 0), dim=1, descending=True, stable=True)
     order = order.gather(1, torch.argsort(last.gather(1, order), dim=1, stable=True))
     position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    if cu_seqlens is not None:
+        sequence = sequence_of(cu_seqlens, scores.shape[1])
+        order = order.gather(1, torch.argsort(sequence[order], dim=1, stable=True))  # those of a sequence, best first
+        position = position - torch.where(sequence < 0, 0, cu_seqlens.long()[sequence.clamp_min(0)])
     return torch.empty_like(order).scatter_(1, order, position)
 
 
-def strided_predecessor(batch: int, length: int, stride: int, device: torch.device) -> Tensor:
-    """[B, N] int64: t - stride, -1 where that is before the start."""
-    return (torch.arange(length, device=device) - stride).clamp_min(-1).expand(batch, -1)
+def sequence_of(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[T] int64: the sequence of each packed token; -1 before the first, S after the last."""
+    position = torch.arange(length, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens.long(), position, right=True) - 1
 
 
-def as_predecessor(predecessor: int | Tensor, like: Tensor) -> Tensor:
-    """An int stride or a [B, N] tensor of links as a [B, N] int64 tensor."""
+def strided_predecessor(
+    batch: int, length: int, stride: int, device: torch.device, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """[B, N] int64: t - stride, -1 where that is before the start, or the start of its sequence."""
+    earlier = torch.arange(length, device=device) - stride
+    if cu_seqlens is not None:
+        begin = cu_seqlens.long()[sequence_of(cu_seqlens, length).clamp_min(0)]
+        earlier = torch.where(earlier >= begin, earlier, -1)
+    return earlier.clamp_min(-1).expand(batch, -1)
+
+
+def as_predecessor(predecessor: int | Tensor, like: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """A tensor of links as int64, or an int stride as [B, N] int64, [1, T] packed."""
     if isinstance(predecessor, Tensor):
         return predecessor.long()
-    return strided_predecessor(like.shape[0], like.shape[1], predecessor, like.device)
+    batch = 1 if cu_seqlens is not None else like.shape[0]
+    return strided_predecessor(batch, like.shape[-1], predecessor, like.device, cu_seqlens)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -286,6 +401,8 @@ def _row_blocks(x: Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
+    if not x.shape[1]:  # all of index is padding
+        return x.new_zeros(*index.shape, *x.shape[2:])
     # torch.gather would quiet fp16 NaNs, and indexing is slower
     rows = [sample.index_select(0, kept) for sample, kept in zip(x, index, strict=True)]
     if len(rows) == 1:
@@ -293,5 +410,11 @@ def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     return torch.stack(rows) if rows else x.new_empty(*index.shape, *x.shape[2:])
 
 
-def _per_row(count: int | Tensor, like: Tensor) -> int | Tensor:
-    return count.to(like.device)[:, None] if isinstance(count, Tensor) else count
+def _per_row(count: int | Tensor, like: Tensor, cu_seqlens: Tensor | None = None) -> int | Tensor:
+    """What to compare the ranks of `like` [B, N] with. Packed, [1, T], and 0 for tokens of no sequence."""
+    if cu_seqlens is None:
+        return count.to(like.device)[:, None] if isinstance(count, Tensor) else count
+    sequence, sequences = sequence_of(cu_seqlens, like.shape[1]), cu_seqlens.shape[0] - 1
+    if isinstance(count, Tensor):
+        count = count.to(like.device)[sequence.clamp(0, max(sequences - 1, 0))]
+    return torch.where((sequence >= 0) & (sequence < sequences), count, 0)[None]

@@ -12,8 +12,9 @@ Source: FastV, arXiv:2403.06764, and FrameFusion, arXiv:2501.01986, prune so.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from . import _radix, reference
 from ._dispatch import FLOATS, INDICES, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
 from ._gather import gather
+from ._packed import any_rows, check_capacity, check_cu_seqlens, rows_of
 
 _BLOCK = 1024  # tokens a program
 
@@ -65,33 +67,61 @@ def _segment_keep_kernel(
     tl.store(keep_ptr + pid_b * N + token, keep.to(tl.int8), mask=mask)
 
 
-@torch.library.custom_op("fftriton::topk_keep", mutates_args=())
-def _topk_keep(scores: Tensor, bound: int, bounds: Tensor | None, candidates: Tensor | None) -> Tensor:
+@torch.library.custom_op(
+    "fftriton::topk_keep",
+    mutates_args=(),
+    schema="(Tensor scores, SymInt bound, Tensor? bounds, Tensor? candidates, Tensor? cu_seqlens=None,"
+    " SymInt? max_seqlen=None, SymInt? capacity=None) -> Tensor",
+)
+def _topk_keep(
+    scores: Tensor,
+    bound: int,
+    bounds: Tensor | None,
+    candidates: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    capacity: int | None = None,
+) -> Tensor:
     k = bound if bounds is None else bounds
-    rows = bound if bounds is None and candidates is None else None  # None: only the device knows
+    rows = capacity
+    if rows is None and bounds is None and candidates is None and cu_seqlens is None:
+        rows = bound  # else only the device knows
     if not scores.numel():
-        return scores.new_empty(scores.shape[0], rows or 0, dtype=torch.int64)
+        return scores.new_full((*scores.shape[:-1], rows or 0), -1, dtype=torch.int64)
     if not runs_triton(scores):
-        return reference.topk_keep(scores, k, candidates)
-    selection = _radix.score_keys(scores, candidates)
+        kept = reference.topk_keep(scores, k, candidates, cu_seqlens=cu_seqlens, capacity=capacity)
+        return kept[0] if isinstance(kept, tuple) else kept
+    if max_seqlen is None and capacity is not None:
+        max_seqlen = scores.shape[-1]  # more programs than need be, but no wait
+    selection = _radix.score_keys(scores, candidates, cu_seqlens, max_seqlen)
     _radix.refine(selection, k)
-    return _radix.compact(*_radix.keep_best(selection, keep_others=candidates is not None), rows)[0]
+    kept = _radix.compact(*_radix.keep_best(selection, keep_others=candidates is not None), rows)[0]
+    return kept if cu_seqlens is None else kept[0]
 
 
 @_topk_keep.register_fake
-def _(scores, bound, bounds, candidates):
-    known = bounds is None and candidates is None
-    rows = bound if known else torch.library.get_ctx().new_dynamic_size()
-    return scores.new_empty(scores.shape[0], rows, dtype=torch.int64)
+def _(scores, bound, bounds, candidates, cu_seqlens=None, max_seqlen=None, capacity=None):
+    known = bounds is None and candidates is None and cu_seqlens is None
+    rows = bound if known else None
+    if capacity is not None:
+        rows = capacity
+    if rows is None:
+        rows = torch.library.get_ctx().new_dynamic_size()
+    return scores.new_empty(*scores.shape[:-1], rows, dtype=torch.int64)
 
 
-@torch.library.custom_op("fftriton::segmented_topk_keep", mutates_args=())
-def _segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+@torch.library.custom_op(
+    "fftriton::segmented_topk_keep",
+    mutates_args=(),
+    schema="(Tensor scores, Tensor segments, Tensor counts, SymInt? capacity=None) -> Tensor",
+)
+def _segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor, capacity: int | None = None) -> Tensor:
     batch, length = scores.shape
     if not scores.numel():
-        return scores.new_empty(batch, 0, dtype=torch.int64)
+        return scores.new_full((batch, capacity or 0), -1, dtype=torch.int64)
     if not runs_triton(scores):
-        return reference.segmented_topk_keep(scores, segments, counts)
+        kept = reference.segmented_topk_keep(scores, segments, counts, capacity=capacity)
+        return kept[0] if isinstance(kept, tuple) else kept
     keys = scores.new_empty(batch, length, dtype=torch.int64)
     keep = scores.new_empty(batch, length, dtype=torch.int8)
     grid = (triton.cdiv(length, _BLOCK), batch)
@@ -105,62 +135,136 @@ def _segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Te
             keys, order, counts, keep, *counts.stride(), length, counts.shape[1],
             BLOCK_N=_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    blocks = F.pad(keep, (0, -length % _radix.BLOCK)).unflatten(1, (-1, _radix.BLOCK))
-    return _radix.compact(keep, blocks.sum(2, dtype=torch.int32))[0]
+    return _radix.compact(keep, _radix.block_counts(keep), capacity)[0]
 
 
 @_segmented_topk_keep.register_fake
-def _(scores, segments, counts):
-    return scores.new_empty(scores.shape[0], torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+def _(scores, segments, counts, capacity=None):
+    rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    return scores.new_empty(scores.shape[0], rows, dtype=torch.int64)
 
 
-def topk_keep(scores: Tensor, k: int | Tensor, candidates: Tensor | None = None) -> Tensor:
+@overload
+def topk_keep(
+    scores: Tensor,
+    k: int | Tensor,
+    candidates: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    capacity: None = None,
+) -> Tensor: ...
+
+
+@overload
+def topk_keep(
+    scores: Tensor,
+    k: int | Tensor,
+    candidates: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    capacity: int,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def topk_keep(
+    scores: Tensor,
+    k: int | Tensor,
+    candidates: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    capacity: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Positions of the k tokens of the highest scores, in their original order.
 
-    With a k on the device or with candidates the number of rows depends on the data, and the host waits for it once;
-    with an int k and no candidates it does not wait.
+    With a k on the device, with candidates or packed sequences the number of rows depends on the data, and the host
+    waits for it once. With a capacity, and with an int k and nothing else, it does not wait.
 
     Args:
         scores: [B, N] fp16, bf16 or fp32, any strides. Ties go to the lower index; NaN is below every number.
         k: how many to keep of each sample, 0 <= k <= N; or int32 or int64 [B] on the device of `scores`, whose values
             are taken as the nearest in 0..N.
         candidates: [B, N] bool, any strides: only these compete for the k places, all others stay. None: all compete.
+        cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): scores and
+            candidates are packed sequences [T], and k counts for each of them, [S] where it is a tensor. Where a
+            sequence has fewer than k candidates, all of them stay.
+        max_seqlen: the length of the longest packed sequence, or more. None: the host waits for it, or, with a
+            capacity, launches for sequences of T.
+        capacity: the number of rows to return, at least as many as a sample (packed: all sequences together) keeps,
+            for which N (T) always suffices. Where it is too small the last rows are returned.
 
     Returns:
         [B, K] int64 ascending. K is the most that a sample keeps; the others are padded with -1 on the left.
+        Packed: [K] int64 ascending, positions among the T tokens, which index packed tensors.
+        With a capacity: a tuple (kept, lengths). K is the capacity, and lengths [B] ([S] packed) int64 are the rows of
+        each sample (sequence) that are no padding, all of which stands on the left.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape or a k that is not as above, or tensors on two
+        TypeError: a dtype that is not listed. ValueError: a shape or a value that is not as above, or tensors on two
             devices.
 
     Source:
         FastV, arXiv:2403.06764; FrameFusion, arXiv:2501.01986.
     """
     op = "topk_keep"
+    packed = cu_seqlens is not None
     check_dtype(op, "scores", scores, FLOATS)
-    check_shape(op, "scores", scores, B=None, N=None)
-    batch, length = scores.shape
+    check_shape(op, "scores", scores, **any_rows(packed))
+    check_cu_seqlens(op, cu_seqlens, "scores", scores, max_seqlen)
+    check_capacity(op, capacity)
     bound, bounds = 0, None
     if isinstance(k, Tensor):
         check_dtype(op, "k", k, INDICES)
-        check_shape(op, "k", k, B=batch)
+        check_shape(op, "k", k, **({"B": scores.shape[0]} if cu_seqlens is None else {"S": cu_seqlens.shape[0] - 1}))
         bounds = k
     else:
         check_at_least(op, "k", k, 0)
-        if k > length:
-            raise ValueError(f"{op}: k must be at most N={length}, got {k}")
+        if not packed and k > scores.shape[1]:
+            raise ValueError(f"{op}: k must be at most N={scores.shape[1]}, got {k}")
         bound = k
     if candidates is not None:
         check_dtype(op, "candidates", candidates, (torch.bool,))
-        check_shape(op, "candidates", candidates, B=batch, N=length)
+        check_shape(op, "candidates", candidates, **rows_of(scores, packed))
     check_same_device(op, scores=scores, k=bounds, candidates=candidates)
-    return _topk_keep(scores, bound, bounds, candidates)
+    kept = _topk_keep(scores, bound, bounds, candidates, cu_seqlens, max_seqlen, capacity)
+    return kept if capacity is None else (kept, reference.lengths_of(kept, cu_seqlens))
 
 
-def segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Tensor:
+@overload
+def segmented_topk_keep(
+    scores: Tensor,
+    segments: Tensor,
+    counts: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    capacity: None = None,
+) -> Tensor: ...
+
+
+@overload
+def segmented_topk_keep(
+    scores: Tensor,
+    segments: Tensor,
+    counts: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    capacity: int,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def segmented_topk_keep(
+    scores: Tensor,
+    segments: Tensor,
+    counts: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    capacity: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Positions of the best tokens of every segment (a frame, say), in their original order.
 
-    The host waits once, for the number of rows.
+    The host waits once, for the number of rows; with a capacity it does not.
 
     Args:
         scores: [B, N] fp16, bf16 or fp32, any strides. Ties go to the lower index; NaN is below every number.
@@ -168,31 +272,49 @@ def segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor) -> Ten
             none, and such tokens always stay. Larger values are not checked: that would stall a GPU.
         counts: [B, S] or [S] int32 or int64, any strides: how many tokens of each segment stay; all of them where there
             are fewer, none where it is negative.
+        cu_seqlens: [sequences + 1] int32 or int64, 0 first, ascending, T last (not checked): scores and segments are
+            packed sequences [T] and counts [S]. No two sequences share a segment number.
+        capacity: the number of rows to return, at least as many as a sample (packed: all sequences together) keeps,
+            for which N (T) always suffices. Where it is too small the last rows are returned.
 
     Returns:
         [B, K] int64 ascending. K is the most that a sample keeps; the others are padded with -1 on the left.
+        Packed: [K] int64 ascending, positions among the T tokens.
+        With a capacity: a tuple (kept, lengths). K is the capacity, and lengths [B] (one a sequence when packed) int64
+        are the rows of each sample that are no padding, all of which stands on the left.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape that is not as above, or tensors on two devices.
+        TypeError: a dtype that is not listed. ValueError: a shape or a value that is not as above, or tensors on two
+            devices.
 
     Source:
         KVTP, arXiv:2503.10742, where each frame has a budget of its own.
     """
     op = "segmented_topk_keep"
+    packed = cu_seqlens is not None
     check_dtype(op, "scores", scores, FLOATS)
-    check_shape(op, "scores", scores, B=None, N=None)
-    batch, length = scores.shape
+    check_shape(op, "scores", scores, **any_rows(packed))
+    check_cu_seqlens(op, cu_seqlens, "scores", scores)
+    check_capacity(op, capacity)
     check_dtype(op, "segments", segments, INDICES)
     check_dtype(op, "counts", counts, INDICES)
-    segments = segments.expand(batch, -1) if segments.ndim == 1 else segments
-    counts = counts.expand(batch, -1) if counts.ndim == 1 else counts
-    check_shape(op, "segments", segments, B=batch, N=length)
-    check_shape(op, "counts", counts, B=batch, S=None)
-    check_same_device(op, scores=scores, segments=segments, counts=counts)
-    return _segmented_topk_keep(scores, segments, counts)
+    if packed:
+        check_shape(op, "segments", segments, T=scores.shape[0])
+        check_shape(op, "counts", counts, S=None)
+        check_same_device(op, scores=scores, segments=segments, counts=counts)
+        kept = _segmented_topk_keep(scores[None], segments[None], counts[None], capacity)[0]
+    else:
+        batch, length = scores.shape
+        segments = segments.expand(batch, -1) if segments.ndim == 1 else segments
+        counts = counts.expand(batch, -1) if counts.ndim == 1 else counts
+        check_shape(op, "segments", segments, B=batch, N=length)
+        check_shape(op, "counts", counts, B=batch, S=None)
+        check_same_device(op, scores=scores, segments=segments, counts=counts)
+        kept = _segmented_topk_keep(scores, segments, counts, capacity)
+    return kept if capacity is None else (kept, reference.lengths_of(kept, cu_seqlens))
 
 
-def gather_rows(kept: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
     """The same rows of many tensors, copied bit for bit. Differentiable: gradients add up at the rows taken.
 
     Tensors of one element size, trailing shape and strides share a launch, four at a time.
@@ -202,9 +324,11 @@ def gather_rows(kept: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             up are not checked: that would stall a GPU.
         tensors: each [B, N, ...] of any dtype on the device of `kept`, any strides. PyTorch's own gather serves those
             whose trailing dimensions are not one or two strided runs, and elements over 8 bytes.
+        cu_seqlens: [S+1] int32 or int64: kept [K] and tensors [T, ...] are packed. Which row is of which sequence does
+            not matter here.
 
     Returns:
-        A tuple with each tensor's rows, [B, K, ...] contiguous.
+        A tuple with each tensor's rows, [B, K, ...] contiguous; [K, ...] packed.
 
     Raises:
         TypeError: `kept` of another dtype, or something that is no tensor. ValueError: a shape that is not as above, or
@@ -214,13 +338,25 @@ def gather_rows(kept: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         FastV, arXiv:2403.06764; FrameFusion, arXiv:2501.01986.
     """
     op = "gather_rows"
+    packed = cu_seqlens is not None
     check_dtype(op, "kept", kept, INDICES)
-    check_shape(op, "kept", kept, B=None, K=None)
+    if packed:
+        check_shape(op, "kept", kept, K=None)
+    else:
+        check_shape(op, "kept", kept, B=None, K=None)
+    check_cu_seqlens(op, cu_seqlens, "kept", kept)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: tensors[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.ndim < 2 or tensor.shape[:2] != (kept.shape[0], tensors[0].shape[1]):
-            rule = f"B={kept.shape[0]}, N{'' if i == 0 else f'={tensors[0].shape[1]}'}, ..."
+        leading = 1 if packed else 2
+        expected = kept.shape[: leading - 1] + tensors[0].shape[leading - 1 : leading]
+        if tensor.ndim < leading or tensor.shape[:leading] != expected:
+            sizes = f"{'T' if packed else 'N'}{'' if i == 0 else f'={expected[-1]}'}, ..."
+            rule = sizes if packed else f"B={kept.shape[0]}, {sizes}"
             raise ValueError(f"{op}: tensors[{i}] must have shape [{rule}], got {list(tensor.shape)}")
         check_same_device(op, **{"kept": kept, f"tensors[{i}]": tensor})
-    return tuple(gather(kept, tensors)) if tensors else ()
+    if not tensors:
+        return ()
+    if packed:
+        return tuple(rows[0] for rows in gather(kept[None], [tensor[None] for tensor in tensors]))
+    return tuple(gather(kept, tensors))

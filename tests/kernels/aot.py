@@ -59,6 +59,12 @@ def call_every_op():
     ops.topk_keep(similarity, 300)
     ops.topk_keep(similarity.bfloat16(), bounds, links > 0)
     ops.segmented_topk_keep(similarity, links, torch.ones(16, dtype=torch.int64))
+    spans = torch.tensor([0, 400, N])
+    ops.merge_mean(x, links, (), links, capacity=N)
+    ops.merge_roots(similarity[0], 210, 0.6, 300, cu_seqlens=spans, max_seqlen=601)
+    ops.merge_roots(similarity[0], links[0], 0.6, spans[1:], cu_seqlens=spans.int(), max_seqlen=601)
+    ops.topk_keep(similarity[0], 300, cu_seqlens=spans, max_seqlen=601)
+    ops.topk_keep(similarity[0], spans[1:], links[0] > 0, cu_seqlens=spans.int(), max_seqlen=601, capacity=N)
     for heads, kv_heads, width in ((14, 2, 64), (28, 4, 128)):
         q = torch.zeros(1, N, heads, width, dtype=torch.bfloat16).transpose(1, 2)
         k = torch.zeros(1, N, kv_heads, width, dtype=torch.bfloat16).transpose(1, 2)
