@@ -272,7 +272,7 @@ def test_rows_and_their_members(leaves, device):
 
 def test_groups_longer_than_a_block(device):
     torch.manual_seed(0)
-    N = 1500
+    N = 1100
     x = torch.randn(1, N, 3, device=device)
     roots = torch.where(torch.rand(1, N) < 0.7, 2, torch.arange(N) % 5).to(device)
     roots[0, :5] = torch.arange(5)
