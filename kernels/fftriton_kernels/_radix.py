@@ -178,7 +178,7 @@ def refine(selection: Selection, k: int | Tensor) -> None:
     if isinstance(k, Tensor):
         on_device, k_tensor, stride_k, k_scalar = True, k, k.stride(0), 0
     else:
-        on_device, k_tensor, stride_k, k_scalar = False, keys, 0, max(min(k, length), 0)
+        on_device, k_tensor, stride_k, k_scalar = False, keys, 0, min(k, length)
     with torch.cuda.device_of(keys):
         for digit in (1, 2, 3):
             _refine_kernel[selection.grid](

@@ -261,9 +261,18 @@ def test_members_are_added_in_ascending_order_and_rounded_once(dtype, device):
     assert torch.equal(out[0, 0], (total / N).to(dtype))
 
 
+@pytest.mark.parametrize("leaves", [0.0, 0.1, 0.9])
+def test_rows_and_their_members(leaves, device):
+    torch.manual_seed(0)
+    roots, links = random_roots(3, 150, device, leaves=leaves), random_links(3, 150, device)
+    groups, expected = group_rows(roots, links, 0), reference.group_rows(roots, links)
+    for name, ours, theirs in zip(expected._fields, groups, expected, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 def test_groups_longer_than_a_block(device):
     torch.manual_seed(0)
-    N = 1500
+    N = 1100
     x = torch.randn(1, N, 3, device=device)
     roots = torch.where(torch.rand(1, N) < 0.7, 2, torch.arange(N) % 5).to(device)
     roots[0, :5] = torch.arange(5)
@@ -311,7 +320,8 @@ def test_companions_of_any_kind(library, device):
         "sections": torch.randn(3, B, N, 5, device=device).permute(1, 2, 0, 3),  # rotary tables in three sections
         "cos": tables[0].half(),
         "sin": tables[1].half(),
-        "wide": torch.randn(B, N, 1030, device=device, dtype=torch.float64),
+        "wide": torch.randn(B, N, 1540, device=device, dtype=torch.float64),
+        "one run": make_strided(torch.randn(B, N, 7, device=device)),
         "two runs": make_strided(torch.randn(B, N, 3, 4, device=device)),
         "three runs": make_strided(torch.randn(B, N, 2, 3, 4, device=device)),
         "heads": torch.randn(B, 4, N, 5, device=device).transpose(1, 2),
@@ -387,6 +397,7 @@ def test_rows_past_two_to_the_31_elements(device):
     far, plain = merge_mean(far_rows(x), roots, (far_rows(x),)), merge_mean(x, roots, (x,))
     assert torch.equal(far.x, plain.x)
     assert torch.equal(far.companions[0], plain.companions[0])
+    assert torch.equal(gather(far.kept.int(), [far_rows(x)])[0], plain.companions[0])
 
 
 @libraries
