@@ -321,7 +321,7 @@ def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None
         return tuple(rows[0] for rows in gather_rows(kept[None], *(tensor[None] for tensor in tensors)))
     index, padding = kept.long().clamp_min(0), kept < 0
     taken = (_take_rows(tensor, index) for tensor in tensors)
-    if not padding.any():
+    if not padding.is_cuda and not padding.any():  # on a GPU the host would wait for it
         return tuple(taken)
     # where, not masked_fill: it takes every dtype
     return tuple(torch.where(padding.view(*kept.shape, *[1] * (row.ndim - 2)), row.new_zeros(()), row) for row in taken)

@@ -111,7 +111,9 @@ def test_dynamic_sizes_compile_in_one_graph(device):
 def test_runs_in_a_cuda_graph(step, inputs, device):
     arguments = inputs(device)
     fresh = [part.flip(0) if part.is_floating_point() else part.clone() for part in arguments]
-    with torch.cuda.stream(stream := torch.cuda.Stream()):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         step(*arguments)  # compiles the kernels, which a capture cannot
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
