@@ -33,6 +33,7 @@ from ._dispatch import (
     check_shape,
     runs_triton,
 )
+from ._tiles import lookup
 
 _UPCAST = tl.constexpr(INTERPRET)  # the interpreter's tl.dot multiplies the raw bits of a bf16
 _MOST_WIDTH = 256  # of a head: a whole row stays on chip
@@ -430,7 +431,7 @@ def attention_column_sum(
         _check_sequences(op, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         _, heads, queries, _, width = _check_heads(op, q.transpose(0, 1)[None], k.transpose(0, 1)[None])
     else:
-        lone = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        lone: dict[str, object] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         lone |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
         if given := [name for name, value in lone.items() if value is not None]:
             raise ValueError(
@@ -495,14 +496,6 @@ def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int, int
     return batch, heads, queries, keys, width
 
 
-def _tile(x: Tensor) -> tuple[int, int, int, int]:
-    """A tile of scores: its longer side, held still, its shorter side, streamed past; BLOCK_D and warps."""
-    width = block(x.shape[-1])
-    if x.dtype == torch.float32:  # no tensor cores; more than one row a thread and the still side spills
-        return 32, 32, width, 16
-    return (128, 64, width, 4) if width <= 128 else (64, 64, width, 4)
-
-
 def _column_sum(
     q: Tensor,
     k: Tensor,
@@ -517,7 +510,7 @@ def _column_sum(
     queries = packed.queries if packed else q.shape[2]
     if len(q) * queries * (end - begin) == 0:
         return q.new_zeros(1 if packed else len(q), k.shape[2] if packed else end - begin, dtype=torch.float32)
-    one_tile = queries * (q.shape[1] // k.shape[1]) <= _tile(q)[1]
+    one_tile = queries * (q.shape[1] // k.shape[1]) <= lookup("attention", q, q.shape[3]).blocks[1]
     with torch.cuda.device_of(q):
         if lse is not None:
             total = _streamed_sum(q, k, lse, None, scale, causal, begin, end, packed)
@@ -541,7 +534,8 @@ def _row_norms(q: Tensor, k: Tensor, scale: float, causal: bool, packed: _Packed
     batch, heads, rows, width = q.shape
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
-    block_m, block_n, block_d, warps = _tile(q)
+    tile = lookup("attention", q, width)
+    block_m, block_n = tile.blocks
     pairs = queries * (heads // kv_heads)
     block_m = min(block_m, block(pairs))
     tiles = triton.cdiv(pairs, block_m)
@@ -551,8 +545,9 @@ def _row_norms(q: Tensor, k: Tensor, scale: float, causal: bool, packed: _Packed
     strides = peak.expand(-1, batch, -1, -1).stride()
     _row_norm_kernel[(tiles, shares * kv_heads, batch)](
         q, k, peak, total, *bounds, *q.stride(), *k.stride(), *strides,
-        scale, queries, keys, kv_heads, span, GROUP=heads // kv_heads, D=width, BLOCK_D=block_d,
-        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal, num_warps=warps, num_stages=2, enable_fp_fusion=True,
+        scale, queries, keys, kv_heads, span, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
+        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     peak, total = _added_norms(peak, total)
     return peak.expand(batch, -1, -1), total.expand(batch, -1, -1)
@@ -586,7 +581,8 @@ def _streamed_sum(
     batch, heads, _, width = q.shape
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
-    block_n, block_m, block_d, warps = _tile(q)
+    tile = lookup("attention", q, width)
+    block_n, block_m = tile.blocks
     pairs = queries * (heads // kv_heads)
     block_m = min(block_m, block(pairs))
     key_blocks = triton.cdiv(end - begin, block_n)
@@ -595,8 +591,9 @@ def _streamed_sum(
     _column_sum_kernel[(key_blocks, kv_heads * shares, batch)](
         q, k, peak, total, partial, *bounds, *q.stride(), *k.stride(), *peak.stride(),
         *partial.expand(batch, -1, -1).stride(),
-        scale, queries, keys, begin, end, shares, GROUP=heads // kv_heads, D=width, BLOCK_D=block_d,
-        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal, num_warps=warps, num_stages=2, enable_fp_fusion=True,
+        scale, queries, keys, begin, end, shares, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
+        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     out = partial.sum(1)
     if causal:  # a row that is NaN is so where it is masked, too, in torch.softmax
@@ -632,7 +629,8 @@ def _kept_score_sum(
     batch, heads, _, width = q.shape
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
-    block_n, _, block_d, warps = _tile(q)
+    tile = lookup("attention", q, width)
+    block_n = tile.blocks[0]
     key_blocks = triton.cdiv(keys, block_n)
     columns = k.shape[2] if packed else end - begin
     score = q.new_empty(1 if packed else batch, heads, queries, columns, dtype=torch.float32)
@@ -640,9 +638,9 @@ def _kept_score_sum(
     peak, total = q.new_empty(2, key_blocks, batch, heads, queries, dtype=torch.float32)
     _score_kernel[(key_blocks, kv_heads, batch)](
         q, k, score, peak, total, *bounds, *q.stride(), *k.stride(), *score.stride(), *peak.stride(),
-        scale, queries, keys, begin, end, GROUP=heads // kv_heads, D=width, BLOCK_D=block_d,
+        scale, queries, keys, begin, end, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
         BLOCK_M=block(queries * (heads // kv_heads)), BLOCK_N=block_n, CAUSAL=causal,
-        num_warps=warps, enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     out = _new_sums(q, k, packed, columns=end - begin)
     score = score.flatten(1, 2)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import FLOATS, INDICES, block, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
+from ._tiles import lookup
 
 _NO_LINK = tl.constexpr(reference.NO_LINK)
 _FRAMES_A_PROGRAM = 8
@@ -99,7 +100,8 @@ def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
         with torch.cuda.device_of(x):
             _strided_cosine_kernel[(chains, segments, batch)](
                 x, out, *x.stride(), *out.stride(), length, stride,
-                D=width, BLOCK_D=block(width), FRAMES=_FRAMES_A_PROGRAM, num_warps=_warps(width), enable_fp_fusion=True,
+                D=width, BLOCK_D=block(width), FRAMES=_FRAMES_A_PROGRAM,
+                num_warps=lookup("cosine", x, width).num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -114,7 +116,7 @@ def _linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
         with torch.cuda.device_of(x):
             _linked_cosine_kernel[(length, batch)](
                 x, predecessor, out, *x.stride(), *predecessor.stride(), *out.stride(),
-                D=width, BLOCK_D=block(width), num_warps=_warps(width), enable_fp_fusion=True,
+                D=width, BLOCK_D=block(width), num_warps=lookup("cosine", x, width).num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -175,7 +177,3 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
     check_shape(op, "predecessor", predecessor, B=x.shape[0], N=x.shape[1])
     check_same_device(op, x=x, predecessor=predecessor)
     return _linked_cosine_similarity(x, predecessor)
-
-
-def _warps(width: int) -> int:
-    return 4 if width <= 4096 else 8

@@ -1,6 +1,6 @@
 """attention_column_sum of packed sequences: each gives what it gives alone."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def make_packed(lengths=LENGTHS, H=4, Hkv=2, d=16, dtype=torch.float32, device="
 def one_by_one(op, q, k, bounds, lse=None, num_queries=None, **options):
     """[Tk]: the op without packing on each sequence alone."""
     out = []
-    spans = (list(zip(b, b[1:], strict=False)) for b in (bound.tolist() for bound in bounds.values()))
+    spans = (list(pairwise(b)) for b in (bound.tolist() for bound in bounds.values()))
     for (low, high), (first, last) in zip(*spans, strict=True):
         options["lse"] = None if lse is None else lse[None, :, low:high]
         options["num_queries"] = min(num_queries, high - low) or None if num_queries else None
@@ -37,7 +37,7 @@ def one_by_one(op, q, k, bounds, lse=None, num_queries=None, **options):
 def log_sum_exp(q, k, bounds, causal):
     """[H, Tq] fp32: what flash attention's varlen functions return beside their output."""
     out = q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
-    spans = (list(zip(b, b[1:], strict=False)) for b in (bound.tolist() for bound in bounds.values()))
+    spans = (list(pairwise(b)) for b in (bound.tolist() for bound in bounds.values()))
     for (low, high), (first, last) in zip(*spans, strict=True):
         keys = k[first:last].double().repeat_interleave(q.shape[1] // k.shape[1], 1)
         score = torch.einsum("qhd,khd->hqk", q[low:high].double(), keys) * q.shape[2] ** -0.5
