@@ -98,8 +98,8 @@ def candidates(op: str, size: int) -> tuple[Tile, ...]:
         return tuple(Tile((32, 32), warps, 2) for warps in (8, 16))
     if op == "attention":
         return tuple(Tile(*tile) for tile in product(product((64, 128), (32, 64)), (4, 8), (2, 3)))
-    blocks: list[tuple[int, ...]] = {"cosine": [()], "mean": [(512,), (1024,), (2048,)]}[op]
-    return tuple(Tile(block, warps, 3) for block in blocks for warps in (2, 4, 8))
+    blocks: dict[str, tuple[tuple[int, ...], ...]] = {"cosine": ((),), "mean": ((512,), (1024,), (2048,))}
+    return tuple(Tile(block, warps, 3) for block in blocks[op] for warps in (2, 4, 8))
 
 
 def tune(op: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Tile]:

@@ -66,9 +66,11 @@ def call_every_op():
         ops.attention_column_sum(q, k, lse=torch.zeros(1, heads, N), num_queries=1)
         ops.attention_column_sum(q, k, num_queries=4)
     ops.attention_column_sum(q, k, causal=False)
-    for q, k in ((q.float(), k.float()), (torch.zeros(1, 4, N, 256).bfloat16(), torch.zeros(1, 2, N, 256).bfloat16())):
-        ops.attention_column_sum(q, k)
-        ops.attention_column_sum(q, k, num_queries=4)
+    ops.attention_column_sum(q.float(), k.float())
+    ops.attention_column_sum(q.float(), k.float(), num_queries=4)
+    q, k = (torch.zeros(1, heads, N, 256, dtype=torch.bfloat16) for heads in (4, 2))
+    ops.attention_column_sum(q, k)
+    ops.attention_column_sum(q, k, num_queries=4)
     bounds = torch.tensor([0, 500, 1001], dtype=torch.int32)
     q, k = torch.zeros(N, 28, 128, dtype=torch.bfloat16), torch.zeros(N, 4, 128, dtype=torch.bfloat16)
     packed = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 501, "max_seqlen_k": 501}
@@ -142,7 +144,10 @@ def compiled(kernel, types, options, target):
         "narrow_loads": len(re.findall(NARROW_LOAD, text)),
         "float_atomics": re.findall(FLOAT_ATOMIC, text),
     }
-    return row | (resources(code.asm["cubin"]) if "cubin" in code.asm and CUOBJDUMP.exists() else {})
+    if "amdgcn" in code.asm:
+        spilled = re.findall(r"[sv]gpr_spill_count:\s*(\d+)", text)
+        return row | {"spilled": sum(map(int, spilled))}
+    return row | (resources(code.asm["cubin"]) if CUOBJDUMP.exists() else {})
 
 
 def resources(cubin):
