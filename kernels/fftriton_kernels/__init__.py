@@ -4,6 +4,7 @@ Each op validates its arguments, then runs a Triton kernel on CUDA and ROCm tens
 With TRITON_INTERPRET=1 set before the import, CPU tensors run the Triton kernels in Triton's interpreter.
 """
 
+from ._tiles import tune
 from .attention import attention_column_sum
 from .components import connected_components
 from .cosine import linked_cosine_similarity, strided_cosine_similarity
@@ -23,4 +24,5 @@ __all__ = [
     "segmented_topk_keep",
     "strided_cosine_similarity",
     "topk_keep",
+    "tune",
 ]

@@ -13,8 +13,10 @@ Source: FastV, arXiv:2403.06764 (the last query); FrameFusion, arXiv:2501.01986 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch import Tensor
 from . import reference
 from ._dispatch import (
     FLOATS,
+    INDICES,
     INTERPRET,
     block,
     check_at_least,
@@ -30,6 +33,7 @@ from ._dispatch import (
     check_shape,
     runs_triton,
 )
+from ._tiles import lookup
 
 _UPCAST = tl.constexpr(INTERPRET)  # the interpreter's tl.dot multiplies the raw bits of a bf16
 _MOST_WIDTH = 256  # of a head: a whole row stays on chip
@@ -43,6 +47,19 @@ _LEAST_TILES = 8  # of a share of a column
 def _pair_offsets(stride_h, stride_n, pair, GROUP: tl.constexpr):
     # pairs run over the heads of a group first, then over the queries
     return (pair % GROUP).to(tl.int64) * stride_h + (pair // GROUP).to(tl.int64) * stride_n
+
+
+@triton.jit
+def _sequence(cu_q_ptr, cu_k_ptr, pid_b, Nq, Nk):
+    # first query, first key, queries (the last Nq at most) and keys of a sequence, or of a sample where none are packed
+    if cu_q_ptr is None:
+        return 0, 0, Nq, Nk
+    else:
+        last_query = tl.load(cu_q_ptr + pid_b + 1).to(tl.int64)
+        queries = tl.minimum(last_query - tl.load(cu_q_ptr + pid_b).to(tl.int64), Nq)
+        first_key = tl.load(cu_k_ptr + pid_b).to(tl.int64)
+        keys = tl.minimum(tl.load(cu_k_ptr + pid_b + 1).to(tl.int64) - first_key, Nk)
+        return last_query - queries, first_key, queries.to(tl.int32), keys.to(tl.int32)
 
 
 @triton.jit
@@ -82,6 +99,7 @@ def _load_norms(peak_ptr, total_ptr, offset, mask):
 def _row_norm_kernel(
     q_ptr, k_ptr,                                  # q [B, H, Nq, d], k [B, Hkv, Nk, d]
     peak_ptr, total_ptr,                           # each [shares, B, H, Nq] fp32: max score, sum of exp(score - max)
+    cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_ps, stride_pb, stride_ph, stride_pn,
@@ -94,14 +112,15 @@ def _row_norm_kernel(
     share = tl.program_id(1) // kv_heads
     pid_h = (tl.program_id(1) % kv_heads).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
+    q_start, k_start, Nq, Nk = _sequence(cu_q_ptr, cu_k_ptr, pid_b, Nq, Nk)
     pair = first + tl.arange(0, BLOCK_M)
     mask_m = pair < Nq * GROUP
-    q_ptr += pid_b * stride_qb + pid_h * GROUP * stride_qh
+    q_ptr += pid_b * stride_qb + pid_h * GROUP * stride_qh + q_start * stride_qn
     q = _load_rows(q_ptr + _pair_offsets(stride_qh, stride_qn, pair, GROUP), mask_m, stride_qd, D, BLOCK_D)
-    k_ptr += pid_b * stride_kb + pid_h * stride_kh
+    k_ptr += pid_b * stride_kb + pid_h * stride_kh + k_start * stride_kn
 
     begin = share * span
-    end = tl.minimum(begin + span, Nk)
+    end = tl.where(first < Nq * GROUP, tl.minimum(begin + span, Nk), begin)
     whole = end // BLOCK_N * BLOCK_N  # up to here no score is masked
     if CAUSAL:
         last_query = tl.minimum((first + BLOCK_M - 1) // GROUP, Nq - 1)
@@ -124,7 +143,7 @@ def _row_norm_kernel(
             shift = _finite(higher)
             total = total * tl.exp(peak - shift) + tl.sum(tl.exp(score - shift[:, None]), 1)
             peak = higher
-    offset = share.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * GROUP * stride_ph
+    offset = share.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * GROUP * stride_ph + q_start * stride_pn
     offset += _pair_offsets(stride_ph, stride_pn, pair, GROUP)
     tl.store(peak_ptr + offset, peak, mask=mask_m)
     tl.store(total_ptr + offset, total, mask=mask_m)
@@ -134,6 +153,7 @@ def _row_norm_kernel(
 def _column_sum_kernel(
     q_ptr, k_ptr,                                  # q [B, H, Nq, d], k [B, Hkv, Nk, d]
     peak_ptr, total_ptr, partial_ptr,              # peak, total [B, H, Nq] fp32, partial [B, Hkv * shares, C] fp32
+    cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_pb, stride_ph, stride_pn,
@@ -146,14 +166,16 @@ def _column_sum_kernel(
     pid_s = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     pid_h = pid_s // shares
+    q_start, k_start, Nq, Nk = _sequence(cu_q_ptr, cu_k_ptr, pid_b, Nq, Nk)
+    end = tl.minimum(end, Nk)
     first_key = begin + tl.program_id(0) * BLOCK_N
     offs_n = first_key + tl.arange(0, BLOCK_N)
-    k_ptr += pid_b * stride_kb + pid_h * stride_kh
+    k_ptr += pid_b * stride_kb + pid_h * stride_kh + k_start * stride_kn
     k = _load_rows(k_ptr + offs_n.to(tl.int64) * stride_kn, offs_n < end, stride_kd, D, BLOCK_D)
-    q_ptr += pid_b * stride_qb + pid_h * GROUP * stride_qh
-    first_norm = pid_b * stride_pb + pid_h * GROUP * stride_ph
+    q_ptr += pid_b * stride_qb + pid_h * GROUP * stride_qh + q_start * stride_qn
+    first_norm = pid_b * stride_pb + pid_h * GROUP * stride_ph + q_start * stride_pn
 
-    tiles = tl.cdiv(Nq * GROUP, BLOCK_M)
+    tiles = tl.where(first_key < end, tl.cdiv(Nq * GROUP, BLOCK_M), 0)
     first = 0  # tile that sees the first key
     whole = 0  # tile from which every pair sees every key
     if CAUSAL:
@@ -176,7 +198,7 @@ def _column_sum_kernel(
             if MASKED:
                 score = tl.where(offs_n[:, None] <= (pair // GROUP + Nk - Nq)[None, :], score, float("-inf"))
             total += tl.sum(tl.exp(score) * weight[None, :], 1)
-    partial_ptr += pid_b * stride_sb + pid_s * stride_ss
+    partial_ptr += pid_b * stride_sb + pid_s * stride_ss + k_start * stride_sn
     tl.store(partial_ptr + (offs_n - begin).to(tl.int64) * stride_sn, total, mask=offs_n < end)
 
 
@@ -184,6 +206,7 @@ def _column_sum_kernel(
 def _score_kernel(
     q_ptr, k_ptr, score_ptr,                       # q [B, H, Nq, d], k [B, Hkv, Nk, d], score [B, H, Nq, C] fp32
     peak_ptr, total_ptr,                           # each [key blocks, B, H, Nq] fp32
+    cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_sb, stride_sh, stride_sm, stride_sn,
@@ -197,31 +220,36 @@ def _score_kernel(
     pid_h = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     pair = tl.arange(0, BLOCK_M)
+    stored = pair < Nq * GROUP  # what a shorter sequence has not is -inf
+    q_start, k_start, Nq, Nk = _sequence(cu_q_ptr, cu_k_ptr, pid_b, Nq, Nk)
+    end = tl.minimum(end, Nk)
     mask_m = pair < Nq * GROUP
-    q_ptr += pid_b * stride_qb + pid_h * GROUP * stride_qh
+    q_ptr += pid_b * stride_qb + pid_h * GROUP * stride_qh + q_start * stride_qn
     q = _load_rows(q_ptr + _pair_offsets(stride_qh, stride_qn, pair, GROUP), mask_m, stride_qd, D, BLOCK_D)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_ptr += pid_b * stride_kb + pid_h * stride_kh
+    k_ptr += pid_b * stride_kb + pid_h * stride_kh + k_start * stride_kn
     k = _load_rows(k_ptr + offs_n.to(tl.int64) * stride_kn, offs_n < Nk, stride_kd, D, BLOCK_D)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
-    score = tl.where((offs_n < Nk)[None, :], score, float("-inf"))
+    score = tl.where(mask_m[:, None] & (offs_n < Nk)[None, :], score, float("-inf"))
     if CAUSAL:
         score = tl.where(offs_n[None, :] <= (pair // GROUP + Nk - Nq)[:, None], score, float("-inf"))
     peak = tl.max(score, 1)
     total = tl.sum(tl.exp(score - _finite(peak)[:, None]), 1)
     offset = pid_n.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * GROUP * stride_ph
     offset += _pair_offsets(stride_ph, stride_pn, pair, GROUP)
-    tl.store(peak_ptr + offset, peak, mask=mask_m)
-    tl.store(total_ptr + offset, total, mask=mask_m)
-    score_ptr += pid_b * stride_sb + pid_h * GROUP * stride_sh + (offs_n - begin).to(tl.int64)[None, :] * stride_sn
+    tl.store(peak_ptr + offset, peak, mask=stored)
+    tl.store(total_ptr + offset, total, mask=stored)
+    score_ptr += pid_b * stride_sb + pid_h * GROUP * stride_sh
+    score_ptr += (k_start + offs_n - begin).to(tl.int64)[None, :] * stride_sn
     score_ptrs = score_ptr + _pair_offsets(stride_sh, stride_sm, pair, GROUP)[:, None]
     asked = (offs_n >= begin) & (offs_n < end)
-    tl.store(score_ptrs, score, mask=mask_m[:, None] & asked[None, :])
+    tl.store(score_ptrs, score, mask=stored[:, None] & asked[None, :])
 
 
 @triton.jit
 def _score_sum_kernel(
     score_ptr, peak_ptr, total_ptr, out_ptr,       # score [B, rows, C], peak, total [B, rows], out [B, C], all fp32
+    cu_k_ptr,                                      # [B + 1], None where no sequences are packed
     stride_sb, stride_sr, stride_sn,
     stride_pb, stride_pr,
     stride_ob, stride_on,
@@ -231,7 +259,8 @@ def _score_sum_kernel(
     # grid (blocks of columns, B): one program adds up its columns, rows in order
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     pid_b = tl.program_id(1).to(tl.int64)
-    score_ptr += pid_b * stride_sb + offs_c.to(tl.int64)[None, :] * stride_sn
+    _, k_start, _, C = _sequence(cu_k_ptr, cu_k_ptr, pid_b, C, C)
+    score_ptr += pid_b * stride_sb + (k_start + offs_c).to(tl.int64)[None, :] * stride_sn
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
@@ -240,7 +269,7 @@ def _score_sum_kernel(
         mask = (row < rows)[:, None] & (offs_c < C)[None, :]
         score = tl.load(score_ptr + row.to(tl.int64)[:, None] * stride_sr, mask=mask, other=0.0)
         total += tl.sum(tl.exp(score - shift[:, None]) * weight[:, None], 0)
-    tl.store(out_ptr + pid_b * stride_ob + offs_c.to(tl.int64) * stride_on, total, mask=offs_c < C)
+    tl.store(out_ptr + pid_b * stride_ob + (k_start + offs_c).to(tl.int64) * stride_on, total, mask=offs_c < C)
 
 
 @triton.jit
@@ -270,6 +299,15 @@ def _add_norms_kernel(
     tl.store(total_ptr + row.to(tl.int64) * stride_pr, total, mask=row < rows)
 
 
+class _Packed(NamedTuple):
+    """Sequences one after the other: where each begins and ends, and the most queries and keys that one has."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    queries: int
+    keys: int
+
+
 @torch.library.custom_op("fftriton::attention_column_sum", mutates_args=())
 def _attention_column_sum(
     q: Tensor, k: Tensor, scale: float, causal: bool, lse: Tensor | None, num_queries: int, begin: int, end: int
@@ -279,24 +317,52 @@ def _attention_column_sum(
         return reference.attention_column_sum(
             q, k, scale=scale, causal=causal, lse=lse, num_queries=num_queries, columns=columns
         )
-    batch, heads, queries, _ = q.shape
-    if batch * num_queries * (end - begin) == 0:
-        return q.new_zeros(batch, end - begin, dtype=torch.float32)
-    q = q[:, :, queries - num_queries :]
-    one_tile = num_queries * (heads // k.shape[1]) <= _tile(q)[1]
-    with torch.cuda.device_of(q):
-        if lse is not None:
-            total = _streamed_sum(q, k, lse[:, :, queries - num_queries :], None, scale, causal, begin, end)
-        elif num_queries <= _FEW_QUERIES and one_tile:
-            total = _kept_score_sum(q, k, scale, causal, begin, end)
-        else:
-            total = _streamed_sum(q, k, *_row_norms(q, k, scale, causal), scale, causal, begin, end)
-    return total / heads
+    first = q.shape[2] - num_queries
+    lse = None if lse is None else lse[:, :, first:]
+    return _column_sum(q[:, :, first:], k, scale, causal, lse, begin, end, None)
 
 
 @_attention_column_sum.register_fake
 def _(q, k, scale, causal, lse, num_queries, begin, end):
     return q.new_empty(q.shape[0], end - begin, dtype=torch.float32)
+
+
+@torch.library.custom_op("fftriton::attention_column_sum_packed", mutates_args=())
+def _attention_column_sum_packed(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    causal: bool,
+    lse: Tensor | None,
+    num_queries: int | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> Tensor:
+    if not runs_triton(q):
+        return reference.attention_column_sum(
+            q, k, scale=scale, causal=causal, lse=lse, num_queries=num_queries,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        )  # fmt: skip
+    sequences = len(cu_seqlens_q) - 1
+    if sequences * len(q) * len(k) == 0:
+        return k.new_zeros(len(k), dtype=torch.float32)
+    if max_seqlen_q is None or max_seqlen_k is None:
+        longest = torch.stack([cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max()]).tolist()
+        max_seqlen_q = longest[0] if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = longest[1] if max_seqlen_k is None else max_seqlen_k
+    queries = max_seqlen_q if num_queries is None else min(num_queries, max_seqlen_q)
+    packed = _Packed(cu_seqlens_q, cu_seqlens_k, queries, max_seqlen_k)
+    # every sequence sees all rows, at a stride of 0
+    q, k = (x.transpose(0, 1).expand(sequences, -1, -1, -1) for x in (q, k))
+    lse = None if lse is None else lse.expand(sequences, -1, -1)
+    return _column_sum(q, k, scale, causal, lse, 0, max_seqlen_k, packed)[0]
+
+
+@_attention_column_sum_packed.register_fake
+def _(q, k, scale, causal, lse, num_queries, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    return k.new_empty(k.shape[0], dtype=torch.float32)
 
 
 def attention_column_sum(
@@ -308,56 +374,109 @@ def attention_column_sum(
     lse: Tensor | None = None,
     num_queries: int | None = None,
     columns: tuple[int, int] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """Attention that each key receives, summed over the queries and averaged over the heads.
 
     The queries are the last Nq of the Nk positions. The attention matrix is never stored: memory grows with Nk, not
     with Nq * Nk. Two runs on the same inputs agree bit for bit. Not differentiable.
 
+    With `cu_seqlens_q` and `cu_seqlens_k` the sequences of a batch stand one after the other, without padding, as flash
+    attention's varlen functions take them: each gives what it would give alone.
+
     Args:
-        q: [B, H, Nq, d] fp16, bf16 or fp32, any strides, d from 1 to 256.
+        q: [B, H, Nq, d] fp16, bf16 or fp32, any strides, d from 1 to 256. Packed: [Tq, H, d].
         k: [B, Hkv, Nk, d] of q's dtype, any strides. H is a multiple of Hkv; query head h reads key head
-            h // (H / Hkv).
+            h // (H / Hkv). Packed: [Tk, Hkv, d].
         scale: positive factor on the scores, 1 / sqrt(d) if None.
         causal: each query sees the keys up to its own position only, so Nq <= Nk. False: every query sees every key.
+            Packed: a sequence with more queries than keys is not refused; its first queries see nothing.
         lse: [B, H, Nq] fp32, any strides: natural log-sum-exp of the scaled scores of each of the Nq rows, as flash
             attention returns it. Skips the first of the two passes over q and k. Not checked against q and k.
-        num_queries: the last n queries only, 1 <= n <= Nq; all if None.
-        columns: (a, b), 0 <= a <= b <= Nk: only the keys a..b-1; all if None. Rows are normalised over all keys.
+            Packed: [H, Tq].
+        num_queries: the last n queries only, 1 <= n <= Nq; all if None. Packed: the last n of each sequence, all of one
+            that has fewer.
+        columns: (a, b), 0 <= a <= b <= Nk: only the keys a..b-1; all if None. Rows are normalised over all keys. Not
+            with packed sequences.
+        cu_seqlens_q: [S + 1] int32 or int64, contiguous: sequence s has the queries cu_seqlens_q[s] to
+            cu_seqlens_q[s + 1] - 1, perhaps none. The values are not checked: that would stall a GPU.
+        cu_seqlens_k: the same of the keys, [S + 1] too.
+        max_seqlen_q: at least the most queries that a sequence has; None reads it from the device, for which the host
+            waits once. With too low a number, queries are missing.
+        max_seqlen_k: the same of the keys.
 
     Returns:
         [B, C] fp32, C = b - a. Over all keys a sample adds up to the number of queries. A query whose log-sum-exp is
-        infinite adds nothing; one whose log-sum-exp is NaN makes its sample NaN, as torch.softmax does.
+        infinite adds nothing; one whose log-sum-exp is NaN makes its sample NaN, as torch.softmax does. Packed: [Tk]
+        fp32, 0 for a key of no sequence.
 
     Raises:
         TypeError: a dtype that is not listed, or two dtypes for q and k. ValueError: a shape, a range or a scale that
-            is not as above, or tensors on two devices.
+            is not as above, tensors on two devices, or arguments that do not go together.
 
     Source:
         FastV, arXiv:2403.06764 (the last query); FrameFusion, arXiv:2501.01986 (all of them).
     """
     op = "attention_column_sum"
-    batch, heads, queries, keys, width = _check_heads(op, q, k)
-    if causal and queries > keys:
-        raise ValueError(f"{op}: causal queries are the last of the keys' positions, got Nq={queries} > Nk={keys}")
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        check_dtype(op, "q", q, FLOATS)
+        check_dtype(op, "k", k, FLOATS)
+        check_shape(op, "q", q, Tq=None, H=None, d=None)
+        check_shape(op, "k", k, Tk=None, Hkv=None, d=None)
+        if columns is not None:
+            raise ValueError(f"{op}: columns must be None with cu_seqlens, got {columns}")
+        _check_sequences(op, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        _, heads, queries, _, width = _check_heads(op, q.transpose(0, 1)[None], k.transpose(0, 1)[None])
+    else:
+        lone: dict[str, object] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        lone |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+        if given := [name for name, value in lone.items() if value is not None]:
+            raise ValueError(
+                f"{op}: packed sequences need cu_seqlens_q and cu_seqlens_k, got {' and '.join(given)} only"
+            )
+        batch, heads, queries, keys, width = _check_heads(op, q, k)
+        if causal and queries > keys:
+            raise ValueError(f"{op}: causal queries are the last of the keys' positions, got Nq={queries} > Nk={keys}")
     if scale is None:
         scale = width**-0.5
     elif not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
+    if num_queries is not None:
+        check_at_least(op, "num_queries", num_queries, 1)
     if lse is not None:
         check_dtype(op, "lse", lse, (torch.float32,))
+    check_same_device(op, q=q, k=k, lse=lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        if lse is not None:
+            check_shape(op, "lse", lse, H=heads, Tq=queries)
+        return _attention_column_sum_packed(
+            q, k, float(scale), causal, lse, num_queries, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        )
+    if lse is not None:
         check_shape(op, "lse", lse, B=batch, H=heads, Nq=queries)
-    check_same_device(op, q=q, k=k, lse=lse)
     if num_queries is None:
         num_queries = queries
-    else:
-        check_at_least(op, "num_queries", num_queries, 1)
-        if num_queries > queries:
-            raise ValueError(f"{op}: num_queries must be at most Nq={queries}, got {num_queries}")
+    elif num_queries > queries:
+        raise ValueError(f"{op}: num_queries must be at most Nq={queries}, got {num_queries}")
     begin, end = (0, keys) if columns is None else columns
     if not 0 <= begin <= end <= keys:
         raise ValueError(f"{op}: columns (a, b) must be 0 <= a <= b <= Nk={keys}, got ({begin}, {end})")
     return _attention_column_sum(q, k, float(scale), causal, lse, num_queries, begin, end)
+
+
+def _check_sequences(op: str, cu_q: Tensor, cu_k: Tensor, max_q: int | None, max_k: int | None) -> None:
+    """Raise unless the bounds of packed sequences fit each other."""
+    for name, bounds in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+        check_dtype(op, name, bounds, INDICES)
+        check_shape(op, name, bounds, **{"S+1": None if bounds is cu_q else len(cu_q)})
+        if not len(bounds) or not bounds.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous and not empty, got {list(bounds.shape)}")
+    for name, length in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
+        if length is not None:
+            check_at_least(op, name, length, 0)
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
@@ -377,31 +496,61 @@ def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int, int
     return batch, heads, queries, keys, width
 
 
-def _tile(x: Tensor) -> tuple[int, int, int, int]:
-    """A tile of scores: its longer side, held still, its shorter side, streamed past; BLOCK_D and warps."""
-    width = block(x.shape[-1])
-    if x.dtype == torch.float32:  # no tensor cores; more than one row a thread and the still side spills
-        return 32, 32, width, 16
-    return (128, 64, width, 4) if width <= 128 else (64, 64, width, 4)
+def _column_sum(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    causal: bool,
+    lse: Tensor | None,
+    begin: int,
+    end: int,
+    packed: _Packed | None,
+) -> Tensor:
+    """[B, C], or [1, Tk] of packed sequences, whose q and k are [S, ...] with a stride of 0."""
+    queries = packed.queries if packed else q.shape[2]
+    if len(q) * queries * (end - begin) == 0:
+        return q.new_zeros(1 if packed else len(q), k.shape[2] if packed else end - begin, dtype=torch.float32)
+    one_tile = queries * (q.shape[1] // k.shape[1]) <= lookup("attention", q, q.shape[3]).blocks[1]
+    with torch.cuda.device_of(q):
+        if lse is not None:
+            total = _streamed_sum(q, k, lse, None, scale, causal, begin, end, packed)
+        elif queries <= _FEW_QUERIES and one_tile:
+            total = _kept_score_sum(q, k, scale, causal, begin, end, packed)
+        else:
+            norms = _row_norms(q, k, scale, causal, packed)
+            total = _streamed_sum(q, k, *norms, scale, causal, begin, end, packed)
+    return total / q.shape[1]
 
 
-def _row_norms(q: Tensor, k: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _sizes(q: Tensor, k: Tensor, packed: _Packed | None) -> tuple[int, int, tuple[Tensor | None, Tensor | None]]:
+    """The most queries and keys of a sample, and what a kernel needs to find a packed one."""
+    if packed is None:
+        return q.shape[2], k.shape[2], (None, None)
+    return packed.queries, packed.keys, packed[:2]
+
+
+def _row_norms(q: Tensor, k: Tensor, scale: float, causal: bool, packed: _Packed | None) -> tuple[Tensor, Tensor]:
     """Each row's highest score and sum of exp(score - highest), [B, H, Nq] fp32. Many programs share few rows."""
-    batch, heads, queries, width = q.shape
-    kv_heads, keys = k.shape[1:3]
-    block_m, block_n, block_d, warps = _tile(q)
+    batch, heads, rows, width = q.shape
+    queries, keys, bounds = _sizes(q, k, packed)
+    kv_heads = k.shape[1]
+    tile = lookup("attention", q, width)
+    block_m, block_n = tile.blocks
     pairs = queries * (heads // kv_heads)
     block_m = min(block_m, block(pairs))
     tiles = triton.cdiv(pairs, block_m)
     shares = _shares(tiles * kv_heads * batch, triton.cdiv(keys, _LEAST_KEYS))
     span = triton.cdiv(triton.cdiv(keys, shares), block_n) * block_n
-    peak, total = q.new_empty(2, shares, batch, heads, queries, dtype=torch.float32)
+    peak, total = q.new_empty(2, shares, 1 if packed else batch, heads, rows, dtype=torch.float32)
+    strides = peak.expand(-1, batch, -1, -1).stride()
     _row_norm_kernel[(tiles, shares * kv_heads, batch)](
-        q, k, peak, total, *q.stride(), *k.stride(), *peak.stride(),
-        scale, queries, keys, kv_heads, span, GROUP=heads // kv_heads, D=width, BLOCK_D=block_d,
-        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal, num_warps=warps, num_stages=2, enable_fp_fusion=True,
+        q, k, peak, total, *bounds, *q.stride(), *k.stride(), *strides,
+        scale, queries, keys, kv_heads, span, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
+        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    return _added_norms(peak, total)
+    peak, total = _added_norms(peak, total)
+    return peak.expand(batch, -1, -1), total.expand(batch, -1, -1)
 
 
 def _added_norms(peaks: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
@@ -418,49 +567,87 @@ def _added_norms(peaks: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _streamed_sum(
-    q: Tensor, k: Tensor, peak: Tensor, total: Tensor | None, scale: float, causal: bool, begin: int, end: int
+    q: Tensor,
+    k: Tensor,
+    peak: Tensor,
+    total: Tensor | None,
+    scale: float,
+    causal: bool,
+    begin: int,
+    end: int,
+    packed: _Packed | None,
 ) -> Tensor:
     """[B, C]: both sums, for any number of queries. Norms as `_row_norms` gives them, or a log-sum-exp and None."""
-    batch, heads, queries, width = q.shape
-    kv_heads, keys = k.shape[1:3]
-    block_n, block_m, block_d, warps = _tile(q)
+    batch, heads, _, width = q.shape
+    queries, keys, bounds = _sizes(q, k, packed)
+    kv_heads = k.shape[1]
+    tile = lookup("attention", q, width)
+    block_n, block_m = tile.blocks
     pairs = queries * (heads // kv_heads)
     block_m = min(block_m, block(pairs))
     key_blocks = triton.cdiv(end - begin, block_n)
     shares = _shares(key_blocks * kv_heads * batch, triton.cdiv(pairs, block_m * _LEAST_TILES))
-    partial = q.new_empty(batch, kv_heads * shares, end - begin, dtype=torch.float32)
+    partial = _new_sums(q, k, packed, kv_heads * shares, columns=end - begin)
     _column_sum_kernel[(key_blocks, kv_heads * shares, batch)](
-        q, k, peak, total, partial, *q.stride(), *k.stride(), *peak.stride(), *partial.stride(),
-        scale, queries, keys, begin, end, shares, GROUP=heads // kv_heads, D=width, BLOCK_D=block_d,
-        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal, num_warps=warps, num_stages=2, enable_fp_fusion=True,
+        q, k, peak, total, partial, *bounds, *q.stride(), *k.stride(), *peak.stride(),
+        *partial.expand(batch, -1, -1).stride(),
+        scale, queries, keys, begin, end, shares, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
+        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     out = partial.sum(1)
     if causal:  # a row that is NaN is so where it is masked, too, in torch.softmax
-        spoiled = (peak if total is None else total).isnan().flatten(1).any(1)
-        out.masked_fill_(spoiled[:, None], float("nan"))
+        spoiled = (peak if total is None else total).isnan()
+        out.masked_fill_(
+            _spoiled_keys(spoiled[0].any(0), len(out[0]), packed) if packed else spoiled.flatten(1).any(1)[:, None],
+            float("nan"),
+        )
     return out
 
 
-def _kept_score_sum(q: Tensor, k: Tensor, scale: float, causal: bool, begin: int, end: int) -> Tensor:
+def _spoiled_keys(spoiled: Tensor, keys: int, packed: _Packed) -> Tensor:
+    """spoiled [Tq], whether a query's row is NaN -> [Tk], whether a query that counts in a key's sequence is."""
+    before = F.pad(spoiled.cumsum(0), (1, 0))
+    ends = packed.cu_seqlens_q[1:].long()
+    begins = torch.maximum(packed.cu_seqlens_q[:-1].long(), ends - packed.queries)
+    sequence = torch.searchsorted(packed.cu_seqlens_k, torch.arange(keys, device=spoiled.device), right=True) - 1
+    inside = (sequence >= 0) & (sequence < len(ends))
+    return inside & (before[ends] > before[begins])[sequence.clamp(0, len(ends) - 1)]
+
+
+def _new_sums(q: Tensor, k: Tensor, packed: _Packed | None, *sizes: int, columns: int) -> Tensor:
+    """[B, *sizes, C] fp32 that the kernel writes all of, or [1, *sizes, Tk] of zeros: a key may be of no sequence."""
+    if packed is None:
+        return q.new_empty(len(q), *sizes, columns, dtype=torch.float32)
+    return q.new_zeros(1, *sizes, k.shape[2], dtype=torch.float32)
+
+
+def _kept_score_sum(
+    q: Tensor, k: Tensor, scale: float, causal: bool, begin: int, end: int, packed: _Packed | None
+) -> Tensor:
     """[B, C]: both sums for few queries, whose scores are kept between the passes so that K is read once."""
-    batch, heads, queries, width = q.shape
-    kv_heads, keys = k.shape[1:3]
-    block_n, _, block_d, warps = _tile(q)
+    batch, heads, _, width = q.shape
+    queries, keys, bounds = _sizes(q, k, packed)
+    kv_heads = k.shape[1]
+    tile = lookup("attention", q, width)
+    block_n = tile.blocks[0]
     key_blocks = triton.cdiv(keys, block_n)
-    score = q.new_empty(batch, heads, queries, end - begin, dtype=torch.float32)
+    columns = k.shape[2] if packed else end - begin
+    score = q.new_empty(1 if packed else batch, heads, queries, columns, dtype=torch.float32)
+    score = score.expand(batch, -1, -1, -1)
     peak, total = q.new_empty(2, key_blocks, batch, heads, queries, dtype=torch.float32)
     _score_kernel[(key_blocks, kv_heads, batch)](
-        q, k, score, peak, total, *q.stride(), *k.stride(), *score.stride(), *peak.stride(),
-        scale, queries, keys, begin, end, GROUP=heads // kv_heads, D=width, BLOCK_D=block_d,
+        q, k, score, peak, total, *bounds, *q.stride(), *k.stride(), *score.stride(), *peak.stride(),
+        scale, queries, keys, begin, end, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
         BLOCK_M=block(queries * (heads // kv_heads)), BLOCK_N=block_n, CAUSAL=causal,
-        num_warps=warps, enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    out = score.new_empty(batch, end - begin)
+    out = _new_sums(q, k, packed, columns=end - begin)
     score = score.flatten(1, 2)
     peak, total = (norm.flatten(1) for norm in _added_norms(peak, total))
     _score_sum_kernel[(triton.cdiv(end - begin, 128), batch)](
-        score, peak, total, out, *score.stride(), *peak.stride(), *out.stride(), *score.shape[1:],
-        BLOCK_R=16, BLOCK_C=128, num_warps=4, enable_fp_fusion=True,
+        score, peak, total, out, bounds[1], *score.stride(), *peak.stride(), *out.expand(batch, -1).stride(),
+        score.shape[1], end - begin, BLOCK_R=16, BLOCK_C=128, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

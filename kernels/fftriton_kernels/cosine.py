@@ -18,6 +18,7 @@ from torch import Tensor
 from . import reference
 from ._dispatch import FLOATS, INDICES, block, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
 from ._packed import any_rows, check_cu_seqlens, rows_of
+from ._tiles import lookup
 
 _NO_LINK = tl.constexpr(reference.NO_LINK)
 _FRAMES_A_PROGRAM = 8
@@ -100,7 +101,8 @@ def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
         with torch.cuda.device_of(x):
             _strided_cosine_kernel[(chains, segments, batch)](
                 x, out, *x.stride(), *out.stride(), length, stride,
-                D=width, BLOCK_D=block(width), FRAMES=_FRAMES_A_PROGRAM, num_warps=_warps(width), enable_fp_fusion=True,
+                D=width, BLOCK_D=block(width), FRAMES=_FRAMES_A_PROGRAM,
+                num_warps=lookup("cosine", x, width).num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -115,7 +117,7 @@ def _linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
         with torch.cuda.device_of(x):
             _linked_cosine_kernel[(length, batch)](
                 x, predecessor, out, *x.stride(), *predecessor.stride(), *out.stride(),
-                D=width, BLOCK_D=block(width), num_warps=_warps(width), enable_fp_fusion=True,
+                D=width, BLOCK_D=block(width), num_warps=lookup("cosine", x, width).num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -189,7 +191,3 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tens
     if packed:
         return _linked_cosine_similarity(x[None], predecessor[None])[0]
     return _linked_cosine_similarity(x, predecessor)
-
-
-def _warps(width: int) -> int:
-    return 4 if width <= 4096 else 8

@@ -38,11 +38,11 @@ from ._gather import gather
 from ._groups import group_rows
 from ._packed import any_rows, check_capacity, check_cu_seqlens, rows_of
 from ._radix import admitted, load_keys, sort_key, tally
+from ._tiles import lookup
 from .reference import Groups, Merged
 
 _NO_LINK = tl.constexpr(reference.NO_LINK)
 BLOCK = 1024  # tokens a program
-_BLOCK_D = 1024
 _MEMBERS = 4  # rows in flight
 
 
@@ -267,11 +267,13 @@ def _group_mean(x: Tensor, kept: Tensor, row: Tensor, starts: Tensor, sizes: Ten
     length, width = x.shape[1:]
     out = x.new_empty(batch, rows, width)
     if out.numel():
-        block_d = min(block(width), _BLOCK_D)
+        tile = lookup("mean", x, width)
+        block_d = min(block(width), tile.blocks[0])
         with torch.cuda.device_of(x):
             _mean_kernel[(rows, triton.cdiv(width, block_d), batch)](
                 x, out, kept, starts, sizes, members, *x.stride(), length, rows,
-                D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET, num_warps=4, enable_fp_fusion=True,
+                D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET,
+                num_warps=tile.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -380,7 +382,8 @@ def merge_mean(
             among the T tokens. No group reaches over the start of a sequence.
         capacity: the number of rows to return, at least as many as a sample (packed: all sequences together) has
             groups, for which N (T) always suffices. Where it is too small the last rows are returned. None: the longest
-            of the batch, for which the host waits once.
+            of the batch, for which the host waits once; under torch.compile a dynamic size, which needs
+            torch._dynamo.config.capture_dynamic_output_shape_ops for a single graph.
 
     Returns:
         Merged(x, companions, kept, lengths, predecessor). x [B, M, D]: sums in fp32 in ascending order of the members,

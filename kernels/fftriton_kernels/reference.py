@@ -9,6 +9,7 @@ With cu_seqlens tensors are packed: [T, ...] for [B, N, ...], and S sequences fo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -246,8 +247,24 @@ def attention_column_sum(
     lse: Tensor | None = None,
     num_queries: int | None = None,
     columns: tuple[int, int] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """q [B, H, Nq, d], k [B, Hkv, Nk, d] -> [B, C]: attention summed over the queries, averaged over the heads."""
+    """q [B, H, Nq, d], k [B, Hkv, Nk, d] -> [B, C]: attention summed over the queries, averaged over the heads.
+
+    With the bounds of packed sequences: q [Tq, H, d], k [Tk, Hkv, d], lse [H, Tq] -> [Tk].
+    """
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        out = torch.zeros(len(k), dtype=_accumulator(k), device=k.device)
+        bounds = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+        for (low, high), (first, last) in bounds:
+            last_queries = None if num_queries is None else min(num_queries, high - low)
+            row_norms = None if lse is None else lse[None, :, low:high]
+            one_q, one_k = q[low:high].transpose(0, 1)[None], k[first:last].transpose(0, 1)[None]
+            out[first:last] = attention_column_sum(
+                one_q, one_k, scale=scale, causal=causal, lse=row_norms, num_queries=last_queries
+            )[0]
+        return out
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1:3]
     scale = width**-0.5 if scale is None else scale

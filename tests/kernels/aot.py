@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import fftriton_kernels as ops
-from fftriton_kernels import _dispatch
+from fftriton_kernels import _dispatch, _tiles
 
 POINTERS = {
     torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
@@ -73,6 +73,15 @@ def call_every_op():
         ops.attention_column_sum(q, k, num_queries=4)
     ops.attention_column_sum(q, k, causal=False)
     ops.attention_column_sum(q.float(), k.float())
+    ops.attention_column_sum(q.float(), k.float(), num_queries=4)
+    q, k = (torch.zeros(1, heads, N, 256, dtype=torch.bfloat16) for heads in (4, 2))
+    ops.attention_column_sum(q, k)
+    ops.attention_column_sum(q, k, num_queries=4)
+    bounds = torch.tensor([0, 500, 1001], dtype=torch.int32)
+    q, k = torch.zeros(N, 28, 128, dtype=torch.bfloat16), torch.zeros(N, 4, 128, dtype=torch.bfloat16)
+    packed = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 501, "max_seqlen_k": 501}
+    ops.attention_column_sum(q, k, **packed)
+    ops.attention_column_sum(q, k, num_queries=1, **packed)
 
 
 def every_kernel():
@@ -141,7 +150,10 @@ def compiled(kernel, types, options, target):
         "narrow_loads": len(re.findall(NARROW_LOAD, text)),
         "float_atomics": re.findall(FLOAT_ATOMIC, text),
     }
-    return row | (resources(code.asm["cubin"]) if "cubin" in code.asm and CUOBJDUMP.exists() else {})
+    if "amdgcn" in code.asm:
+        spilled = re.findall(r"[sv]gpr_spill_count:\s*(\d+)", text)
+        return row | {"spilled": sum(map(int, spilled))}
+    return row | (resources(code.asm["cubin"]) if CUOBJDUMP.exists() else {})
 
 
 def resources(cubin):
@@ -161,15 +173,23 @@ def gpu_target(name):
     return GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
 
 
+def launches_for(name):
+    """What every op launches with the tiles of a target, recorded anew: kernel, types and options of each."""
+    backend, arch = name.split(":")
+    family = f"sm{arch}" if backend == "cuda" else arch
+    _tiles._device = lambda device: ("", family)
+    launches = {}
+    record(launches)
+    call_every_op()
+    return launches.values()
+
+
 def main(targets):
     """Record, then compile."""
     print(json.dumps(every_kernel()))
-    launches = {}
     _dispatch.INTERPRET = True  # CPU tensors take the launchers' path, to the recorder instead of the interpreter
-    record(launches)
-    call_every_op()
     for target in targets:
-        for kernel, types, options in launches.values():
+        for kernel, types, options in launches_for(target):
             print(json.dumps(compiled(kernel, types, options, gpu_target(target))), flush=True)
 
 

@@ -1,0 +1,221 @@
+"""Block sizes and warps of the kernels: a fixed table, and what `tune` has measured on the GPU at hand.
+
+A call looks its tile up and never measures. A tile changes the order of sums, so results on two devices, or before and
+after tuning, agree to rounding; two runs with one tile agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.testing
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+_FORMAT = 1  # of the cache file
+_ANY = 1 << 62  # a width that covers every other
+
+
+class Tile(NamedTuple):
+    """How a kernel is launched."""
+
+    blocks: tuple[int, ...]  # attention: keys or rows held still, those streamed past; cosine: none; mean: BLOCK_D
+    num_warps: int
+    num_stages: int
+
+
+_DEFAULT: dict[
+    str, tuple[tuple[int, int, Tile], ...]
+] = {  # (element size, width up to which, tile): the first that fits counts
+    "attention": (
+        (2, 128, Tile((128, 64), 4, 2)),
+        (2, 256, Tile((64, 64), 4, 2)),
+        (4, 256, Tile((32, 32), 16, 2)),  # no tensor cores; more than one row a thread and the still side spills
+    ),
+    "cosine": (
+        (2, 4096, Tile((), 4, 3)),
+        (2, _ANY, Tile((), 8, 3)),
+        (4, 4096, Tile((), 4, 3)),
+        (4, _ANY, Tile((), 8, 3)),
+    ),
+    "mean": ((2, _ANY, Tile((1024,), 4, 3)), (4, _ANY, Tile((1024,), 4, 3))),
+}
+TABLE = {
+    "default": _DEFAULT,
+    "sm100": _DEFAULT
+    | {
+        "attention": (
+            (2, 128, Tile((128, 64), 8, 2)),  # with 4 warps the scores of a column sum spill
+            (2, 256, Tile((64, 64), 8, 2)),
+            (4, 256, Tile((32, 32), 16, 2)),
+        )
+    },
+}
+"""Tiles by family, op, element size and width. A family without an entry takes the default one."""
+
+
+@dataclass
+class _Trial:
+    """Tiles that stand in for those of the table, and the keys that a call has asked for, with their candidates."""
+
+    forced: dict[str, Tile] = field(default_factory=dict)
+    asked: dict[str, tuple[Tile, ...]] = field(default_factory=dict)
+
+
+_trial: ContextVar[_Trial | None] = ContextVar("fftriton_trial", default=None)
+
+
+def lookup(op: str, x: Tensor, width: int) -> Tile:
+    """The tile for rows of `width` elements like those of x: forced by a trial, tuned, or from the table."""
+    name, family = _device(x.device)
+    size = x.element_size()
+    key = f"{name}|triton {triton.__version__}|{op}|{size}|{triton.next_power_of_2(width)}"
+    trial = _trial.get()
+    if trial is not None:
+        trial.asked[key] = candidates(op, size)
+        if key in trial.forced:
+            return trial.forced[key]
+    tuned = _tuned().get(key) if name else None
+    return tuned or next(tile for bytes_, most, tile in _rows(family, op) if bytes_ == size and width <= most)
+
+
+def candidates(op: str, size: int) -> tuple[Tile, ...]:
+    """The tiles that `tune` tries, and the only ones that a cache file may hold."""
+    if op == "attention" and size == 4:
+        return tuple(Tile((32, 32), warps, 2) for warps in (8, 16))
+    if op == "attention":
+        return tuple(Tile(*tile) for tile in product(product((64, 128), (32, 64)), (4, 8), (2, 3)))
+    blocks: dict[str, tuple[tuple[int, ...], ...]] = {"cosine": ((),), "mean": ((512,), (1024,), (2048,))}
+    return tuple(Tile(block, warps, 3) for block in blocks[op] for warps in (2, 4, 8))
+
+
+def tune(op: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Tile]:
+    """Measure on the present GPU which tiles serve a call best; later calls, and later processes, use them.
+
+    Calls `op(*arguments, **options)` many times. The best tiles go into a JSON file, `fftriton/tiles.json` in
+    `$XDG_CACHE_HOME` (`~/.cache` if unset), or the file that `$FFTRITON_TILES` names, which a process reads once. They
+    serve calls on a GPU of that name with that Triton, of that element size and a width in the same power of two.
+
+    Args:
+        op: a public op of this library, `attention_column_sum` for instance, or any function that calls some.
+        *arguments: what to call it with: tensors of the usual shapes and dtypes, on the GPU.
+        **options: its keyword arguments.
+
+    Returns:
+        The tile that was best for each key that the call looked up; none for an op without a choice of tiles.
+
+    Raises:
+        RuntimeError: there is no GPU to measure on, or no tile of an op runs on it.
+    """
+    if not _has_gpu():
+        raise RuntimeError("tune: needs an NVIDIA or AMD GPU to measure on, got none")
+    run = partial(op, *arguments, **options)
+    with trial({}) as attempt:
+        run()
+        for key, tiles in list(attempt.asked.items()):
+            times = {tile: _time(run, attempt, key, tile) for tile in tiles}
+            attempt.forced[key] = min(times, key=times.__getitem__)
+            if times[attempt.forced[key]] == float("inf"):
+                raise RuntimeError(f"tune: no tile runs on this GPU for {key}")
+    _save(attempt.forced)
+    return attempt.forced
+
+
+@contextmanager
+def trial(forced: dict[str, Tile]) -> Iterator[_Trial]:
+    """Inside the block, lookups of the given keys give the given tiles, and all are noted."""
+    attempt = _Trial(dict(forced))
+    token = _trial.set(attempt)
+    try:
+        yield attempt
+    finally:
+        _trial.reset(token)
+
+
+def cache_file() -> Path:
+    """Where tuned tiles are kept."""
+    if named := os.environ.get("FFTRITON_TILES"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fftriton" / "tiles.json"
+
+
+def _rows(family: str, op: str) -> tuple[tuple[int, int, Tile], ...]:
+    return TABLE.get(family, _DEFAULT)[op]
+
+
+def _device(device: torch.device) -> tuple[str, str]:
+    """Name and family of a GPU; no name in the interpreter."""
+    return _gpu(device.index) if device.type == "cuda" else ("", "default")
+
+
+@cache
+def _gpu(index: int) -> tuple[str, str]:
+    name = torch.cuda.get_device_name(index)
+    if torch.version.hip:
+        return name, torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return name, f"sm{major}{minor}"
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    return triton.testing.do_bench(run, return_mode="median")
+
+
+def _time(run: Callable[[], Any], attempt: _Trial, key: str, tile: Tile) -> float:
+    """Milliseconds of a call with this tile, infinite where it does not fit on the GPU."""
+    attempt.forced[key] = tile
+    try:
+        return _milliseconds(run)
+    except OutOfResources:
+        return float("inf")
+
+
+@cache
+def _tuned() -> dict[str, Tile]:
+    """The tiles in the cache file; none, with a warning, where it holds anything else."""
+    path = cache_file()
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format {content['format']}")
+        tiles = {}
+        for key, (blocks, warps, stages) in content["tiles"].items():
+            tile = Tile(tuple(blocks), warps, stages)
+            op, size = key.split("|")[2:4]
+            if tile not in candidates(op, int(size)):
+                raise ValueError(f"{tile} of {key}")
+            tiles[key] = tile
+        return tiles
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"fftriton_kernels: {path} holds no tiles of this version, ignored ({error})", stacklevel=4)
+        return {}
+
+
+def _save(tiles: dict[str, Tile]) -> None:
+    """Add to the cache file; a process that reads it meanwhile sees all of it, old or new."""
+    path = cache_file()
+    content = {"format": _FORMAT, "tiles": _tuned() | tiles}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump(content, file, indent=1)
+    os.replace(file.name, path)
+    _tuned.cache_clear()
