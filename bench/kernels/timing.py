@@ -88,7 +88,8 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     model = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else None
-    return f"{model[1].strip() if model else platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model[1].strip() if model else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def free_bytes(device: str) -> int:
