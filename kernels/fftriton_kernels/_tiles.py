@@ -53,17 +53,14 @@ _DEFAULT: dict[
     ),
     "mean": ((2, _ANY, Tile((1024,), 4, 3)), (4, _ANY, Tile((1024,), 4, 3))),
 }
-TABLE = {
-    "default": _DEFAULT,
-    "sm100": _DEFAULT
-    | {
-        "attention": (
-            (2, 128, Tile((128, 64), 8, 2)),  # with 4 warps the scores of a column sum spill
-            (2, 256, Tile((64, 64), 8, 2)),
-            (4, 256, Tile((32, 32), 16, 2)),
-        )
-    },
+_EIGHT_WARPS = _DEFAULT | {
+    "attention": (  # with 4 warps the scores of a column sum spill
+        (2, 128, Tile((128, 64), 8, 2)),
+        (2, 256, Tile((64, 64), 8, 2)),
+        (4, 256, Tile((32, 32), 16, 2)),
+    )
 }
+TABLE = {"default": _DEFAULT, "sm100": _EIGHT_WARPS, "gfx942": _EIGHT_WARPS}
 """Tiles by family, op, element size and width. A family without an entry takes the default one."""
 
 
