@@ -37,14 +37,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-_DEFAULT: dict[
-    str, tuple[tuple[int, int, Tile], ...]
-] = {  # (element size, width up to which, tile): the first that fits counts
-    "attention": (
-        (2, 128, Tile((128, 64), 4, 2)),
-        (2, 256, Tile((64, 64), 4, 2)),
-        (4, 256, Tile((32, 32), 16, 2)),  # no tensor cores; more than one row a thread and the still side spills
-    ),
+_FP32 = (4, 256, Tile((32, 32), 16, 2))  # no tensor cores; more than one row a thread and the still side spills
+_DEFAULT: dict[str, tuple[tuple[int, int, Tile], ...]] = {  # (element size, width up to which, tile): the first counts
+    "attention": ((2, 128, Tile((128, 64), 4, 2)), (2, 256, Tile((64, 64), 8, 2)), _FP32),
     "cosine": (
         (2, 4096, Tile((), 4, 3)),
         (2, _ANY, Tile((), 8, 3)),
@@ -53,17 +48,16 @@ _DEFAULT: dict[
     ),
     "mean": ((2, _ANY, Tile((1024,), 4, 3)), (4, _ANY, Tile((1024,), 4, 3))),
 }
-TABLE = {
-    "default": _DEFAULT,
-    "sm100": _DEFAULT
-    | {
-        "attention": (
-            (2, 128, Tile((128, 64), 8, 2)),  # with 4 warps the scores of a column sum spill
-            (2, 256, Tile((64, 64), 8, 2)),
-            (4, 256, Tile((32, 32), 16, 2)),
-        )
-    },
+_ATTENTION = {  # where the default spills registers
+    "sm100": ((2, 128, Tile((128, 64), 8, 2)), (2, 256, Tile((64, 64), 8, 2)), _FP32),
+    "sm120": ((2, 64, Tile((128, 64), 4, 3)), *_DEFAULT["attention"]),
+    "gfx942": (
+        (2, 128, Tile((128, 64), 8, 2)),
+        (2, 256, Tile((64, 64), 8, 2)),
+        (4, 256, Tile((32, 32), 8, 2)),
+    ),
 }
+TABLE = {"default": _DEFAULT} | {family: _DEFAULT | {"attention": rows} for family, rows in _ATTENTION.items()}
 """Tiles by family, op, element size and width. A family without an entry takes the default one."""
 
 

@@ -151,7 +151,7 @@ def compiled(kernel, types, options, target):
         "float_atomics": re.findall(FLOAT_ATOMIC, text),
     }
     if "amdgcn" in code.asm:
-        spilled = re.findall(r"[sv]gpr_spill_count:\s*(\d+)", text)
+        spilled = re.findall(r"vgpr_spill_count:\s*(\d+)", text)
         return row | {"spilled": sum(map(int, spilled))}
     return row | (resources(code.asm["cubin"]) if CUOBJDUMP.exists() else {})
 

@@ -44,7 +44,7 @@ def test_table_has_a_tile_for_everything(op, widths, size, family, monkeypatch):
 def test_table_rows():
     x = torch.empty(0, dtype=torch.bfloat16)
     assert _tiles.lookup("attention", x, 128) == Tile((128, 64), 4, 2)
-    assert _tiles.lookup("attention", x, 129) == Tile((64, 64), 4, 2)
+    assert _tiles.lookup("attention", x, 129) == Tile((64, 64), 8, 2)
     assert _tiles.lookup("cosine", x, 4096).num_warps == 4
     assert _tiles.lookup("cosine", x, 4097).num_warps == 8
 
