@@ -69,7 +69,7 @@ class _Trial:
     asked: dict[str, tuple[Tile, ...]] = field(default_factory=dict)
 
 
-_trial: ContextVar[_Trial | None] = ContextVar("fftriton_trial", default=None)
+_TRIAL: ContextVar[_Trial | None] = ContextVar("fftriton_trial", default=None)
 
 
 def lookup(op: str, x: Tensor, width: int) -> Tile:
@@ -77,7 +77,7 @@ def lookup(op: str, x: Tensor, width: int) -> Tile:
     name, family = _device(x.device)
     size = x.element_size()
     key = f"{name}|triton {triton.__version__}|{op}|{size}|{triton.next_power_of_2(width)}"
-    trial = _trial.get()
+    trial = _TRIAL.get()
     if trial is not None:
         trial.asked[key] = candidates(op, size)
         if key in trial.forced:
@@ -132,11 +132,11 @@ def tune(op: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, T
 def trial(forced: dict[str, Tile]) -> Iterator[_Trial]:
     """Inside the block, lookups of the given keys give the given tiles, and all are noted."""
     attempt = _Trial(dict(forced))
-    token = _trial.set(attempt)
+    token = _TRIAL.set(attempt)
     try:
         yield attempt
     finally:
-        _trial.reset(token)
+        _TRIAL.reset(token)
 
 
 def cache_file() -> Path:

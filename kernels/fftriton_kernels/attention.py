@@ -401,9 +401,9 @@ def attention_column_sum(
             that has fewer.
         columns: (a, b), 0 <= a <= b <= Nk: only the keys a..b-1; all if None. Rows are normalised over all keys. Not
             with packed sequences.
-        cu_seqlens_q: [S + 1] int32 or int64, contiguous: sequence s has the queries cu_seqlens_q[s] to
+        cu_seqlens_q: [S+1] int32 or int64, contiguous: sequence s has the queries cu_seqlens_q[s] to
             cu_seqlens_q[s + 1] - 1, perhaps none. The values are not checked: that would stall a GPU.
-        cu_seqlens_k: the same of the keys, [S + 1] too.
+        cu_seqlens_k: [S+1] int32 or int64, the same of the keys.
         max_seqlen_q: at least the most queries that a sequence has; None reads it from the device, for which the host
             waits once. With too low a number, queries are missing.
         max_seqlen_k: the same of the keys.

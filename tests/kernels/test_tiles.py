@@ -76,11 +76,11 @@ def test_tuned_tiles_are_found_again(inputs, cache_file, monkeypatch):
     assert len(more) == 2
     assert json.loads(cache_file.read_text())["tiles"].keys() == {*chosen, *more}  # what was there stays
     assert [file.name for file in cache_file.parent.iterdir()] == ["tiles.json"]
-    assert _tiles._trial.get() is None
+    assert _tiles._TRIAL.get() is None
 
 
 def forced():
-    return _tiles._trial.get().forced
+    return _tiles._TRIAL.get().forced
 
 
 def test_an_op_without_tiles_has_none(cache_file):
