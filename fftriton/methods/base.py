@@ -99,11 +99,13 @@ class VideoTokens:
 
     def keep_top(self, scores: Tensor, count: int) -> VideoTokens:
         """Keep the `count` video tokens of the highest scores [B, N], in order, and all other tokens."""
-        kept = topk_keep(scores, count, candidates=self.patch >= 0)
+        count = min(count, self.num_video)
+        rows = self.length - self.num_video + count  # known beforehand: a GPU is not waited for
+        kept, _ = topk_keep(scores, count, candidates=self.patch >= 0, capacity=rows)
         hidden, position, patch, *companions = gather_rows(
             kept, self.hidden, self.position, self.patch, *self.companions
         )
-        return VideoTokens(hidden, position, patch, min(count, self.num_video), tuple(companions))
+        return VideoTokens(hidden, position, patch, count, tuple(companions))
 
     def at(self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None) -> VideoTokens:
         """The same tokens at a later point, where nothing has changed but their hidden states."""
