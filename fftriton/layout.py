@@ -75,15 +75,25 @@ def check_layouts(layouts: Sequence[VideoLayout], batch: int, length: int) -> No
 
 def patch_ids(layouts: Sequence[VideoLayout], batch: int, length: int, device: torch.device) -> Tensor:
     """[batch, length] int64: a number for each patch of each video, the same in all its frames; -1 for other tokens."""
+    return _number(layouts, batch, length, dim=1).to(device)
+
+
+def frame_ids(layouts: Sequence[VideoLayout], batch: int, length: int, device: torch.device) -> Tensor:
+    """[batch, length] int64: a number for each frame of each video, the same in all its patches; -1 for other tokens."""
+    return _number(layouts, batch, length, dim=0).to(device)
+
+
+def _number(layouts: Sequence[VideoLayout], batch: int, length: int, dim: int) -> Tensor:
+    """[batch, length] int64: each token's index along `dim` of its layout's positions, counted on from video to video."""
     ids = torch.full((batch, length), -1, dtype=torch.int64)
     first = 0
     for layout in layouts:
         positions = layout.positions.cpu()
-        frames, patches = positions.shape
-        number = torch.arange(first, first + patches).expand(frames, -1)
+        size = positions.shape[dim]
+        number = torch.arange(first, first + size).unsqueeze(1 - dim).expand_as(positions)
         ids[layout.sample, positions[positions >= 0]] = number[positions >= 0]
-        first += patches
-    return ids.to(device)
+        first += size
+    return ids
 
 
 def previous_of_patch(patch: Tensor) -> Tensor:

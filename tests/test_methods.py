@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fftriton
-from fftriton.layout import previous_of_patch
+from fftriton.layout import VideoLayout, previous_of_patch
+from fftriton.methods.base import Prompt
 
 METHODS = [fftriton.FrameFusion, fftriton.FastV]
 
@@ -59,3 +60,11 @@ def test_previous_of_patch_by_hand():
     patch = torch.tensor([[-1, 0, 1, 2, -1, 1, 0, 0, -1], [-1, -1, 5, -1, 5, 5, -1, 3, 3]])
     expected = [[-1, -1, -1, -1, -1, 2, 1, 6, -1], [-1, -1, -1, -1, 2, 4, -1, -1, 7]]
     assert previous_of_patch(patch).tolist() == expected
+
+
+def test_frames_of_a_prompt_by_hand():
+    first = VideoLayout(torch.tensor([[1, 2], [4, -1]]), sample=1)  # two frames, the second with a hole
+    second = VideoLayout(torch.tensor([[6], [7]]), sample=1)
+    prompt = Prompt(num_layers=3, length=9, layouts=[first, second])
+    assert prompt.num_video_tokens == 5
+    assert prompt.frame.tolist() == [-1, 0, 0, -1, 1, -1, 2, 3, -1]

@@ -32,10 +32,12 @@ class Prefill:
         self._masks: dict[tuple, Any] = {}
         self._rotary_like: Sequence[Tensor] = ()
         if layouts:
-            count = sum(len(layout.tokens) for layout in layouts)
-            self.calls = method.begin(Prompt(num_layers, count))
+            prompt = Prompt(num_layers, self.length, layouts)
+            self.calls = method.begin(prompt)
             self.stopwatch = Stopwatch(source.device)
-            self.report = Report(str(method), method.budget, layouts, self.length, count, _stopwatch=self.stopwatch)
+            self.report = Report(
+                str(method), method.budget, layouts, self.length, prompt.num_video_tokens, _stopwatch=self.stopwatch
+            )
 
     def begin(self, hidden: Tensor, rotary: Sequence[Tensor] | None) -> None:
         """Take the prompt's hidden states [B, N, D] and rotary embeddings, before layer 0."""

@@ -5,7 +5,7 @@ A method never sees Hugging Face; whoever drives it (fftriton.hf) never decides 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,20 +14,33 @@ from torch import Tensor
 
 from fftriton_kernels import gather_rows, merge_mean, topk_keep
 
-from ..layout import previous_of_patch
+from ..layout import VideoLayout, frame_ids, previous_of_patch
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is known before the first layer.
+    """What is known of a sample before the first layer.
 
     Args:
         num_layers: decoder layers.
-        num_video_tokens: video tokens in the prompt, all videos together.
+        length: tokens of the prompt, text included.
+        layouts: where its videos stand in it.
     """
 
     num_layers: int
-    num_video_tokens: int
+    length: int
+    layouts: Sequence[VideoLayout]
+
+    @cached_property
+    def num_video_tokens(self) -> int:
+        """Video tokens in the prompt, all videos together."""
+        return sum(len(layout.tokens) for layout in self.layouts)
+
+    @cached_property
+    def frame(self) -> Tensor:
+        """[length] int64 on the CPU: the frame of each position, counted on from video to video; -1 for other tokens."""
+        layouts = [replace(layout, sample=0) for layout in self.layouts]
+        return frame_ids(layouts, 1, self.length, torch.device("cpu"))[0]
 
 
 @dataclass(frozen=True)
