@@ -79,12 +79,12 @@ def patch_ids(layouts: Sequence[VideoLayout], batch: int, length: int, device: t
 
 
 def frame_ids(layouts: Sequence[VideoLayout], batch: int, length: int, device: torch.device) -> Tensor:
-    """[batch, length] int64: a number for each frame of each video, the same in all its patches; -1 for other tokens."""
+    """[batch, length] int64: a number for each frame of each video; -1 for other tokens."""
     return _number(layouts, batch, length, dim=0).to(device)
 
 
 def _number(layouts: Sequence[VideoLayout], batch: int, length: int, dim: int) -> Tensor:
-    """[batch, length] int64: each token's index along `dim` of its layout's positions, counted on from video to video."""
+    """[batch, length] int64: each token's index along `dim` of its layout, counted on from video to video."""
     ids = torch.full((batch, length), -1, dtype=torch.int64)
     first = 0
     for layout in layouts:

@@ -38,7 +38,7 @@ class Prompt:
 
     @cached_property
     def frame(self) -> Tensor:
-        """[length] int64 on the CPU: the frame of each position, counted on from video to video; -1 for other tokens."""
+        """[length] int64 on the CPU: the frame of each position, counted across videos; -1 for other tokens."""
         layouts = [replace(layout, sample=0) for layout in self.layouts]
         return frame_ids(layouts, 1, self.length, torch.device("cpu"))[0]
 
