@@ -1,7 +1,8 @@
 """Runs a method inside a Hugging Face decoder, by hooks alone: no forward is replaced, and removal is exact.
 
 - before the model's forward: where are the video tokens?
-- before the decoder's forward: opens a prefill, gives the KV cache layers that may hold fewer tokens than they report
+- before the decoder's forward: opens a prefill, gives the KV cache layers that may hold fewer tokens than they report.
+  Only while a prefill is open do the layers have hooks, so a decode step that needs none pays for none
 - before a layer: the method's call before attention; the layer gets the rotary embeddings and the mask of its rows
 - before a layer's post_attention_layernorm: the method's call between attention and feed-forward. The layer has bound
   its residual already, so the feed-forward block adds to the rows kept, and the layer's own sum is thrown away
@@ -19,13 +20,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from ..layout import VideoLayout, check_layouts
 from ..methods.base import Method
-from .cache import prepare
-from .compat import first_of, with_first
+from .cache import ReducedLayer, prepare
+from .compat import causal_mask, first_of, with_first
 from .families import RULES, LayoutRule
 from .importance import AttentionTap
 from .prefill import Prefill
@@ -56,7 +59,9 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._prefill: Prefill | None = None
         self._tap = AttentionTap()
         self._undo: list[Callable[[], object]] = []
+        self._layer_hooks: list[RemovableHandle] = []
         self._warned: set[str] = set()
+        self._masks_one_token: dict[str, bool] = {}  # by attention back end: whether it wants a mask for one token
 
     def __enter__(self) -> Reduction:
         return self.install()
@@ -74,28 +79,46 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._tap.install()
         self._undo.append(self._tap.remove)
         self._record_video_encoder()
-        hook, at = self._hook, functools.partial
-        hook(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        hook(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        hook(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
-        for index, layer in enumerate(self.decoder.layers):
-            hook(layer.register_forward_pre_hook(at(self._before_layer, index), with_kwargs=True))
-            hook(layer.self_attn.register_forward_pre_hook(at(self._before_attention, index)))
-            hook(layer.self_attn.register_forward_hook(self._after_attention, always_call=True))
-            self._undo.append(at(self._tap.close, layer.self_attn))
-            hook(layer.post_attention_layernorm.register_forward_pre_hook(at(self._before_feed_forward, index)))
-            hook(layer.mlp.register_forward_hook(self._after_feed_forward))
-            hook(layer.register_forward_hook(at(self._after_layer, index)))
+        for handle in (
+            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_decoder, always_call=True),
+        ):
+            self._undo.append(handle.remove)
+        self._undo.append(self._close)
         return self
 
     def remove(self) -> None:
         """Take everything out again: the model is as it was before. Harmless when nothing is installed."""
         while self._undo:
             self._undo.pop()()
-        self._prefill = None
 
-    def _hook(self, handle: Any) -> None:
-        self._undo.append(handle.remove)
+    def _open(self, prefill: Prefill) -> None:
+        """Start a prefill: from here on the layers have hooks. Without a video there are only the masks to see to."""
+        self._prefill = prefill
+        keep, at = self._layer_hooks.append, functools.partial
+        for index, layer in enumerate(self.decoder.layers):
+            keep(layer.register_forward_pre_hook(at(self._before_layer, prefill, index), with_kwargs=True))
+            if not prefill.layouts:
+                continue
+            keep(layer.self_attn.register_forward_pre_hook(at(self._before_attention, prefill, index)))
+            keep(layer.self_attn.register_forward_hook(self._after_attention, always_call=True))
+            before_feed_forward = at(self._before_feed_forward, prefill, index)
+            keep(layer.post_attention_layernorm.register_forward_pre_hook(before_feed_forward))
+            keep(layer.mlp.register_forward_hook(at(self._after_feed_forward, prefill)))
+            keep(layer.register_forward_hook(at(self._after_layer, prefill, index)))
+
+    def _close(self) -> Prefill | None:
+        """End the prefill, one that an exception broke off too: the layers are as before."""
+        prefill, self._prefill = self._prefill, None
+        if prefill is None:
+            return None
+        for handle in self._layer_hooks:
+            handle.remove()
+        self._layer_hooks.clear()
+        for layer in self.decoder.layers:
+            self._tap.close(layer.self_attn)  # where a KeyboardInterrupt left it open: torch runs no hook behind one
+        return prefill
 
     def _record_video_encoder(self) -> None:
         """`generate` may encode the video before the forward, which then no longer sees the grid: note it here."""
@@ -136,7 +159,7 @@ class Reduction(AbstractContextManager["Reduction"]):
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         layouts, self._layouts = self._layouts, []
-        self._prefill = None
+        self._close()
         cache = kwargs.get("past_key_values")
         use_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and use_cache:
@@ -147,14 +170,26 @@ class Reduction(AbstractContextManager["Reduction"]):
             if layouts:
                 self._warn_once("unreduced", f"fftriton: running without reduction, because {reason}")
             return args, kwargs
-        if layouts or any(layer.missing for layer in cache_layers or ()):
-            source = args[0] if args else _embeddings_or_ids(kwargs)
-            assert source is not None  # the decoder would refuse it
+        source = args[0] if args else _embeddings_or_ids(kwargs)
+        assert source is not None  # the decoder would refuse it
+        if layouts or self._needs_masks(cache_layers or (), source):
             past_valid, valid = _padding(kwargs.get("attention_mask"), source.shape[1])
             for layer in cache_layers or ():
                 layer.note_padding(past_valid)
-            self._prefill = Prefill(self.method, layouts, source, cache_layers, valid, len(decoder.layers))
+            self._open(Prefill(self.method, layouts, source, cache_layers, valid, len(decoder.layers)))
         return args, kwargs
+
+    def _needs_masks(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
+        """Whether the mask that the decoder makes for the whole sequence does not do for the rows that are there."""
+        if not any(layer.missing for layer in cache_layers):
+            return False
+        if source.shape[1] > 1 or any(layer.valid is not None for layer in cache_layers):
+            return True
+        backend = self.decoder.config._attn_implementation
+        if backend not in self._masks_one_token:
+            mask = causal_mask(self.decoder.config, source.new_empty(1, 1, 1, dtype=torch.float32), None, 1)
+            self._masks_one_token[backend] = mask is not None
+        return self._masks_one_token[backend]
 
     def _why_not(self, decoder: Any, cache: Any, cache_layers: Any, mask: Any) -> str | None:
         if cache is not None and cache_layers is None:
@@ -166,7 +201,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         return None
 
     def _after_decoder(self, decoder: Any, args: tuple, output: Any) -> None:
-        prefill, self._prefill = self._prefill, None
+        prefill = self._close()
         if prefill is None or prefill.report is None or output is None:
             return  # a decode step, or an exception on its way
         self.report = prefill.finish()
@@ -184,12 +219,11 @@ class Reduction(AbstractContextManager["Reduction"]):
 
     # ---- one layer
 
-    def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        prefill = self._prefill
-        if prefill is None:
-            return None
+    def _before_layer(
+        self, prefill: Prefill, index: int, layer: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if prefill.tokens is None and index == 0:
+        if index == 0:
             prefill.begin(hidden, kwargs.get("position_embeddings"))
         hidden = prefill.before_attention(index, hidden)
         kwargs.update(prefill.layer_arguments(index, hidden, kwargs, self.decoder.config))
@@ -197,30 +231,24 @@ class Reduction(AbstractContextManager["Reduction"]):
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    def _before_attention(self, index: int, attention: nn.Module, args: tuple) -> None:
-        if self._prefill is not None and self._prefill.wants_attention(index):
+    def _before_attention(self, prefill: Prefill, index: int, attention: nn.Module, args: tuple) -> None:
+        if prefill.wants_attention(index):
             self._tap.open(attention)
 
     def _after_attention(self, attention: nn.Module, args: tuple, output: Any) -> None:
         self._tap.close(attention)
 
-    def _before_feed_forward(self, index: int, norm: nn.Module, args: tuple) -> tuple | None:
-        if self._prefill is None:
-            return None
-        shorter = self._prefill.after_attention(index, args[0], self._tap)
+    def _before_feed_forward(self, prefill: Prefill, index: int, norm: nn.Module, args: tuple) -> tuple | None:
+        shorter = prefill.after_attention(index, args[0], self._tap)
         return None if shorter is None else (shorter,)
 
-    def _after_feed_forward(self, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        prefill = self._prefill
-        if prefill is None or prefill.residual is None:
+    def _after_feed_forward(self, prefill: Prefill, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        if prefill.residual is None:
             return None
         prefill.layer_output, prefill.residual = prefill.residual + output, None
         return output.new_zeros(1)
 
-    def _after_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
-        prefill = self._prefill
-        if prefill is None:
-            return None
+    def _after_layer(self, prefill: Prefill, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
         shorter, prefill.layer_output = prefill.layer_output, None
         if index == len(self.decoder.layers) - 1 and prefill.is_shorter:
             return with_first(output, prefill.restore(first_of(output) if shorter is None else shorter))
