@@ -8,7 +8,8 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py").read_text())[1]
 
-TEST = ["hypothesis", "kernels>=0.12,<0.18", "pytest>=8", "pytest-benchmark>=5", "scikit-learn", "setuptools>=70.1"]
+EVAL = ["scikit-learn>=1.2"]  # the handwritten digits of the needle task
+TEST = [*EVAL, "hypothesis", "kernels>=0.12,<0.18", "pytest>=8", "pytest-benchmark>=5", "setuptools>=70.1"]
 LINT = ["mypy>=1.10", "pre-commit", "ruff>=0.6"]
 
 setup(
@@ -19,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["fftriton", "fftriton.hf", "fftriton.methods", "fftriton_kernels"],
+    packages=["fftriton", "fftriton.hf", "fftriton.methods", "fftriton.needle", "fftriton_kernels"],
     package_dir={"fftriton_kernels": "kernels/fftriton_kernels"},
     package_data={"fftriton": ["assets/**", "py.typed"], "fftriton_kernels": ["py.typed"]},
     install_requires=[
@@ -35,6 +36,7 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
+        "eval": EVAL,
         "bench": ["flash-colreduce>=0.2.2", "scipy"],  # what the kernel bench compares with where it is installed
         "test": TEST,
         "dev": TEST + LINT,

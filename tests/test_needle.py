@@ -1,25 +1,30 @@
-"""The needle videos, and that what ships was made from them."""
+"""The needle task: its videos, questions and splits, and that what ships was made from them."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from transformers import AutoTokenizer
 
+from fftriton.needle import KINDS, SPLITS, generate_sample
+from fftriton.needle.digits import PATCH, digit_images
+from fftriton.needle.needles import Appearance, Needle, blended, covered, draw_needles, faded_in, moved
+from fftriton.needle.samples import RECIPES, ask, draw_video
+from fftriton.needle.scenes import SIDE
+from fftriton.needle.vocabulary import IDS, UNKNOWN, VIDEO, VISION_START
+from fftriton.processing import QwenPixels
 from fftriton.shipped import MODEL, NEEDLE
 from fftriton.video import read_video
 
 BENCH = Path(__file__).parents[1] / "bench" / "needle"
-
-
-@pytest.fixture
-def clips(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("clips")
+STYLES = (covered, blended, faded_in, moved)
 
 
 @pytest.fixture
@@ -28,44 +33,223 @@ def make_assets(monkeypatch):
     return importlib.import_module("make_assets")
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
-def test_same_seed_same_video(clips):
-    needles = [clips.Needle(digit=7, colour="blue", cell=3, start=5)]
-    videos = [clips.make_video(16, needles, generator(seed)) for seed in (0, 0, 1)]
-    assert videos[0].shape == (16, clips.SIDE, clips.SIDE, 3)
-    assert torch.equal(videos[0], videos[1])
-    assert not torch.equal(videos[0], videos[2])
+def box(start: int, corners: tuple[tuple[int, int], ...], opacity: tuple[float, ...], digit=1, colour="blue") -> Needle:
+    return Needle(digit, colour, Appearance(start, corners, opacity))
 
 
-@pytest.mark.parametrize(("start", "duration"), [(0, 1), (5, 2), (15, 1)])
-def test_needle_fills_its_patch_and_nothing_else(clips, start, duration):
-    cell = 6  # second row, third column
-    needle = clips.Needle(digit=1, colour="blue", cell=cell, start=start, duration=duration)
-    video = clips.make_video(16, [needle], generator(), noise=0.0)
-    patch = video[:, 16:32, 32:48].float().mean((1, 2))  # [16, 3]
-    shown = (patch[:, 2] > 150) & (patch[:, 0] < 150)
-    assert shown.nonzero().flatten().tolist() == list(range(start, start + duration))
+def digest(split: str, index: int) -> str:
+    sample = generate_sample(split, seed=5, index=index, num_frames=8)
+    return f"{hashlib.sha256(sample.frames.tobytes()).hexdigest()} {sample.question} {sample.answer}"
 
 
-def test_held_out_digits_are_every_fourth(clips):
-    train, _ = clips.digit_images(held_out=False)
-    test, labels = clips.digit_images(held_out=True)
+def test_a_sample_is_the_same_in_any_order_and_process():
+    wanted = [(split, index) for split in SPLITS for index in (0, 7)]
+    here = {which: digest(*which) for which in wanted}
+    code = f"from test_needle import digest\nfor which in {wanted[::-1]}:\n    print(digest(*which))"
+    there = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert there == [here[which] for which in wanted[::-1]]
+
+
+def test_seed_index_split_and_held_out_each_change_the_video():
+    arguments = [
+        ("easy", 0, 0, True),
+        ("easy", 1, 0, True),
+        ("easy", 0, 5, True),
+        ("easy", 0, 0, False),
+        ("real", 0, 0),
+    ]
+    assert len({generate_sample(*a).frames.tobytes() for a in arguments}) == len(arguments)
+
+
+def test_held_out_digits_are_every_fourth_and_training_has_none_of_them():
+    train, _ = digit_images(held_out=False)
+    test, labels = digit_images(held_out=True)
     assert (len(train), len(test)) == (1347, 450)
     assert set(labels.tolist()) == set(range(10))
+    assert not {image.tobytes() for image in train} & {image.tobytes() for image in test}
 
 
-def test_questions_and_answers(clips):
-    needles = [clips.Needle(4, "green", cell=9, start=3), clips.Needle(8, "red", cell=0, start=9)]
-    assert clips.questions(16, needles) == [
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_sample_shows_digits_of_its_own_half(held_out, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fftriton.needle.digits.digit_images", lambda half: asked.append(half) or digit_images(half))
+    generate_sample("easy", 0, 0, held_out=held_out)
+    assert asked
+    assert set(asked) == {held_out}
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    digit_images.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install 'fftriton\[eval\]'"):
+        generate_sample("easy", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("simple", 0, 0), "split must be one of easy, hard, blended, real, long, got 'simple'"),
+        (("easy", -1, 0), "seed must be at least 0, got -1"),
+        (("easy", 0, -1), "index must be at least 0, got -1"),
+        (("easy", 0, 0, True, 2), "num_frames must be at least 4, got 2"),
+        (("easy", 0, 0, True, 18), "num_frames must be a multiple of 4, got 18"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate_sample(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("start", "corners", "opacity"),
+    [
+        (0, ((16, 32),), (1.0,)),
+        (5, ((16, 32), (16, 32)), (1.0, 1.0)),
+        (12, ((0, 32), (5, 32), (11, 32), (16, 32)), (1.0, 1.0, 1.0, 1.0)),
+        (15, ((48, 48),), (0.5,)),
+    ],
+)
+def test_a_needle_is_where_it_says_and_nowhere_else(start, corners, opacity):
+    needle = box(start, corners, opacity)
+    bare = draw_video(RECIPES["easy"], 16, [], True, rng()).astype(int)
+    changed = (
+        np.abs(draw_video(RECIPES["easy"], 16, [needle], True, rng()) - bare).max(-1) > 60
+    )  # [F, H, W]; over noise
+    for frame in range(16):
+        rows, columns = changed[frame].nonzero()
+        if frame not in needle.appearance.frames:
+            assert len(rows) == 0
+            continue
+        top, left = corners[frame - start]
+        assert top <= rows.min() <= rows.max() < top + PATCH
+        assert left <= columns.min() <= columns.max() < left + PATCH
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
+@pytest.mark.parametrize("num_frames", [4, 16, 64])
+def test_needles_stay_in_their_quarter_and_quadrant(style, num_frames):
+    for seed in range(50):
+        needles = draw_needles(4, (style,), num_frames, rng(seed))
+        quadrants = []
+        for needle in needles:
+            frames, corners = needle.appearance.frames, np.array(needle.appearance.corners)
+            assert frames[0] * 4 // num_frames == frames[-1] * 4 // num_frames < 4
+            assert (corners % (SIDE // 2) <= PATCH).all()
+            (quadrant,) = {(row, column) for row, column in (corners // (SIDE // 2)).tolist()}
+            quadrants.append(quadrant)
+        assert len(set(quadrants)) == len({n.colour for n in needles}) == len({n.digit for n in needles}) == 4
+
+
+def test_questions_and_answers():
+    needles = [box(3, ((32, 16),), (1.0,), 4, "green"), box(9, ((0, 0),), (1.0,), 8, "red")]
+    assert [ask(kind, needles, 16) for kind in KINDS] == [
         ("Which digit is on the green box?", "4"),
         ("When does the green box appear?", "first quarter"),
         ("Where is the green box?", "bottom left"),
         ("How many boxes appear?", "two"),
         ("Which colour is the box with the digit 4?", "green"),
     ]
+
+
+def test_kinds_and_lengths_take_turns():
+    samples = [generate_sample("long", 0, index) for index in range(20)]
+    assert [sample.kind for sample in samples] == list(KINDS) * 4
+    assert [len(sample.frames) for sample in samples] == [32] * 5 + [64] * 5 + [32] * 5 + [64] * 5
+    assert [len(generate_sample("long", 0, index, num_frames=8).frames) for index in (0, 5)] == [8, 8]
+
+
+def test_a_samples_needle_frames_and_depth():
+    for index in range(25):
+        sample = generate_sample("easy", 1, index)
+        frames = sample.needle_frames
+        assert frames
+        assert all(0 <= frame < 16 for frame in frames)
+        if sample.kind == "how many":
+            assert sample.needle_depth is None
+            continue
+        assert sample.needle_depth == pytest.approx((frames[0] + frames[-1]) / 30)
+        if sample.kind == "when":
+            quarter = ("first quarter", "second quarter", "third quarter", "last quarter")[frames[0] // 4]
+            assert sample.answer == quarter
+
+
+def test_the_tokenizer_knows_every_question_and_answer_by_its_own_token():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    for split in SPLITS:
+        for index in range(30):
+            sample = generate_sample(split, 2, index, num_frames=4)
+            question = tokenizer(sample.question)["input_ids"]
+            assert len(question) == 2
+            assert IDS[UNKNOWN] not in question
+            assert tokenizer.decode([IDS[sample.answer]]) == sample.answer
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine between patches of pixels as the model sees them: [..., n] each, 0 to 255, channels last."""
+    pixels = QwenPixels()
+    centre = 255 * np.array(pixels.mean)
+    a, b = ((x.reshape(*x.shape[:-3], -1, 3) - centre).reshape(*x.shape[:-3], -1) for x in (a, b))
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def onset_similarities(split: str, count: int = 60) -> np.ndarray:
+    """How much each needle resembles, in its first frame, what it covers."""
+    recipe, found = RECIPES[split], []
+    for seed in range(count):
+        (needle,) = draw_needles(1, recipe.styles, 16, rng(seed))
+        frame, (top, left) = needle.appearance.start, needle.appearance.corners[0]
+        with_needle, without = (draw_video(recipe, 16, needles, True, rng(seed))[frame] for needles in ([needle], []))
+        patch = slice(top, top + PATCH), slice(left, left + PATCH)
+        found.append(similarity(with_needle[patch], without[patch]))
+    return np.array(found)
+
+
+def test_blended_needles_resemble_what_they_cover_and_easy_ones_do_not():
+    easy, blend = onset_similarities("easy"), onset_similarities("blended")
+    assert np.median(easy) < 0.3
+    assert np.median(blend) > np.median(easy) + 0.2
+    assert (blend > 0.6).mean() > 2 * (easy > 0.6).mean() + 0.1
+
+
+def temporal_similarity(split: str, count: int = 20) -> float:
+    """How many patches resemble the same patch one frame earlier by .9 or more."""
+    similar = []
+    for index in range(count):
+        frames = generate_sample(split, 0, index).frames
+        grid = SIDE // PATCH
+        patches = frames.reshape(-1, grid, PATCH, grid, PATCH, 3).swapaxes(2, 3)  # [F, 4, 4, 16, 16, 3]
+        similar.append((similarity(patches[1:], patches[:-1]) > 0.9).mean())
+    return float(np.mean(similar))
+
+
+def test_hard_videos_change_more_from_frame_to_frame():
+    assert temporal_similarity("hard") < temporal_similarity("easy") - 0.2
+
+
+def test_real_backgrounds_come_from_the_clips_given(tmp_path):
+    grey = generate_sample("easy", 0, 0)
+    path = tmp_path / "clip.mp4"
+    object.__setattr__(grey, "frames", np.full((4, 64, 64, 3), 128, np.uint8))
+    grey.write(path)
+    sample = generate_sample("real", 0, 0, clips=(path,))
+    bare = np.abs(sample.frames.astype(int) - 128).max(-1) < 40
+    assert 0.9 < bare.mean() < 1  # all but needles and flashes
+    assert (np.abs(generate_sample("real", 0, 0).frames.astype(int) - 128).max(-1) < 40).mean() < 0.5
+
+
+def test_a_written_sample_reads_back(tmp_path):
+    sample = generate_sample("easy", 0, 0)
+    sample.write(tmp_path / "sample.mp4")
+    video = read_video(tmp_path / "sample.mp4", len(sample.frames))
+    assert video.sampled_fps == sample.fps
+    small = video.frames.reshape(16, SIDE, 4, SIDE, 4, 3).mean((2, 4))
+    assert np.abs(small - sample.frames).mean() < 4  # of 255: the encoder's loss
 
 
 def test_shipped_processor_is_what_the_script_makes(make_assets, tmp_path):
@@ -75,17 +259,14 @@ def test_shipped_processor_is_what_the_script_makes(make_assets, tmp_path):
 
 
 def test_shipped_clip_is_what_the_script_makes(make_assets):
-    drawn = make_assets.needle_clip()
-    shipped = read_video(NEEDLE.path, len(drawn))
-    assert shipped.frames.shape == drawn.shape
-    difference = np.abs(shipped.frames.astype(int) - drawn.astype(int))
-    assert difference.mean() < 4  # of 255: the encoder's loss
+    drawn = make_assets.needle_frames()
+    shipped = read_video(NEEDLE.path, len(drawn)).frames.reshape(16, SIDE, 4, SIDE, 4, 3).mean((2, 4))
+    assert np.abs(shipped - drawn).mean() < 4  # of 255: the encoder's loss
     assert make_assets.NEEDLE.digit == int(NEEDLE.answer)
 
 
-def test_vocabulary_fits_the_model(make_assets):
+def test_vocabulary_fits_the_model():
     config = json.loads((MODEL / "config.json").read_text())
-    ids = make_assets.IDS
-    assert len(ids) <= config["text_config"]["vocab_size"]
-    named = {"video_token_id": make_assets.VIDEO, "vision_start_token_id": make_assets.VISION_START}
-    assert {name: ids[token] for name, token in named.items()} == {name: config[name] for name in named}
+    assert len(IDS) <= config["text_config"]["vocab_size"]
+    named = {"video_token_id": VIDEO, "vision_start_token_id": VISION_START}
+    assert {name: IDS[token] for name, token in named.items()} == {name: config[name] for name in named}

@@ -17,20 +17,36 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
-from clips import PATCH, SIDE, Needle, make_video
 from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from vocabulary import BOS, DIGITS, EOS, IDS, PAD, QUESTION, SPECIAL, SYSTEM, UNKNOWN, VIDEO, VISION_END, VISION_START
+
+from fftriton.needle import write_clip
+from fftriton.needle.digits import PATCH
+from fftriton.needle.needles import Appearance, Needle
+from fftriton.needle.samples import RECIPES, draw_video
+from fftriton.needle.scenes import SIDE
+from fftriton.needle.vocabulary import (
+    BOS,
+    DIGITS,
+    EOS,
+    IDS,
+    PAD,
+    QUESTION,
+    SPECIAL,
+    SYSTEM,
+    UNKNOWN,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+)
+from fftriton.video import write_video
 
 ASSETS = Path(__file__).resolve().parents[2] / "fftriton" / "assets"
 
-NEEDLE = Needle(digit=3, colour="red", cell=6, start=9)
+NEEDLE = Needle(digit=3, colour="red", appearance=Appearance(start=9, corners=((16, 32),) * 2, opacity=(1.0, 1.0)))
 NEEDLE_SEED = 1
 NUM_FRAMES = 16  # as in training
-HOLD = 4  # video frames a model frame is held for
-UPSCALE = 4
 
 # what a question's words are rewritten to, in this order, once it is in lower case and without punctuation
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -106,23 +122,9 @@ def write_processor(folder: Path) -> None:
         (folder / name).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_video(path: Path, frames: np.ndarray, rate: Fraction, crf: int) -> None:
-    """Encode [F, H, W, 3] uint8 frames as H.264, index first; the options keep the bytes the same on every machine."""
-    options = {"crf": str(crf), "preset": "slow", "threads": "1", "x264-params": "cpu-independent=1"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options={"movflags": "faststart", "fflags": "bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.pix_fmt = "yuv420p"
-        stream.height, stream.width = frames.shape[1:3]
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def needle_clip(seed: int = NEEDLE_SEED) -> np.ndarray:
-    """The clip of one needle: each model frame held and enlarged, so that sampling and resizing give it back."""
-    frames = make_video(NUM_FRAMES, [NEEDLE], torch.Generator().manual_seed(seed)).numpy()
-    return frames.repeat(HOLD, axis=0).repeat(UPSCALE, axis=1).repeat(UPSCALE, axis=2)
+def needle_frames() -> np.ndarray:
+    """The frames of the needle clip, with a digit that training has never seen."""
+    return draw_video(RECIPES["easy"], NUM_FRAMES, [NEEDLE], True, np.random.default_rng(NEEDLE_SEED))
 
 
 def bunny_clip(film: Path, width: int = 320, height: int = 176) -> np.ndarray:
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS)
     arguments = parser.parse_args()
     write_processor(arguments.out / "needle-qwen2vl")
-    write_video(arguments.out / "clips" / "needle.mp4", needle_clip(), Fraction(16), crf=18)
+    write_clip(arguments.out / "clips" / "needle.mp4", needle_frames())
     if arguments.bunny:
         write_video(arguments.out / "clips" / "bunny.mp4", bunny_clip(arguments.bunny), Fraction(25, 2), crf=24)
 

@@ -1,0 +1,8 @@
+"""The needle task: a handwritten digit shows for a moment somewhere in a video; what, when, where, how many?
+
+Needs scikit-learn, for its digits: pip install 'fftriton[eval]'.
+"""
+
+from .samples import KINDS, SPLITS, Sample, generate_sample, write_clip
+
+__all__ = ["KINDS", "SPLITS", "Sample", "generate_sample", "write_clip"]

@@ -1,0 +1,51 @@
+"""Handwritten digits, those that scikit-learn ships; every fourth image is held out from training.
+
+Source: Alpaydin and Kaynak (1998), Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+PATCH = 16  # pixels along the side of a digit, and of a patch of the needle model
+_MARGIN = 2  # pixels that a digit may stand off centre
+
+
+@lru_cache
+def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Handwritten digits at patch size.
+
+    Args:
+        held_out: True for the quarter that training never sees, False for the rest.
+
+    Returns:
+        images [N, PATCH, PATCH] float32 in [0, 1], labels [N] int64.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "the needle task takes its handwritten digits from scikit-learn: pip install 'fftriton[eval]'"
+        ) from error
+    pixels, labels = load_digits(return_X_y=True)
+    small = torch.tensor(pixels / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
+    images = F.interpolate(small, size=(PATCH, PATCH), mode="bilinear")[:, 0].numpy()
+    chosen = (np.arange(len(labels)) % 4 == 0) == held_out
+    return images[chosen], labels[chosen]
+
+
+def write_digit(digit: int, held_out: bool, rng: np.random.Generator) -> np.ndarray:
+    """A random handwriting of this digit, often a little off centre -> [PATCH, PATCH] float32 in [0, 1]."""
+    images, labels = digit_images(held_out)
+    image = rng.choice(images[labels == digit])
+    if rng.random() < 0.5:
+        return image
+    top, left = rng.integers(0, 2 * _MARGIN + 1, 2)
+    return np.pad(image, _MARGIN)[top : top + PATCH, left : left + PATCH]

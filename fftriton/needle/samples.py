@@ -1,0 +1,180 @@
+"""The samples of the needle task: a video, a question about it, the answer."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from ..checks import check_count
+from ..shipped import BUNNY
+from ..video import write_video
+from .needles import Needle, Style, add_needle, blended, covered, draw_needles, faded_in, moved
+from .scenes import SIDE, add_flashes, real_scenes, textured_scenes
+from .vocabulary import COUNTS, QUADRANTS, QUARTERS
+
+KINDS = ("what", "when", "where", "how many", "which colour")
+FPS = 4  # frames a second of a sample
+
+_SENSOR_NOISE = 0.02  # standard deviation, for values in [0, 1]
+_HOLD = 4  # frames of a video file for which one frame of a sample is held
+_UPSCALE = 4  # pixels along a side, in a video file, for one of a sample
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How videos are drawn.
+
+    Attributes:
+        num_frames: how long they are: one of these, multiples of 4.
+        needles: fewest and most needles.
+        styles: how a needle is hidden: one of these.
+        speed: least and most pixels a frame that the camera moves along each axis.
+        still: probability that it stands still instead.
+        flashes: fewest and most patches of noise, each there for one frame.
+        real: whether real clips stand in for the textured scenes.
+    """
+
+    num_frames: tuple[int, ...] = (16,)
+    needles: tuple[int, int] = (1, 3)
+    styles: tuple[Style, ...] = (covered,)
+    speed: tuple[float, float] = (0.0, 1.2)
+    still: float = 0.3
+    flashes: tuple[int, int] = (0, 4)
+    real: bool = False
+
+
+RECIPES = {
+    "easy": Recipe(),
+    "hard": Recipe(speed=(3.0, 8.0), still=0.0, flashes=(12, 24)),
+    "blended": Recipe(styles=(blended, faded_in, moved)),
+    "real": Recipe(real=True),
+    "long": Recipe(num_frames=(32, 64)),
+}
+SPLITS = tuple(RECIPES)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One video and one question about it.
+
+    Attributes:
+        frames: [F, H, W, 3] uint8.
+        kind: of the question, one of KINDS.
+        question: as a person would ask it.
+        answer: the one right answer.
+        split: one of SPLITS.
+        index: its number in the split.
+        needle_frames: the frames that show the needle that is asked about; any needle, where all are asked about.
+        needle_depth: the middle of these as a fraction of the video, 0 for its first frame and 1 for its last; None
+            where all needles are asked about.
+        fps: frames a second.
+    """
+
+    frames: np.ndarray
+    kind: str
+    question: str
+    answer: str
+    split: str
+    index: int
+    needle_frames: tuple[int, ...]
+    needle_depth: float | None
+    fps: float = float(FPS)
+
+    def write(self, path: Path) -> None:
+        """Write the video to a file, each frame held and enlarged, so that sampling and resizing give it back."""
+        write_clip(path, self.frames)
+
+
+def generate_sample(
+    split: str,
+    seed: int,
+    index: int,
+    held_out: bool = True,
+    num_frames: int | None = None,
+    clips: tuple[Path, ...] = (BUNNY.path,),
+) -> Sample:
+    """Sample `index` of a split: the same for the same arguments, whatever was generated before.
+
+    Kinds take turns with the index, and so do the lengths of a split that has several.
+
+    Args:
+        split: one of SPLITS.
+        seed: picks another set of samples.
+        index: number of the sample, from 0.
+        held_out: True for the handwritings that training never sees. Videos differ from those of False, too.
+        num_frames: length of the video, a multiple of 4; None for the split's own.
+        clips: video files for the split of real backgrounds; those that ship are the default.
+
+    Raises:
+        ValueError: an argument out of range, or a clip that cannot be read.
+        ImportError: scikit-learn is not installed.
+    """
+    _check(split, seed, index, num_frames)
+    recipe = RECIPES[split]
+    kind = KINDS[index % len(KINDS)]
+    if num_frames is None:
+        num_frames = recipe.num_frames[index // len(KINDS) % len(recipe.num_frames)]
+    rng = np.random.default_rng([seed, index, zlib.crc32(split.encode()), held_out])
+    needles = draw_needles(int(rng.integers(*recipe.needles, endpoint=True)), recipe.styles, num_frames, rng)
+    frames = draw_video(recipe, num_frames, needles, held_out, rng, clips)
+    question, answer = ask(kind, needles, num_frames)
+    about = needles if kind == "how many" else needles[:1]
+    shown = tuple(sorted({frame for needle in about for frame in needle.appearance.frames}))
+    depth = None if kind == "how many" else (shown[0] + shown[-1]) / 2 / (num_frames - 1)
+    return Sample(frames, kind, question, answer, split, index, shown, depth)
+
+
+def draw_video(
+    recipe: Recipe,
+    num_frames: int,
+    needles: list[Needle],
+    held_out: bool,
+    rng: np.random.Generator,
+    clips: tuple[Path, ...] = (BUNNY.path,),
+) -> np.ndarray:
+    """Draw a video with these needles in it -> [F, SIDE, SIDE, 3] uint8."""
+    if recipe.real:
+        video = real_scenes(num_frames, clips, rng)
+    else:
+        video = textured_scenes(num_frames, recipe.speed, recipe.still, rng)
+    add_flashes(video, int(rng.integers(*recipe.flashes, endpoint=True)), rng)
+    for needle in needles:
+        add_needle(video, needle, held_out, rng)
+    video += _SENSOR_NOISE * rng.standard_normal(video.shape, dtype=np.float32)
+    return (video.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def ask(kind: str, needles: list[Needle], num_frames: int) -> tuple[str, str]:
+    """A question of this kind, about the first needle or how many there are, and its answer."""
+    needle = needles[0]
+    top, left = needle.appearance.corners[0]
+    half = SIDE // 2
+    questions = {
+        "what": (f"Which digit is on the {needle.colour} box?", str(needle.digit)),
+        "when": (f"When does the {needle.colour} box appear?", QUARTERS[needle.appearance.start * 4 // num_frames]),
+        "where": (f"Where is the {needle.colour} box?", QUADRANTS[top // half * 2 + left // half]),
+        "how many": ("How many boxes appear?", COUNTS[len(needles)]),
+        "which colour": (f"Which colour is the box with the digit {needle.digit}?", needle.colour),
+    }
+    return questions[kind]
+
+
+def write_clip(path: Path, frames: np.ndarray) -> None:
+    """Write [F, H, W, 3] uint8 frames to a video file, each held and enlarged."""
+    enlarged = frames.repeat(_HOLD, axis=0).repeat(_UPSCALE, axis=1).repeat(_UPSCALE, axis=2)
+    write_video(path, enlarged, Fraction(FPS * _HOLD), crf=18)
+
+
+def _check(split: str, seed: int, index: int, num_frames: int | None) -> None:
+    if split not in RECIPES:
+        raise ValueError(f"generate_sample: split must be one of {', '.join(SPLITS)}, got {split!r}")
+    check_count("generate_sample", "seed", seed, 0)
+    check_count("generate_sample", "index", index, 0)
+    if num_frames is not None:
+        check_count("generate_sample", "num_frames", num_frames, 4)
+        if num_frames % 4:
+            raise ValueError(f"generate_sample: num_frames must be a multiple of 4, got {num_frames}")
