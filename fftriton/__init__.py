@@ -6,7 +6,7 @@ with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)):
 
 from .hf import MergeStep, Reduction, Report, apply, apply_framefusion, reduce
 from .layout import VideoLayout
-from .methods import FastV, FrameFusion, KeepAll, Method
+from .methods import FastV, FrameFusion, KeepAll, Method, frame_budgets
 
 __version__ = "0.1.0"
 
@@ -21,5 +21,6 @@ __all__ = [
     "VideoLayout",
     "apply",
     "apply_framefusion",
+    "frame_budgets",
     "reduce",
 ]

@@ -22,6 +22,14 @@ def check_budget(owner: str, name: str, value: Any) -> None:
         raise ValueError(f"{owner}: {name} must be in (0, 1], got {value}")
 
 
+def check_positive(owner: str, name: str, value: Any) -> None:
+    """Raise unless `value` is a number above 0; infinity is one."""
+    if not _is_number(value):
+        raise TypeError(f"{owner}: {name} must be a number above 0, got {value!r}")
+    if not value > 0:  # False for nan
+        raise ValueError(f"{owner}: {name} must be above 0, got {value}")
+
+
 def check_count(owner: str, name: str, value: Any, least: int) -> None:
     """Raise unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral):

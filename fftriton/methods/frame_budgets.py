@@ -1,0 +1,135 @@
+"""How many tokens each frame may keep, from how much it has to do with the question."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_budget, check_count, check_positive
+
+_WIDEST_GAP = 50.0  # between the logits of neighbours in rank: e^-50 of any budget is no token
+_LOGIT_UNIT = 2.0**-40  # logits are summed as integers: exact, and the same on every device
+_TOKEN_UNIT = 2.0**-24  # shares of a token that differ by less count as equal
+
+
+def frame_budgets(
+    scores: Tensor, patches: int | Tensor, budget: float, temperature: float = 2.0, min_tokens: int = 1
+) -> Tensor:
+    """Share a video's token budget among its frames, in proportion to softmax(scores / temperature).
+
+    Each frame gets `min_tokens` first. The rest is shared in proportion; what a full frame cannot take goes to the
+    others in proportion, and so on; fractions go to the largest remainders, ties to the higher score, then the earlier
+    frame. The counts add up to round(budget * patches of all frames) exactly, never fall where the score rises, and do
+    not change when a constant is added to all scores. Everything is computed on the device of the scores, for all
+    samples and frames at once.
+
+    Args:
+        scores: [F] or [B, F] real numbers, finite: the relevance of each frame, higher for more tokens.
+        patches: tokens of a frame: an int, or integers [F] or [B, F] where frames differ. A frame of fewer than
+            `min_tokens` keeps all it has.
+        budget: tokens to keep as a fraction of the video's, in (0, 1].
+        temperature: above 0; low for the most relevant frames alone, `math.inf` for equal counts.
+        min_tokens: what each frame keeps at least, 1 or more.
+
+    Returns:
+        The tokens to keep of each frame, int64, in the shape of `scores`.
+
+    Raises:
+        TypeError: a parameter of another type.
+        ValueError: scores that are not finite, patches of another shape or negative, a budget below `min_tokens` for
+            each frame, or any other parameter out of range.
+
+    Source:
+        KVTP, ICCV 2025, arXiv:2503.10742, section 3.3. The authors' code clips full frames and rounds down, so it
+        loses a part of the budget.
+    """
+    check_budget("frame_budgets", "budget", budget)
+    check_positive("frame_budgets", "temperature", temperature)
+    check_count("frame_budgets", "min_tokens", min_tokens, 1)
+    _check_scores(scores)
+    capacity = _capacities(patches, scores)
+    least = capacity.clamp_max(min_tokens)
+    total = (budget * capacity.sum(1).double()).round().long()  # [B]
+    _check_values(scores, capacity, least, total, budget, min_tokens)
+    ordered, order = scores.reshape(capacity.shape).double().sort(dim=1, descending=True, stable=True)
+    least, room = least.gather(1, order), (capacity - least).gather(1, order)
+    counts = least + _share(_logits(ordered, temperature), room, total - least.sum(1))
+    return counts.gather(1, _inverse(order)).reshape(scores.shape)
+
+
+def _logits(scores: Tensor, temperature: float) -> Tensor:
+    """[B, F] descending -> [B, F] scores / temperature less the first, with no gap that nothing could bridge."""
+    gaps = (-scores.diff(dim=1) / temperature).clamp_max(_WIDEST_GAP)
+    below = F.pad((gaps / _LOGIT_UNIT).round().long(), (1, 0)).cumsum(1)
+    return -below.double() * _LOGIT_UNIT
+
+
+def _share(logits: Tensor, room: Tensor, total: Tensor) -> Tensor:
+    """Shares of `total` [B] in proportion to exp(logits) [B, F], none above `room` [B, F] int64; int64 [B, F].
+
+    Full are the first k frames in the order of room / exp(logit), for the least k with which the next one is not.
+    """
+    full_from, order = (room.double().log() - logits).sort(dim=1, stable=True)  # log of the factor that fills a frame
+    rest = total[:, None] - F.pad(room.gather(1, order).cumsum(1), (1, 0))  # [B, F+1]: left when the first k are full
+    weight = logits.gather(1, order).flip(1).logcumsumexp(1).flip(1)  # log of the weight of all frames from k on
+    fits = rest[:, :-1].double().log() - weight <= full_from  # False for a rest below 0
+    num_full = F.pad(fits, (0, 1), value=True).int().argmax(1, keepdim=True)
+    full = _inverse(order) < num_full
+    shares = logits.masked_fill(full, float("-inf")).softmax(1) * rest.gather(1, num_full)
+    shares = torch.minimum(shares, room).where(~full, room.double())
+    shares = (shares / _TOKEN_UNIT).round() * _TOKEN_UNIT
+    whole = shares.floor()
+    place = _inverse((shares - whole).argsort(dim=1, descending=True, stable=True))
+    missing = total - whole.sum(1).long()
+    return whole.long() + (place < missing[:, None])
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """[B, F] permutations -> [B, F] the place of each item in them."""
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
+
+
+def _check_scores(scores: Tensor) -> None:
+    if not isinstance(scores, Tensor) or scores.dtype == torch.bool or scores.is_complex():
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"frame_budgets: scores must be a tensor of real numbers, got {got}")
+    if scores.ndim not in (1, 2) or scores.shape[-1] == 0:
+        raise ValueError(f"frame_budgets: scores must have shape [F] or [B, F], F >= 1, got {list(scores.shape)}")
+
+
+def _capacities(patches: int | Tensor, scores: Tensor) -> Tensor:
+    """[B, F] int64: the tokens of each frame."""
+    frames = scores.reshape(-1, scores.shape[-1])
+    if not isinstance(patches, Tensor):
+        check_count("frame_budgets", "patches", patches, 1)
+        return torch.full(frames.shape, int(patches), dtype=torch.int64, device=scores.device)
+    if patches.is_floating_point() or patches.is_complex() or patches.dtype == torch.bool:
+        raise TypeError(f"frame_budgets: patches must be integers, got {patches.dtype}")
+    if patches.shape not in (scores.shape, scores.shape[-1:]):
+        raise ValueError(
+            f"frame_budgets: patches must hold one number for each of the scores {list(scores.shape)}, "
+            f"got {list(patches.shape)}"
+        )
+    return patches.to(device=scores.device, dtype=torch.int64).expand(frames.shape)
+
+
+def _check_values(
+    scores: Tensor, capacity: Tensor, least: Tensor, total: Tensor, budget: float, min_tokens: int
+) -> None:
+    """Raise a ValueError for values that only the device knows. Waits for it once."""
+    short = total < least.sum(1)
+    wrong = torch.stack([~scores.isfinite().all(), (capacity < 0).any(), short.any()])
+    not_finite, negative, below = wrong.tolist()
+    if not_finite:
+        raise ValueError(f"frame_budgets: scores must be finite, got {scores[~scores.isfinite()][0].item()}")
+    if negative:
+        raise ValueError(f"frame_budgets: patches must not be negative, got {int(capacity.min())}")
+    if below:
+        sample = int(short.int().argmax())
+        raise ValueError(
+            f"frame_budgets: budget must leave min_tokens = {min_tokens} to each of {capacity.shape[1]} frames, so at "
+            f"least {int(least[sample].sum())} of {int(capacity[sample].sum())} tokens, got {budget}, which is "
+            f"{int(total[sample])}"
+        )
