@@ -6,7 +6,7 @@ with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)):
 
 from .hf import MergeStep, Reduction, Report, apply, apply_framefusion, reduce
 from .layout import VideoLayout
-from .methods import FastV, FrameFusion, KeepAll, Method, frame_budgets
+from .methods import FastV, FrameFusion, KeepAll, Method, RandomTokens, UniformFrames, frame_budgets
 
 __version__ = "0.1.0"
 
@@ -16,8 +16,10 @@ __all__ = [
     "KeepAll",
     "MergeStep",
     "Method",
+    "RandomTokens",
     "Reduction",
     "Report",
+    "UniformFrames",
     "VideoLayout",
     "apply",
     "apply_framefusion",

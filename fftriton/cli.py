@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,20 +9,13 @@ import typer
 from rich.console import Console
 
 from .display import Bars, make_progress, print_result, print_run, write_report
+from .methods import NAMES
 from .request import Options, load_model, prepare
 from .run import run as run_prompt
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 _BAD_INPUT = 2  # exit code
-
-
-class MethodName(str, Enum):
-    """The values of --method."""
-
-    FRAMEFUSION = "framefusion"
-    FASTV = "fastv"
-    KEEP_ALL = "keep-all"
 
 
 @app.callback()
@@ -36,7 +28,7 @@ def run(
     model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video file.")] = None,
     question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
-    method: Annotated[MethodName, typer.Option(help="How to reduce.")] = MethodName.FRAMEFUSION,
+    method: Annotated[str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(NAMES)}.")] = "framefusion",
     budget: Annotated[str, typer.Option(metavar="FLOAT", help="Vision tokens to keep: a fraction in (0, 1].")] = "0.3",
     compare: Annotated[
         bool | None,
@@ -58,7 +50,7 @@ def run(
             model=model,
             video=video,
             question=question,
-            method=method.value,
+            method=method,
             budget=_parse_budget(budget),
             compare=video is None if compare is None else compare,
             out=out,

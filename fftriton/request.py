@@ -20,11 +20,9 @@ from transformers.utils import logging
 
 from . import shipped
 from .hf import reduce
-from .methods import FastV, FrameFusion, KeepAll, Method
+from .methods import Method, make_method
 from .processing import load_processor, unknown_words
 from .video import OnProgress, Video, read_video
-
-METHODS = {"framefusion": "FrameFusion", "fastv": "FastV", "keep-all": "KeepAll"}  # by option, as they are printed
 
 OpenBar = Callable[[str], AbstractContextManager[OnProgress]]  # a progress bar for as long as a step takes
 
@@ -39,7 +37,7 @@ class Options:
         model: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
         video: a video file; None for the clips that ship.
         question: what to ask; None for the clip's own question.
-        method: a key of METHODS.
+        method: a key of methods.NAMES.
         budget: fraction of the vision tokens to keep, in (0, 1].
         compare: run with all tokens, too.
         out: folder for the pictures and report.json.
@@ -65,8 +63,6 @@ class Options:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got '{self.method}'")
         self.make_method()
         for name in ("frames", "max_pixels", "max_new_tokens"):
             value = getattr(self, name)
@@ -77,11 +73,8 @@ class Options:
         self.make_device()
 
     def make_method(self) -> Method:
-        """The method; KeepAll has no use for the budget, but a bad one is refused all the same."""
-        framefusion = FrameFusion(budget=self.budget)
-        if self.method == "framefusion":
-            return framefusion
-        return FastV(budget=self.budget) if self.method == "fastv" else KeepAll()
+        """The method at its budget."""
+        return make_method(self.method, self.budget)
 
     def make_device(self) -> torch.device:
         """The device, which exists."""

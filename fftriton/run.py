@@ -18,7 +18,7 @@ from .hf import Report, reduce
 from .measure import Cost, TokenClock, generate, time_call, time_generation
 from .methods import Method
 from .pictures import draw_merges, draw_tokens_per_layer, patch_fates
-from .request import METHODS, OpenBar, Options, Prompt
+from .request import OpenBar, Options, Prompt
 from .video import OnProgress
 
 _DEFAULT_ANSWER_TOKENS = 64
@@ -112,7 +112,8 @@ def _run(options: Options, model: Any, prompt: Prompt, open_bar: OpenBar) -> Res
     with open_bar("Encoding the frames") as on_progress:
         vision_seconds = _encode(model, inputs, on_progress)
 
-    reduced = Way(METHODS[options.method], options.make_method())
+    method = options.make_method()
+    reduced = Way(type(method).__name__, method)
     dense = Way("all tokens", None) if options.compare else None
     ways = [way for way in (dense, reduced) if way is not None]
     for way in ways:

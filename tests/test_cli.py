@@ -203,6 +203,7 @@ def test_bad_videos_are_refused(no_model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--method", "slowv"], "method must be one of 'keep-all', 'framefusion'"),
         (["--frames", "0"], "frames must be at least 1, got 0"),
         (["--max-pixels", "0"], "max_pixels must be at least 1, got 0"),
         (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, got -3"),

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import fftriton
-from fftriton.layout import VideoLayout, previous_of_patch
-from fftriton.methods.base import Prompt
+from fftriton.layout import VideoLayout, patch_ids, previous_of_patch
+from fftriton.methods.base import Prompt, VideoTokens
 
-METHODS = [fftriton.FrameFusion, fftriton.FastV]
+METHODS = [fftriton.FrameFusion, fftriton.FastV, fftriton.UniformFrames, fftriton.RandomTokens]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -38,7 +38,7 @@ def test_ratio_out_of_range(ratio):
         fftriton.FrameFusion(min_merge_ratio=ratio)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [fftriton.FrameFusion, fftriton.FastV])
 def test_queries_out_of_range(method):
     with pytest.raises(ValueError, match="importance_queries must be at least 1, got 0"):
         method(importance_queries=0)
@@ -49,6 +49,65 @@ def test_queries_out_of_range(method):
 def test_fastv_layer_out_of_range():
     with pytest.raises(ValueError, match="FastV: layer must be at least 1, got 0"):
         fftriton.FastV(0.5, layer=0)
+
+
+def test_stages_out_of_range():
+    with pytest.raises(ValueError, match=r"stages must be one of \('merge', 'prune'\), .*, got \('prune', 'prune'\)"):
+        fftriton.FrameFusion(stages=("prune", "prune"))
+    with pytest.raises(ValueError, match="start_layer must be at least 0, got -1"):
+        fftriton.FrameFusion(start_layer=-1)
+
+
+def test_seed_out_of_range():
+    with pytest.raises(TypeError, match=r"RandomTokens: seed must be an integer of at least 0, got 0\.5"):
+        fftriton.RandomTokens(0.3, seed=0.5)
+
+
+def kept_before_the_first_layer(method, layouts, length):
+    """Positions that stay, of a prompt whose rows tell nothing apart."""
+    patch = patch_ids(layouts, 1, length, torch.device("cpu"))
+    position = torch.arange(length)[None]
+    tokens = VideoTokens(torch.zeros(1, length, 2), position, patch, int((patch >= 0).sum()))
+    after = method.begin(Prompt(6, length, layouts)).before_attention(0, tokens)
+    return position[0].tolist() if after is None else after.position[0].tolist()
+
+
+def test_uniform_frames_by_hand():
+    layouts = [VideoLayout(torch.arange(2, 26).view(8, 3))]  # 8 frames of 3, text around
+    keep = {1: [14], 3: [14, 15, 16], 6: [*range(8, 11), *range(20, 23)], 7: [*range(5, 8), *range(14, 17), 20]}
+    for count, video in keep.items():
+        kept = kept_before_the_first_layer(fftriton.UniformFrames(count / 24), layouts, 28)
+        assert kept == [0, 1, *video, 26, 27]
+
+
+def test_uniform_frames_with_holes_in_two_videos():
+    layouts = [VideoLayout(torch.tensor([[0, 1], [2, -1]])), VideoLayout(torch.tensor([[4, 5], [-1, 7]]))]
+    assert kept_before_the_first_layer(fftriton.UniformFrames(0.5), layouts, 8) == [0, 1, 3, 4, 6]
+    assert kept_before_the_first_layer(fftriton.UniformFrames(1.0), layouts, 8) == list(range(8))
+
+
+def test_random_tokens_are_drawn_evenly_and_again_from_the_same_seed():
+    layouts = [VideoLayout(torch.arange(1, 41).view(4, 10))]
+    draws = [kept_before_the_first_layer(fftriton.RandomTokens(0.25, seed), layouts, 42) for seed in range(400)]
+    assert draws[3] == kept_before_the_first_layer(fftriton.RandomTokens(0.25, 3), layouts, 42)
+    assert draws[3] != draws[4]
+    counts = torch.bincount(torch.tensor(draws).flatten())
+    assert counts[0] == counts[41] == 400  # text
+    chi_square = ((counts[1:41] - 100) ** 2 / 75).sum() * 39 / 40  # each kept with probability 1/4, 10 a draw
+    assert 15 < chi_square < 80  # 39 degrees of freedom: 2e-4 of all seeds lie outside
+
+
+@pytest.mark.parametrize("name", fftriton.methods.NAMES)
+def test_methods_by_name(name):
+    method = fftriton.methods.make_method(name, 0.5)
+    assert method.budget == (1.0 if name == "keep-all" else 0.5)
+    with pytest.raises(ValueError, match=r"budget must be in \(0, 1\], got 2"):
+        fftriton.methods.make_method(name, 2)
+
+
+def test_names_that_no_method_has():
+    with pytest.raises(ValueError, match="method must be one of 'keep-all', 'framefusion', .*, got 'slowv'"):
+        fftriton.methods.make_method("slowv", 0.5)
 
 
 def test_methods_are_values():

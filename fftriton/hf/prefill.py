@@ -128,6 +128,7 @@ class Prefill:
         self.stopwatch.spans.append((name, start, self.stopwatch.now()))
         if after.merge is None:
             self.report.prune_layer = index
+            self.report._prunings.append((tokens.position[0], after.position[0]))
         else:
             step = MergeStep(index, stage, tokens.num_video, after.num_video, after.merge)
             self.report.merge_steps.append(step)

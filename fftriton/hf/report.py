@@ -88,7 +88,7 @@ class Report:
             that its KV cache got: int64 [n], ascending.
         vision_tokens_per_layer: for each layer, how many of them are video tokens.
         merge_steps: the merges, in order, those that merged nothing included.
-        prune_layer: the layer behind whose attention tokens were pruned; None where none were.
+        prune_layer: the last layer that pruned, behind its attention or, layer 0, before it; None where none did.
         least_budget: the lowest budget that this prompt would have allowed.
     """
 
@@ -102,6 +102,7 @@ class Report:
     merge_steps: list[MergeStep] = field(default_factory=list)
     prune_layer: int | None = None
     least_budget: float = 1.0
+    _prunings: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)  # positions [n] before and behind
     _stopwatch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")), repr=False)
 
     @property
@@ -118,10 +119,8 @@ class Report:
     @property
     def pruned(self) -> Tensor:
         """[p] int64: the positions that pruning dropped."""
-        if self.prune_layer is None:
-            return self.kept_positions[0][:0]
-        before, after = self.kept_positions[self.prune_layer : self.prune_layer + 2]
-        return before[~torch.isin(before, after)]
+        dropped = [before[~torch.isin(before, after)] for before, after in self._prunings]
+        return torch.cat(dropped) if dropped else self.kept_positions[0][:0]
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -5,5 +5,20 @@ from .fastv import FastV
 from .frame_budgets import frame_budgets
 from .framefusion import FrameFusion
 from .keep_all import KeepAll
+from .names import NAMES, make_method
+from .random_tokens import RandomTokens
+from .uniform_frames import UniformFrames
 
-__all__ = ["FastV", "FrameFusion", "KeepAll", "Method", "Prompt", "VideoTokens", "frame_budgets"]
+__all__ = [
+    "NAMES",
+    "FastV",
+    "FrameFusion",
+    "KeepAll",
+    "Method",
+    "Prompt",
+    "RandomTokens",
+    "UniformFrames",
+    "VideoTokens",
+    "frame_budgets",
+    "make_method",
+]

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from fftriton_kernels import linked_cosine_similarity, merge_roots
 
-from ..checks import check_budget, check_count, check_real
+from ..checks import check_budget, check_choice, check_count, check_real
 from .base import Method, Prompt, VideoTokens
+
+STAGES = (("merge", "prune"), ("merge",), ("prune",), ("prune", "merge"))
 
 _ROUNDING = 1e-9  # of token counts that are exact but for floating point
 
@@ -22,15 +24,24 @@ class FrameFusion(Method):
     mean over layers meets the budget. Where similar pairs abound, only the most similar ones that meet the budget
     merge, and nothing is pruned. A budget below the least that a prompt allows is met as closely as possible.
 
+    The last three parameters take the method apart, for ablations. Where merging is the last stage, it goes on at every
+    layer until the budget is met; nothing else can meet it where too few tokens are similar.
+
     Args:
         budget: mean over layers of the video tokens in attention, as a fraction of the prompt's, in (0, 1].
         similarity_threshold: cosine from which a token joins the token before it, in [-1, 1].
         min_merge_ratio: merging ends when a smaller fraction of the video tokens merges, in [0, 1].
         importance_queries: attention is summed over the last so many queries; None (the paper) for all. The authors'
             code uses 1 for Qwen2 and 4 for Qwen2-VL.
+        stages: what happens, in this order: ("merge", "prune"), ("merge",), ("prune",) or ("prune", "merge"). Pruning
+            that is followed by merging drops half of what has to go.
+        start_layer: the first layer whose attention may see fewer tokens. Pruning needs attention, so that its first
+            is 1 at least.
+        cascaded: merge at one layer after the other; False: at one layer only.
 
     Raises:
-        TypeError, ValueError: a parameter out of range.
+        TypeError, ValueError: a parameter out of range; at `reduce`, a budget that the layers before `start_layer`
+            exceed.
 
     Source:
         FrameFusion, ICCV 2025, arXiv:2501.01986.
@@ -40,6 +51,9 @@ class FrameFusion(Method):
     similarity_threshold: float = 0.6
     min_merge_ratio: float = 0.1
     importance_queries: int | None = None
+    stages: tuple[str, ...] = ("merge", "prune")
+    start_layer: int = 0
+    cascaded: bool = True
 
     def __post_init__(self) -> None:
         check_budget("FrameFusion", "budget", self.budget)
@@ -47,6 +61,16 @@ class FrameFusion(Method):
         check_real("FrameFusion", "min_merge_ratio", self.min_merge_ratio, 0.0, 1.0)
         if self.importance_queries is not None:
             check_count("FrameFusion", "importance_queries", self.importance_queries, 1)
+        check_choice("FrameFusion", "stages", self.stages, STAGES)
+        check_count("FrameFusion", "start_layer", self.start_layer, 0)
+
+    def check(self, num_layers: int) -> None:
+        """Raise a ValueError where the layers before `start_layer` already spend the budget."""
+        if self.start_layer and self.budget < 1 and self.budget * num_layers <= self.start_layer:
+            raise ValueError(
+                f"FrameFusion: budget must be above start_layer / num_layers = {self.start_layer}/{num_layers}, "
+                f"because the first {self.start_layer} layers keep everything; got {self.budget}"
+            )
 
     def begin(self, prompt: Prompt) -> Method:
         """The calls of one prefill."""
@@ -54,57 +78,64 @@ class FrameFusion(Method):
 
 
 class _Fusion(Method):
-    """One prefill: tokens spent so far, and whether it merges, prunes next, or is done."""
+    """One prefill: what is left of the budget, and of the stages."""
 
     def __init__(self, method: FrameFusion, prompt: Prompt) -> None:
         self.method, self.prompt, self.budget = method, prompt, method.budget
         self.unspent = method.budget * prompt.num_layers * prompt.num_video_tokens  # tokens x layers
-        self.first_layer = prompt.num_video_tokens  # video tokens that layer 0 cannot do without
-        self.phase = "merge"
+        self.full = prompt.num_video_tokens * max(1, method.start_layer)  # tokens x layers that cannot be spared
+        self.stages = list(method.stages)
 
     @property
     def least_budget(self) -> float:
         layers, video = self.prompt.num_layers, self.prompt.num_video_tokens
-        return (self.first_layer + layers - 1) / (layers * video)
+        if self.method.stages[-1] == "merge":
+            return self.budget - min(self.unspent, 0) / (layers * video)
+        return (self.full + layers - max(1, self.method.start_layer)) / (layers * video)
 
     def wants_attention(self, layer: int) -> bool:
-        return self.phase != "done" and layer < self.prompt.num_layers - 1
+        return bool(self.stages) and self.method.start_layer - 1 <= layer < self.prompt.num_layers - 1
 
     def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
-        if layer > 0:
+        if layer > 0 or self.method.start_layer > 0 or self.stages[0] != "merge":
             return None
         return self._merge(tokens, self.prompt.num_layers)
 
     def after_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
+        self.unspent -= tokens.num_video
         if not self.wants_attention(layer):
             return None
-        self.unspent -= tokens.num_video
         layers_left = self.prompt.num_layers - layer - 1
-        return self._merge(tokens, layers_left) if self.phase == "merge" else self._prune(tokens, layers_left)
+        return self._merge(tokens, layers_left) if self.stages[0] == "merge" else self._prune(tokens, layers_left)
 
     def _merge(self, tokens: VideoTokens, layers_left: int) -> VideoTokens | None:
         affordable = self.unspent / layers_left  # video tokens a layer from here on
         excess = tokens.num_video - affordable
         similarity = linked_cosine_similarity(tokens.hidden, tokens.predecessor)
-        similar = (similarity >= self.method.similarity_threshold).sum()
+        similar = int((similarity >= self.method.similarity_threshold).sum())
         limit = max(0, math.floor(excess + _ROUNDING))
         merged = tokens.merge_groups(
             merge_roots(similarity, tokens.predecessor, self.method.similarity_threshold, max_merges=limit)
         )
         if layers_left == self.prompt.num_layers:
-            self.first_layer = tokens.num_video - int(similar)
-        if int(similar) >= excess - _ROUNDING:  # enough similar pairs: the budget is met by merging alone
-            self.phase = "done"
+            self.full = tokens.num_video - similar
+        if similar >= excess - _ROUNDING:  # enough similar pairs: the budget is met by merging alone
+            self.stages = []
             return merged
+        prunes = "prune" in self.stages
         payable = merged.num_video + (layers_left - 1) <= self.unspent + _ROUNDING
-        if not payable and tokens.attention is not None:
+        if prunes and not payable and tokens.attention is not None:
             return self._prune(tokens, layers_left)
-        if not payable or int(similar) < self.method.min_merge_ratio * tokens.num_video:
-            self.phase = "prune"
+        few = similar < self.method.min_merge_ratio * tokens.num_video
+        if not self.method.cascaded or (prunes and (few or not payable)):
+            del self.stages[0]
         return merged
 
     def _prune(self, tokens: VideoTokens, layers_left: int) -> VideoTokens:
-        self.phase = "done"
-        count = min(tokens.num_video, max(1, round(self.unspent / layers_left)))
+        del self.stages[: self.stages.index("prune") + 1]
+        count = self.unspent / layers_left
+        if self.stages:  # merging does the other half; each layer after the next needs a token
+            count = min((tokens.num_video + count) / 2, self.unspent - (layers_left - 1))
         assert tokens.attention is not None  # asked for by wants_attention
-        return tokens.keep_top(tokens.attention(self.method.importance_queries), count)
+        scores = tokens.attention(self.method.importance_queries)
+        return tokens.keep_top(scores, min(tokens.num_video, max(1, round(count))))

@@ -89,3 +89,60 @@ def test_static_video_merges_at_once_and_unrelated_frames_only_prune():
     assert static.prune_layer is None
     assert len(unrelated.merge_steps[0].merged) == 0
     assert unrelated.prune_layer == 0
+
+
+@pytest.mark.parametrize("method", [fftriton.UniformFrames, fftriton.RandomTokens])
+@pytest.mark.parametrize("budget", [0.001, *BUDGETS])
+def test_methods_before_the_first_layer_meet_their_budget_exactly(budget, method):
+    report = run(method(budget), 6, "mixed")
+    assert report.vision_tokens_per_layer == [max(1, round(96 * budget))] * 6
+    video = torch.cat([layout.tokens for layout in report.layouts])
+    dropped = video[~torch.isin(video, report.kept_positions[0])]
+    assert torch.equal(report.pruned, dropped)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.6])
+@pytest.mark.parametrize("stages", [("merge",), ("prune",), ("prune", "merge")], ids="-then-".join)
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_halves_of_framefusion_meet_their_budget(start, stages, threshold):
+    method = fftriton.FrameFusion(0.8, threshold, stages=stages, start_layer=start)
+    report = run(method, 6, "static")
+    assert abs(report.budget_achieved - 0.8) <= 1 / 96
+    first = max(start, stages[0] == "prune")  # pruning needs attention
+    assert report.vision_tokens_per_layer[:first] == [96] * first
+    assert report.vision_tokens_per_layer[first] < 96
+    assert bool(report.merge_steps) == ("merge" in stages)
+    assert report.prune_layer == (first - 1 if "prune" in stages else None)
+
+
+def test_pruning_before_merging_drops_half_of_what_has_to_go():
+    report = run(fftriton.FrameFusion(0.5, -1.0, stages=("prune", "merge")), 6, "mixed")
+    affordable = (0.5 * 6 - 1) / 5 * 96
+    assert len(report.pruned) == round((96 - affordable) / 2)
+    assert (report.prune_layer, [step.layer for step in report.merge_steps]) == (0, [1])
+
+
+@pytest.mark.filterwarnings("ignore:fftriton. the budget")
+def test_merging_at_one_layer_only():
+    cascaded, once = (run(fftriton.FrameFusion(0.4, 0.9, 0.0, cascaded=flag), 28, "mixed") for flag in (True, False))
+    assert len(once.merge_steps) == 1
+    assert once.prune_layer == 0
+    assert len(cascaded.merge_steps) > 1
+    late = run(fftriton.FrameFusion(0.4, 0.9, start_layer=4, cascaded=False), 28, "mixed")
+    assert [step.layer for step in late.merge_steps] == [3]
+    assert_met(late, 0.4)
+
+
+def test_merging_alone_says_what_it_could_not_meet():
+    method = fftriton.FrameFusion(0.3, 0.99, stages=("merge",))
+    with pytest.warns(UserWarning, match=r"budget 0\.3 cannot be reached .* least possible is 1, and 1 of"):
+        report = run(method, 6, "unrelated")
+    assert report.vision_tokens_per_layer == [96] * 6
+    assert report.least_budget == 1
+
+
+def test_a_start_that_exceeds_the_budget_is_refused():
+    with pytest.raises(
+        ValueError, match=r"FrameFusion: budget must be above start_layer / num_layers = 2/6.* got 0\.3"
+    ):
+        fftriton.reduce(tiny_qwen2(6), fftriton.FrameFusion(0.3, start_layer=2), layout=[])
