@@ -81,10 +81,11 @@ TOKENS = {"image_token_id": 150, "video_token_id": 151, "vision_start_token_id":
 VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
-def _seeded(model, std=0.12):
+def seeded(model, std=0.12):
+    """The model with weights of fixed random values."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or name.endswith(("A_log", "image_newline")):
             parameter.data.normal_(std=std, generator=generator)
     return model.float().eval()
 
@@ -93,7 +94,7 @@ def _seeded(model, std=0.12):
 def tiny_qwen2(num_layers=5, attention="sdpa"):
     """A random Qwen2ForCausalLM of `num_layers` layers."""
     config = Qwen2Config(**TEXT, num_hidden_layers=num_layers, **rope(rope_theta=1e4))
-    return _seeded(Qwen2ForCausalLM._from_config(config, attn_implementation=attention))
+    return seeded(Qwen2ForCausalLM._from_config(config, attn_implementation=attention))
 
 
 @functools.cache
@@ -102,7 +103,7 @@ def tiny_qwen2_vl(num_layers=5, attention="sdpa"):
     text = TEXT | {"num_hidden_layers": num_layers} | rope(rope_theta=1e4, mrope_section=[2, 3, 3])
     vision = VISION | {"embed_dim": 32, "hidden_size": 64}
     config = Qwen2VLConfig(text_config=text, vision_config=vision, **TOKENS)
-    return _seeded(Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attention))
+    return seeded(Qwen2VLForConditionalGeneration._from_config(config, attn_implementation=attention))
 
 
 @functools.cache
@@ -114,7 +115,7 @@ def tiny_qwen2_5_vl(num_layers=5, attention="sdpa"):
         "fullatt_block_indexes": [0], "tokens_per_second": 2,
     }  # fmt: skip
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **TOKENS)
-    return _seeded(Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention))
+    return seeded(Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention))
 
 
 def video_prompt(grids=((4, 4, 6), (3, 4, 4)), image=True, motion=0.3, seed=0):

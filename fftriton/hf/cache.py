@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .compat import RecurrentLayer
+
 
 class ReducedLayer(DynamicLayer):
     """A DynamicLayer that also counts the tokens that it does not hold."""
@@ -88,13 +90,15 @@ class ReducedLayer(DynamicLayer):
             self.valid = self.valid[indices]
 
 
-def prepare(cache: Any, num_layers: int) -> list[ReducedLayer] | None:
-    """Make every layer of a DynamicCache a ReducedLayer; None, and nothing changed, where that cannot be."""
+def prepare(cache: Any, num_layers: int) -> list[ReducedLayer | None] | None:
+    """Make every attention layer of a DynamicCache a ReducedLayer; None, and nothing changed, where that cannot be.
+
+    Recurrent states have no rows: they stay as they are, and stand as None in what is returned.
+    """
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return None
-    if any(type(layer) not in (DynamicLayer, ReducedLayer) for layer in cache.layers):
+    if any(type(layer) not in (DynamicLayer, ReducedLayer, RecurrentLayer) for layer in cache.layers):
         return None
-    layers = [layer if isinstance(layer, ReducedLayer) else ReducedLayer.adopt(layer) for layer in cache.layers]
-    layers += [ReducedLayer() for _ in range(num_layers - len(layers))]
-    cache.layers = layers
-    return layers
+    cache.layers = [ReducedLayer.adopt(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers += [ReducedLayer() for _ in range(num_layers - len(cache.layers))]
+    return [layer if isinstance(layer, ReducedLayer) else None for layer in cache.layers]

@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+RecurrentLayer: type | None = getattr(cache_utils, "LinearAttentionLayer", None)
+"""The cache layer of a linear-attention layer; None in 4.x, whose models have caches of their own."""
 
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 

@@ -1,8 +1,14 @@
-"""Where the video tokens stand in the prompts of each model family: one rule a family."""
+"""Where the video tokens stand in the prompts of each model family: one rule a family.
+
+A rule gets the model and its forward's arguments by name, those of `get_video_features` included where `generate`
+encoded the video beforehand.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,37 +19,227 @@ from ..layout import VideoLayout
 LayoutRule = Callable[[Any, Mapping[str, Any]], "list[VideoLayout]"]
 
 
-def qwen2_vl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
-    """Qwen2-VL and Qwen2.5-VL: one run of video tokens a row of video_grid_thw, t frames of h * w / merge^2 each."""
-    config = model.config
-    grids = arguments.get("video_grid_thw")
+def grid_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """The Qwen-VL models: a row of video_grid_thw a video, t frames of h * w / merge^2 tokens each.
+
+    In Qwen3-VL and Qwen3.5 every frame stands behind its timestamp; the tokens' order is the same.
+    """
+    grids = _encoder_argument(arguments, "video_grid_thw")
     if grids is None:
         return []
-    found = _find_tokens(model, arguments, config.video_token_id)
-    if found is None or not bool(found.any()):
+    merge = model.config.vision_config.spatial_merge_size
+    shapes = [(int(t), int(h) * int(w) // merge**2) for t, h, w in grids.tolist()]
+    source = f"video_grid_thw {grids.tolist()} with spatial_merge_size {merge}"
+    runs = _deal_out(
+        model, arguments, model.config.video_token_id, [frames * patches for frames, patches in shapes], source
+    )
+    return [VideoLayout(run.view(shapes[video]), sample) for video, sample, run in runs]
+
+
+def llava_onevision_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """LLaVA-OneVision: frames of ceil(g / 2)^2 tokens, and a newline behind the last, which stays text."""
+    pixels = _encoder_argument(arguments, "pixel_values_videos")  # [videos, frames, 3, height, width]
+    if pixels is None:
         return []
-    merge = config.vision_config.spatial_merge_size
-    sample, position = found.nonzero(as_tuple=True)
-    sizes = [(int(t), int(h) * int(w) // merge**2) for t, h, w in grids.tolist()]
-    expected = sum(frames * patches for frames, patches in sizes)
-    if len(position) != expected:
-        raise ValueError(
-            f"video_grid_thw: must describe the {len(position)} video tokens of input_ids, but {grids.tolist()} with "
-            f"spatial_merge_size {merge} makes {expected}"
-        )
-    layouts, first = [], 0
-    for frames, patches in sizes:
-        run = position[first : first + frames * patches]
-        layouts.append(VideoLayout(run.view(frames, patches), sample=int(sample[first])))
-        first += frames * patches
+    shape = (pixels.shape[1], math.ceil(_vision_side(model.config) / 2) ** 2)
+    tokens = math.prod(shape)
+    source = f"pixel_values_videos of shape {list(pixels.shape)}"
+    runs = _deal_out(model, arguments, model.config.video_token_id, [tokens + 1] * len(pixels), source)
+    return [VideoLayout(run[:tokens].view(shape), sample) for _, sample, run in runs]
+
+
+def llava_next_video_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """LLaVA-NeXT-Video: frames of (g // spatial_pool_stride)^2 tokens, one behind the other."""
+    pixels = _encoder_argument(arguments, "pixel_values_videos")  # [videos, frames, 3, height, width]
+    if pixels is None:
+        return []
+    shape = (pixels.shape[1], (_vision_side(model.config) // model.config.spatial_pool_stride) ** 2)
+    source = f"pixel_values_videos of shape {list(pixels.shape)}"
+    runs = _deal_out(model, arguments, model.config.video_token_id, [math.prod(shape)] * len(pixels), source)
+    return [VideoLayout(run.view(shape), sample) for _, sample, run in runs]
+
+
+def internvl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """InternVL: images and frames share a token; a frame is a run of exactly image_seq_length of them.
+
+    The tiles of one image form one longer run, and are left alone. Two or more frames in a sample are one video; a
+    single one is an image.
+    """
+    found = _find_tokens(model, arguments, model.config.image_token_id)
+    if found is None:
+        return []
+    layouts = []
+    for sample, row in enumerate(found):
+        frames = [run for run in _runs(row.nonzero()[:, 0]) if len(run) == model.config.image_seq_length]
+        if len(frames) > 1:
+            layouts.append(VideoLayout(torch.stack(frames), sample))
     return layouts
 
 
+def video_llama_3_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """VideoLLaMA3: a grid a video as in Qwen2-VL, less what video_compression_mask took out already: holes, -1."""
+    grids = _encoder_argument(arguments, "video_grid_thw")
+    if grids is None:
+        return []
+    merges = arguments["video_merge_sizes"].tolist()
+    shapes = [(int(t), int(h) * int(w) // merge**2) for (t, h, w), merge in zip(grids.tolist(), merges, strict=True)]
+    sizes = [frames * patches for frames, patches in shapes]
+    there = arguments.get("video_compression_mask")
+    there = torch.ones(sum(sizes), dtype=torch.bool) if there is None else there.cpu().bool()
+    if len(there) != sum(sizes):
+        raise ValueError(
+            f"video_compression_mask: must have {sum(sizes)} entries, as video_grid_thw says, got {len(there)}"
+        )
+    masks = there.split(sizes)
+    source = f"video_grid_thw {grids.tolist()} with video_compression_mask"
+    runs = _deal_out(model, arguments, model.config.video_token_id, [int(mask.sum()) for mask in masks], source)
+    layouts = []
+    for video, sample, run in runs:
+        positions = torch.full((sizes[video],), -1).masked_scatter(masks[video], run)
+        layouts.append(VideoLayout(positions.view(shapes[video]), sample))
+    return layouts
+
+
+def minicpm_v_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """MiniCPM-V 4.6: a row of target_sizes_videos a frame or slice of one; a frame's slices are part of the frame.
+
+    What opens the first unit opens every frame; slices are opened by another token. Frames of one video follow one
+    another directly; those of one video that differ in size, as stacked frames do, make a layout for each size.
+    """
+    targets = _encoder_argument(arguments, "target_sizes_videos")
+    if targets is None:
+        return []
+    sizes = [_minicpm_tokens(model.config, arguments, int(h), int(w)) for h, w in targets.tolist()]
+    source = f"target_sizes_videos {targets.tolist()}"
+    units = [
+        (sample, run) for _, sample, run in _deal_out(model, arguments, model.config.video_token_id, sizes, source)
+    ]
+    layouts = []
+    for sample, of_sample in itertools.groupby(units, key=lambda unit: unit[0]):
+        prompt = _ids_or_embeddings(arguments)[sample].cpu()
+        for frames in _minicpm_videos(prompt, [run for _, run in of_sample]):
+            by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+            for frame in frames:
+                by_shape.setdefault(tuple(map(len, frame)), []).append(torch.cat(frame))
+            layouts += [VideoLayout(torch.stack(same), sample) for same in by_shape.values()]
+    return layouts
+
+
+def _minicpm_tokens(config: Any, arguments: Mapping[str, Any], height: int, width: int) -> int:
+    """Tokens of one frame or slice of height x width patches."""
+    if (arguments.get("downsample_mode") or config.downsample_mode) != "4x":
+        height, width = height // 2, width // 2
+    for _ in range(config.merger_times):
+        height, width = height // config.merge_kernel_size[0], width // config.merge_kernel_size[1]
+    return height * width
+
+
+def _minicpm_videos(prompt: Tensor, units: Sequence[Tensor]) -> list[list[list[Tensor]]]:
+    """[N] ids or [N, D] embeddings and the units of one sample -> its videos, each a list of frames, each of units."""
+    opener = prompt[int(units[0][0]) - 1]
+    videos: list[list[list[Tensor]]] = []
+    end = 0  # of the last unit
+    for unit in units:
+        start = int(unit[0])
+        if not torch.equal(prompt[start - 1], opener):
+            videos[-1][-1].append(unit)
+        elif videos and start - end <= 3:  # only an end and a start token between them
+            videos[-1].append([unit])
+        else:
+            videos.append([[unit]])
+        end = int(unit[-1])
+    return videos
+
+
 RULES: dict[str, LayoutRule] = {
-    "qwen2_vl": qwen2_vl_layout,
-    "qwen2_5_vl": qwen2_vl_layout,
+    "internvl": internvl_layout,
+    "llava_next_video": llava_next_video_layout,
+    "llava_onevision": llava_onevision_layout,
+    "minicpmv4_6": minicpm_v_layout,
+    "qwen2_5_vl": grid_layout,
+    "qwen2_vl": grid_layout,
+    "qwen3_5": grid_layout,
+    "qwen3_vl": grid_layout,
+    "video_llama_3": video_llama_3_layout,
 }
 """The rule of each config.model_type."""
+
+
+def take_deepstack(decoder_arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Take over what Qwen3-VL's decoder adds to the outputs of its first layers, at places of the full prompt.
+
+    Args:
+        decoder_arguments: of the decoder's forward, by name; emptied of the features.
+
+    Returns:
+        A tensor [B, N, D] for each of the first layers, zero where nothing is added.
+    """
+    features, places = decoder_arguments.get("deepstack_visual_embeds"), decoder_arguments.get("visual_pos_masks")
+    if features is None or places is None:
+        return ()
+    decoder_arguments.update(deepstack_visual_embeds=None, visual_pos_masks=None)
+    return tuple(
+        part.new_zeros(*places.shape, part.shape[-1]).index_put((places.to(part.device),), part) for part in features
+    )
+
+
+def _encoder_argument(arguments: Mapping[str, Any], name: str) -> Any:
+    """An argument of the video encoder; None where the prompt has no video.
+
+    Raises a ValueError for a video that was encoded before the block, of which only the features are left.
+    """
+    value = arguments.get(name)
+    if value is None and (arguments.get("mm_encoder_outputs") or {}).get("video") is not None:
+        raise ValueError(
+            f"{name}: must be known, but the video was encoded outside; encode it inside, or give a layout"
+        )
+    return value
+
+
+def _vision_side(config: Any) -> int:
+    """Patches along the side of a frame, before pooling."""
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def _deal_out(
+    model: Any, arguments: Mapping[str, Any], token: int, sizes: Sequence[int], source: str
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Give each video its share of the places that hold `token`: (video, sample, positions [size]).
+
+    `generate` repeats the prompt's rows for beams and several return sequences, but not always what the encoder gets;
+    then each sample's videos are dealt out to all its copies.
+
+    Raises:
+        ValueError: the sizes, which `source` says, do not make up the prompt's tokens.
+    """
+    found = _find_tokens(model, arguments, token)
+    if found is None or not bool(found.any()):
+        return
+    total, expected = int(found.sum()), sum(sizes)
+    copies = max(1, total // max(1, expected))
+    if total != copies * expected or len(found) % copies:
+        raise ValueError(f"layout: {source} must describe the {total} video tokens of the prompt, but makes {expected}")
+    sample, position = found[::copies].nonzero(as_tuple=True)
+    first = 0
+    for video, size in enumerate(sizes):
+        share = slice(first, first + size)
+        owner = int(sample[first])
+        if bool((sample[share] != owner).any()):
+            raise ValueError(f"layout: {source} must not spread a video over two samples")
+        for copy in range(copies):
+            yield video, owner * copies + copy, position[share]
+        first += size
+
+
+def _runs(positions: Tensor) -> list[Tensor]:
+    """Split ascending positions [n] where they are not adjacent."""
+    breaks = (positions.diff() != 1).nonzero()[:, 0] + 1
+    return [run for run in positions.tensor_split(breaks) if len(run)]
+
+
+def _ids_or_embeddings(arguments: Mapping[str, Any]) -> Tensor:
+    ids = arguments.get("input_ids")
+    return arguments["inputs_embeds"] if ids is None else ids
 
 
 def _find_tokens(model: Any, arguments: Mapping[str, Any], token: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ class Prefill:
 
     def __init__(
         self, method: Method, layouts: list[VideoLayout], source: Tensor,
-        cache_layers: list[ReducedLayer] | None, valid: Tensor | None, num_layers: int,
+        cache_layers: list[ReducedLayer | None] | None, valid: Tensor | None, attends: Sequence[bool],
+        additions: tuple[Tensor, ...] = (),
     ) -> None:  # fmt: skip
         self.batch, self.length = source.shape[:2]
         self.layouts, self.cache_layers, self.valid = layouts, cache_layers, valid
+        self.attends = attends  # for each layer, whether it has attention; else it is recurrent
+        self.additions = additions  # [B, N, D] each, what the first layers' outputs get added
         self.tokens: VideoTokens | None = None
         self.residual: Tensor | None = None  # [B, M, D] rows kept, waiting for their feed-forward output
         self.layer_output: Tensor | None = None  # [B, M, D] what the layer is to return
@@ -32,7 +36,7 @@ class Prefill:
         self._masks: dict[tuple, Any] = {}
         self._rotary_like: Sequence[Tensor] = ()
         if layouts:
-            prompt = Prompt(num_layers, self.length, layouts)
+            prompt = Prompt(len(attends), self.length, layouts, attends)
             self.calls = method.begin(prompt)
             self.stopwatch = Stopwatch(source.device)
             self.report = Report(
@@ -48,7 +52,8 @@ class Prefill:
         patch = patch_ids(self.layouts, self.batch, self.length, hidden.device)
         self._rotary_like = rotary or ()
         companions = tuple(_rows_first(part, self.batch) for part in self._rotary_like)
-        self.tokens = VideoTokens(hidden, position, patch, self.report.num_video_tokens, companions)
+        count = self.report.num_video_tokens
+        self.tokens = VideoTokens(hidden, position, patch, count, companions, additions=self.additions)
 
     @property
     def is_shorter(self) -> bool:
@@ -81,6 +86,14 @@ class Prefill:
         self.tokens, self.residual = after.at(hidden.new_empty(0), None), after.hidden
         return after.hidden
 
+    def after_layer(self, hidden: Tensor) -> Tensor:
+        """The layer's output [B, M, D] with what the decoder would have added to it."""
+        if self.tokens is None or not self.tokens.additions:
+            return hidden
+        first, *later = self.tokens.additions
+        self.tokens = replace(self.tokens, additions=tuple(later))
+        return hidden + first.to(hidden.device, hidden.dtype)
+
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """The layer's keyword arguments that differ from what the decoder gave, and the cache's bookkeeping."""
         cached = self.cache_layers[index] if self.cache_layers is not None else None
@@ -89,6 +102,8 @@ class Prefill:
         if valid is not None and self.tokens is not None:
             valid = valid.gather(1, self.tokens.position)
         shorter_past = cached is not None and cached.missing > 0
+        if not self.attends[index]:  # takes the padding mask of its rows
+            return {"attention_mask": valid} if self.is_shorter else {}
         if cached is not None:
             valid = cached.append_valid(past, rows, valid)
             cached.missing += self.length - rows
@@ -136,8 +151,9 @@ class Prefill:
 
     def _valid_rows(self, index: int) -> Tensor | None:
         """[B, past + n] bool: which rows of the layer's keys are no padding; None: all."""
-        if self.cache_layers is not None:
-            return self.cache_layers[index].valid
+        cached = self.cache_layers[index] if self.cache_layers is not None else None
+        if cached is not None:
+            return cached.valid
         assert self.tokens is not None
         return None if self.valid is None else self.valid.gather(1, self.tokens.position)
 

@@ -29,7 +29,7 @@ from ..layout import VideoLayout, check_layouts
 from ..methods.base import Method
 from .cache import ReducedLayer, prepare
 from .compat import causal_mask, first_of, with_first
-from .families import RULES, LayoutRule
+from .families import RULES, LayoutRule, take_deepstack
 from .importance import AttentionTap
 from .prefill import Prefill
 from .report import Report
@@ -101,8 +101,9 @@ class Reduction(AbstractContextManager["Reduction"]):
             keep(layer.register_forward_pre_hook(at(self._before_layer, prefill, index), with_kwargs=True))
             if not prefill.layouts:
                 continue
-            keep(layer.self_attn.register_forward_pre_hook(at(self._before_attention, prefill, index)))
-            keep(layer.self_attn.register_forward_hook(self._after_attention, always_call=True))
+            if has_attention(layer):
+                keep(layer.self_attn.register_forward_pre_hook(at(self._before_attention, prefill, index)))
+                keep(layer.self_attn.register_forward_hook(self._after_attention, always_call=True))
             before_feed_forward = at(self._before_feed_forward, prefill, index)
             keep(layer.post_attention_layernorm.register_forward_pre_hook(before_feed_forward))
             keep(layer.mlp.register_forward_hook(at(self._after_feed_forward, prefill)))
@@ -116,7 +117,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         for handle in self._layer_hooks:
             handle.remove()
         self._layer_hooks.clear()
-        for layer in self.decoder.layers:
+        for layer in filter(has_attention, self.decoder.layers):
             self._tap.close(layer.self_attn)  # where a KeyboardInterrupt left it open: torch runs no hook behind one
         return prefill
 
@@ -172,11 +173,14 @@ class Reduction(AbstractContextManager["Reduction"]):
             return args, kwargs
         source = args[0] if args else _embeddings_or_ids(kwargs)
         assert source is not None  # the decoder would refuse it
-        if layouts or self._needs_masks(cache_layers or (), source):
+        reduced_layers = [layer for layer in cache_layers or () if layer is not None]
+        if layouts or self._needs_masks(reduced_layers, source):
             past_valid, valid = _padding(kwargs.get("attention_mask"), source.shape[1])
-            for layer in cache_layers or ():
+            for layer in reduced_layers:
                 layer.note_padding(past_valid)
-            self._open(Prefill(self.method, layouts, source, cache_layers, valid, len(decoder.layers)))
+            attends = [*map(has_attention, decoder.layers)]
+            additions = take_deepstack(kwargs) if layouts else ()
+            self._open(Prefill(self.method, layouts, source, cache_layers, valid, attends, additions))
         return args, kwargs
 
     def _needs_masks(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
@@ -194,8 +198,9 @@ class Reduction(AbstractContextManager["Reduction"]):
     def _why_not(self, decoder: Any, cache: Any, cache_layers: Any, mask: Any) -> str | None:
         if cache is not None and cache_layers is None:
             return f"only a plain DynamicCache can hold fewer tokens in later layers, got {type(cache).__name__}"
-        if any(kind != "full_attention" for kind in getattr(decoder.config, "layer_types", None) or ()):
-            return "the decoder has layers other than full attention"
+        other = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "linear_attention"}
+        if other:
+            return f"the decoder has layers other than full and linear attention: {', '.join(sorted(other))}"
         if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
             return "attention_mask is not the two-dimensional padding mask"
         return None
@@ -249,10 +254,12 @@ class Reduction(AbstractContextManager["Reduction"]):
         return output.new_zeros(1)
 
     def _after_layer(self, prefill: Prefill, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
-        shorter, prefill.layer_output = prefill.layer_output, None
+        given = first_of(output)
+        hidden, prefill.layer_output = given if prefill.layer_output is None else prefill.layer_output, None
+        hidden = prefill.after_layer(hidden)
         if index == len(self.decoder.layers) - 1 and prefill.is_shorter:
-            return with_first(output, prefill.restore(first_of(output) if shorter is None else shorter))
-        return None if shorter is None else with_first(output, shorter)
+            hidden = prefill.restore(hidden)
+        return None if hidden is given else with_first(output, hidden)
 
 
 def find_decoder(model: Any) -> Any:
@@ -269,8 +276,14 @@ def find_decoder(model: Any) -> Any:
     )
 
 
+def has_attention(layer: nn.Module) -> bool:
+    """Whether the decoder layer has softmax attention; Qwen3.5 has layers with linear attention instead."""
+    return hasattr(layer, "self_attn")
+
+
 def _is_decoder_layer(layer: nn.Module) -> bool:
-    return all(hasattr(layer, name) for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"))
+    mixes = has_attention(layer) or hasattr(layer, "linear_attn")
+    return mixes and all(hasattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm", "mlp"))
 
 
 def _layout_rule(model: Any, layout: Sequence[VideoLayout] | LayoutRule | None) -> LayoutRule:

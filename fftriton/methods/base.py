@@ -25,16 +25,22 @@ class Prompt:
         num_layers: decoder layers.
         length: tokens of the prompt, text included.
         layouts: where its videos stand in it.
+        attends: for each layer, whether it has attention scores to give; empty where all have.
     """
 
     num_layers: int
     length: int
     layouts: Sequence[VideoLayout]
+    attends: Sequence[bool] = ()
 
     @cached_property
     def num_video_tokens(self) -> int:
         """Video tokens in the prompt, all videos together."""
         return sum(len(layout.tokens) for layout in self.layouts)
+
+    def next_attention(self, layer: int) -> int:
+        """The first layer from `layer` on that has attention scores; num_layers where none has."""
+        return next((i for i in range(layer, self.num_layers) if not self.attends or self.attends[i]), self.num_layers)
 
     @cached_property
     def frame(self) -> Tensor:
@@ -75,6 +81,8 @@ class VideoTokens:
         patch: [B, N] int64, which patch of which video a row is, the same number in every frame; -1 for other tokens.
         num_video: rows whose patch is not -1.
         companions: tensors [B, N, ...] that follow their rows (rotary embeddings, say).
+        additions: tensors [B, N, D] that later layers add to the hidden states (Qwen3-VL's deepstack features): they
+            follow their rows, and rows that merge have their mean.
         attention: after attention, `attention(n)` is the attention that each row received in this layer [B, N] fp32:
             summed over the last n queries (None: over all), averaged over the heads. None before attention.
         merge: how these tokens came out of a merge; None otherwise.
@@ -87,6 +95,7 @@ class VideoTokens:
     companions: tuple[Tensor, ...] = ()
     attention: Callable[[int | None], Tensor] | None = None
     merge: Merge | None = None
+    additions: tuple[Tensor, ...] = ()
     _links: Tensor | None = None
 
     @property
@@ -101,13 +110,13 @@ class VideoTokens:
 
     def merge_groups(self, roots: Tensor) -> VideoTokens:
         """Put the mean of each group at its root and take the other members out. roots: [B, N] int64."""
-        merged = merge_mean(
-            self.hidden, roots, (self.position, self.patch, *self.companions), predecessor=self.predecessor
-        )
+        rows = torch.cat([self.hidden, *self.additions], -1) if self.additions else self.hidden
+        merged = merge_mean(rows, roots, (self.position, self.patch, *self.companions), predecessor=self.predecessor)
         position, patch, *companions = merged.companions
+        hidden, *additions = merged.x.split(self.hidden.shape[-1], -1)
         return VideoTokens(
-            merged.x, position, patch, self.num_video - (self.length - merged.x.shape[1]), tuple(companions),
-            merge=Merge(roots, self.position), _links=merged.predecessor,
+            hidden, position, patch, self.num_video - (self.length - hidden.shape[1]), tuple(companions),
+            merge=Merge(roots, self.position), additions=tuple(additions), _links=merged.predecessor,
         )  # fmt: skip
 
     def keep_top(self, scores: Tensor, count: int) -> VideoTokens:
@@ -115,10 +124,11 @@ class VideoTokens:
         count = min(count, self.num_video)
         rows = self.length - self.num_video + count  # known beforehand: a GPU is not waited for
         kept, _ = topk_keep(scores, count, candidates=self.patch >= 0, capacity=rows)
-        hidden, position, patch, *companions = gather_rows(
-            kept, self.hidden, self.position, self.patch, *self.companions
+        hidden, position, patch, *others = gather_rows(
+            kept, self.hidden, self.position, self.patch, *self.companions, *self.additions
         )
-        return VideoTokens(hidden, position, patch, count, tuple(companions))
+        companions, additions = others[: len(self.companions)], others[len(self.companions) :]
+        return VideoTokens(hidden, position, patch, count, tuple(companions), additions=tuple(additions))
 
     def at(self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None) -> VideoTokens:
         """The same tokens at a later point, where nothing has changed but their hidden states."""
@@ -148,7 +158,7 @@ class Method:
         return self.budget
 
     def wants_attention(self, layer: int) -> bool:
-        """Whether `after_attention` of this layer may ask for attention scores."""
+        """Whether `after_attention` of this layer may ask for attention scores; a layer without attention has none."""
         return False
 
     def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:

@@ -12,7 +12,8 @@ from .base import Method, Prompt, VideoTokens
 class FastV(Method):
     """Keep all tokens through `layer` layers, then the most attended video tokens for the rest.
 
-    So that the layers' mean meets the budget, the rest keep the fraction (budget * L - layer) / (L - layer).
+    So that the layers' mean meets the budget, the rest keep the fraction (budget * L - layer) / (L - layer). Where layer
+    `layer` has no attention scores to go by (Qwen3.5's linear attention), the next one that has takes its place.
 
     Args:
         budget: mean over layers of the video tokens kept, as a fraction of the prompt's, in (0, 1].
@@ -53,19 +54,20 @@ class FastV(Method):
 class _Pruning(Method):
     def __init__(self, method: FastV, prompt: Prompt) -> None:
         self.method, self.prompt, self.budget = method, prompt, method.budget
+        self.full = prompt.next_attention(method.layer - 1) + 1  # layers that see everything
 
     @property
     def least_budget(self) -> float:
-        full, layers = self.method.layer, self.prompt.num_layers
+        full, layers = self.full, self.prompt.num_layers
         return (full + max(layers - full, 0) / self.prompt.num_video_tokens) / layers
 
     def wants_attention(self, layer: int) -> bool:
-        return layer == self.method.layer - 1 and self.budget < 1
+        return layer == self.full - 1 < self.prompt.num_layers - 1 and self.budget < 1
 
     def after_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
         if not self.wants_attention(layer):
             return None
-        full, layers = self.method.layer, self.prompt.num_layers
+        full, layers = self.full, self.prompt.num_layers
         count = round(tokens.num_video * (self.budget * layers - full) / (layers - full))
         assert tokens.attention is not None  # asked for by wants_attention
         return tokens.keep_top(tokens.attention(self.method.importance_queries), max(1, count))

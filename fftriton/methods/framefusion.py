@@ -83,7 +83,9 @@ class _Fusion(Method):
     def __init__(self, method: FrameFusion, prompt: Prompt) -> None:
         self.method, self.prompt, self.budget = method, prompt, method.budget
         self.unspent = method.budget * prompt.num_layers * prompt.num_video_tokens  # tokens x layers
-        self.full = prompt.num_video_tokens * max(1, method.start_layer)  # tokens x layers that cannot be spared
+        first = prompt.next_attention(max(1, method.start_layer) - 1)  # the first that can tell what to prune
+        self.full_layers = min(first + 1, prompt.num_layers)
+        self.full = prompt.num_video_tokens  # that these layers cannot spare
         self.stages = list(method.stages)
 
     @property
@@ -91,7 +93,7 @@ class _Fusion(Method):
         layers, video = self.prompt.num_layers, self.prompt.num_video_tokens
         if self.method.stages[-1] == "merge":
             return self.budget - min(self.unspent, 0) / (layers * video)
-        return (self.full + layers - max(1, self.method.start_layer)) / (layers * video)
+        return (self.full * self.full_layers + layers - self.full_layers) / (layers * video)
 
     def wants_attention(self, layer: int) -> bool:
         return bool(self.stages) and self.method.start_layer - 1 <= layer < self.prompt.num_layers - 1
@@ -106,7 +108,9 @@ class _Fusion(Method):
         if not self.wants_attention(layer):
             return None
         layers_left = self.prompt.num_layers - layer - 1
-        return self._merge(tokens, layers_left) if self.stages[0] == "merge" else self._prune(tokens, layers_left)
+        if self.stages[0] == "merge":
+            return self._merge(tokens, layers_left)
+        return None if tokens.attention is None else self._prune(tokens, layers_left)
 
     def _merge(self, tokens: VideoTokens, layers_left: int) -> VideoTokens | None:
         affordable = self.unspent / layers_left  # video tokens a layer from here on
@@ -123,7 +127,9 @@ class _Fusion(Method):
             self.stages = []
             return merged
         prunes = "prune" in self.stages
-        payable = merged.num_video + (layers_left - 1) <= self.unspent + _ROUNDING
+        layer = self.prompt.num_layers - layers_left  # the next one
+        full = min(self.prompt.next_attention(layer) + 1 - layer, layers_left)  # run before the next chance to prune
+        payable = merged.num_video * full + (layers_left - full) <= self.unspent + _ROUNDING
         if prunes and not payable and tokens.attention is not None:
             return self._prune(tokens, layers_left)
         few = similar < self.method.min_merge_ratio * tokens.num_video
