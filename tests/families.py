@@ -144,7 +144,7 @@ def video_llama_3_prompt(videos, image, seed):
 
 
 def minicpm_prompt(videos, image, seed):
-    """MiniCPM-V 4.6: frames of 8 x 8 patches, sixteen to a token; those of the second video have two slices."""
+    """MiniCPM-V 4.6: frames of 8 x 8 patches, sixteen to a token, in the second video with two slices."""
     writer = Writer(seed)
     writer.text(5)
     slice_start, slice_end, name = 154, 155, 156
@@ -157,10 +157,10 @@ def minicpm_prompt(videos, image, seed):
         writer.write(name, 7, name)
         for _ in range(frames):
             writer.write(START, *[VIDEO] * 4, END)
-            writer.write(*[slice_start, VIDEO, VIDEO, slice_end] * slices)
-        sizes = ([[8, 8]] + [[4, 8]] * slices) * frames
-        patches = sum(height * width for height, width in sizes)
-        writer.add(target_sizes_videos=torch.tensor(sizes), pixel_values_videos=writer.pixels(1, 3, 4, patches * 4))
+            writer.write(*[slice_start, *[VIDEO] * 4, slice_end] * slices)
+        units = (1 + slices) * frames
+        sizes = torch.tensor([[8, 8]] * units)
+        writer.add(target_sizes_videos=sizes, pixel_values_videos=writer.pixels(1, 3, 4, units * 64 * 4))
     return writer.finish()
 
 
@@ -233,7 +233,7 @@ class Family:
     Args:
         name: its config's model_type.
         of_transformers: the model's class there.
-        build: attention back end -> model, not yet seeded.
+        build: attention back end -> model.
         prompt: (videos, image, seed) -> the inputs of one sample; videos are given by their frames.
     """
 
@@ -260,17 +260,21 @@ def _tiny(build):
     return lambda attention: build(attention=attention)
 
 
+qwen3_prompt = functools.partial(qwen_prompt, timestamps=True)
+onevision_prompt = functools.partial(llava_prompt, newline=1)
+next_video_prompt = functools.partial(llava_prompt, newline=0)
+
 FAMILIES = {
-    family.name: family
-    for family in [
-        Family("qwen2_vl", "Qwen2VLForConditionalGeneration", _tiny(tiny_qwen2_vl), qwen_prompt),
-        Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", _tiny(tiny_qwen2_5_vl), qwen_prompt),
-        Family("qwen3_vl", "Qwen3VLForConditionalGeneration", qwen3_vl, functools.partial(qwen_prompt, timestamps=True)),
-        Family("qwen3_5", "Qwen3_5ForConditionalGeneration", qwen3_5, functools.partial(qwen_prompt, timestamps=True)),
-        Family("llava_onevision", "LlavaOnevisionForConditionalGeneration", llava_onevision, functools.partial(llava_prompt, newline=1)),
-        Family("llava_next_video", "LlavaNextVideoForConditionalGeneration", llava_next_video, functools.partial(llava_prompt, newline=0)),
-        Family("internvl", "InternVLForConditionalGeneration", internvl, internvl_prompt),
-        Family("video_llama_3", "VideoLlama3ForConditionalGeneration", video_llama_3, video_llama_3_prompt),
-        Family("minicpmv4_6", "MiniCPMV4_6ForConditionalGeneration", minicpm_v, minicpm_prompt),
+    name: Family(name, f"{prefix}ForConditionalGeneration", build, prompt)
+    for name, prefix, build, prompt in [
+        ("qwen2_vl", "Qwen2VL", _tiny(tiny_qwen2_vl), qwen_prompt),
+        ("qwen2_5_vl", "Qwen2_5_VL", _tiny(tiny_qwen2_5_vl), qwen_prompt),
+        ("qwen3_vl", "Qwen3VL", qwen3_vl, qwen3_prompt),
+        ("qwen3_5", "Qwen3_5", qwen3_5, qwen3_prompt),
+        ("llava_onevision", "LlavaOnevision", llava_onevision, onevision_prompt),
+        ("llava_next_video", "LlavaNextVideo", llava_next_video, next_video_prompt),
+        ("internvl", "InternVL", internvl, internvl_prompt),
+        ("video_llama_3", "VideoLlama3", video_llama_3, video_llama_3_prompt),
+        ("minicpmv4_6", "MiniCPMV4_6", minicpm_v, minicpm_prompt),
     ]
-}  # fmt: skip
+}

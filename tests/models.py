@@ -85,7 +85,7 @@ def seeded(model, std=0.12):
     """The model with weights of fixed random values."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 or name.endswith(("A_log", "image_newline")):
+        if parameter.ndim > 1 or name.endswith(("A_log", "class_embedding", "image_newline")):
             parameter.data.normal_(std=std, generator=generator)
     return model.float().eval()
 

@@ -12,8 +12,8 @@ from .base import Method, Prompt, VideoTokens
 class FastV(Method):
     """Keep all tokens through `layer` layers, then the most attended video tokens for the rest.
 
-    So that the layers' mean meets the budget, the rest keep the fraction (budget * L - layer) / (L - layer). Where layer
-    `layer` has no attention scores to go by (Qwen3.5's linear attention), the next one that has takes its place.
+    So that the layers' mean meets the budget, the rest keep the fraction (budget * L - layer) / (L - layer). Where the
+    last of them has no attention scores to go by (Qwen3.5's linear attention), the next that has takes its place.
 
     Args:
         budget: mean over layers of the video tokens kept, as a fraction of the prompt's, in (0, 1].

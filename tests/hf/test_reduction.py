@@ -1,18 +1,16 @@
 """The wrapper: right inside the block, and as if it had never been there behind it."""
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
+from by_hand import ByHand, Scripted, decoder_of, generate, patches, see_prompt
 from models import tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fftriton
-from fftriton_kernels import merge_roots
-
-STEPS = 12
 
 
 def qwen2(attention="sdpa"):
@@ -32,110 +30,6 @@ FAMILIES = pytest.mark.parametrize("family", [qwen2, qwen2_vl, qwen2_5_vl])
 BACKENDS = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
-@torch.no_grad()
-def generate(model, inputs, **arguments):
-    """Greedy tokens [steps] and logits [steps, V]."""
-    out = model.generate(
-        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True, **arguments
-    )
-    return out.sequences[0, -STEPS:], torch.cat(out.logits)
-
-
-@dataclass(frozen=True)
-class Scripted(fftriton.Method):
-    """Merges with the patch before from a similarity threshold, or drops every third video token, where told."""
-
-    merge_before: tuple = (0,)
-    merge_after: tuple = (1,)
-    drop_after: tuple = (0, 3)
-    kept: list = field(default_factory=list, compare=False)
-
-    def before_attention(self, layer, tokens):
-        return self.merge(tokens) if layer in self.merge_before else None
-
-    def after_attention(self, layer, tokens):
-        if layer in self.merge_after:
-            return self.merge(tokens)
-        if layer in self.drop_after:
-            scores = -(tokens.position % 3 == 0).float()
-            return tokens.keep_top(scores, tokens.num_video - 2)
-        return None
-
-    def merge(self, tokens):
-        every_second = (tokens.position % 2).float()  # 1 joins
-        return tokens.merge_groups(merge_roots(every_second, tokens.predecessor, 0.5))
-
-
-def decoder_of(model):
-    return model.model.language_model if hasattr(model.model, "language_model") else model.model
-
-
-class ByHand:
-    """The scripted reduction without cache, hooks or kernels: every layer is run on its rows, written out."""
-
-    def __init__(self, model, patch):
-        self.model, self.decoder, self.patch = model, decoder_of(model), patch
-
-    def merge(self, hidden, position, patch):
-        """Row t joins the row before it of the same patch where its position is odd."""
-        group, last = {}, {}
-        for row, place in enumerate(position):
-            before = last.get(patch[place]) if patch[place] >= 0 else None
-            last[patch[place]] = row
-            joins = before is not None and place % 2 == 1
-            group[row] = group[before] if joins else row
-        members = {root: [row for row in group if group[row] == root] for root in sorted(set(group.values()))}
-        mean = torch.stack([hidden[0, rows].mean(0) for rows in members.values()])
-        return mean[None], [position[root] for root in members]
-
-    def drop(self, hidden, position, patch):
-        """The two video rows that go first: positions that 3 divides, the last of them first."""
-        video = [place for place in position if patch[place] >= 0]
-        order = sorted(video, key=lambda place: (place % 3 == 0, place))
-        keep = [row for row, place in enumerate(position) if place not in order[len(video) - 2 :]]
-        return hidden[:, keep], [position[row] for row in keep]
-
-    def __call__(self, embeddings, position_ids, script):
-        """[1, N, D] -> logits [V] of the last row."""
-        hidden, position = embeddings, list(range(embeddings.shape[1]))
-        patch = self.patch + [-1] * (len(position) - len(self.patch))
-        rotary = self.decoder.rotary_emb(embeddings, position_ids)
-        for index, layer in enumerate(self.decoder.layers):
-            if index in script.merge_before:
-                hidden, position = self.merge(hidden, position, patch)
-            rows = len(position)
-            mask = torch.full((1, 1, rows, rows), torch.finfo(hidden.dtype).min).triu(1)
-            attended, _ = layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden), attention_mask=mask,
-                position_embeddings=tuple(part[..., position, :] for part in rotary),
-            )  # fmt: skip
-            hidden = hidden + attended
-            if index in script.merge_after:
-                hidden, position = self.merge(hidden, position, patch)
-            elif index in script.drop_after:
-                hidden, position = self.drop(hidden, position, patch)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return self.model.lm_head(self.decoder.norm(hidden)[0, -1])
-
-
-@torch.no_grad()
-def prompt_by_hand(model, inputs, layouts):
-    """Embeddings [1, N, D], position ids and the patch of each position, as the decoder gets them."""
-    seen = {}
-    hook = decoder_of(model).register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
-    model(**inputs)
-    hook.remove()
-    length = seen["inputs_embeds"].shape[1]
-    positions = seen.get("position_ids")
-    positions = torch.arange(length)[None] if positions is None else positions[-3:]
-    patch, first = [-1] * length, 0
-    for layout in layouts:
-        for place, number in zip(layout.positions.flatten().tolist(), range(layout.positions.numel()), strict=True):
-            patch[place] = first + number % layout.positions.shape[1]
-        first += layout.positions.shape[1]
-    return seen["inputs_embeds"], positions, patch
-
-
 @BACKENDS
 @FAMILIES
 @torch.no_grad()
@@ -144,15 +38,9 @@ def test_equals_a_recomputation_by_hand(family, attention):
     script = Scripted()
     with fftriton.reduce(model, script, layout) as reduction:
         tokens, logits = generate(model, inputs)
-    embeddings, position_ids, patch = prompt_by_hand(model, inputs, reduction.report.layouts)
-    by_hand = ByHand(model, patch)
-    last = position_ids[..., -1:].max()
-    for step in range(STEPS):
-        expected = by_hand(embeddings, position_ids, script)
-        assert (logits[step] - expected).abs().max() < 1e-4
-        assert int(expected.argmax()) == int(tokens[step])
-        embeddings = torch.cat([embeddings, decoder_of(model).embed_tokens(tokens[step])[None, None]], 1)
-        position_ids = torch.cat([position_ids, (last + 1 + step).expand_as(position_ids[..., :1])], -1)
+    prompt = see_prompt(model, inputs)
+    patch = patches(reduction.report.layouts, prompt.embeddings.shape[1])
+    ByHand(model, patch).check(prompt, script, tokens, logits)
     _, dense = generate(model, inputs)
     assert (dense - logits).abs().max() > 1e-2  # the reduction does change the output
 

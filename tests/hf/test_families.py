@@ -1,0 +1,110 @@
+"""Every model family: where its videos stand, and that it is reduced as a computation by hand says."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from by_hand import ByHand, Scripted, decoder_of, generate, patches, see_prompt
+from families import FAMILIES
+
+import fftriton
+
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+@torch.no_grad()
+def video_features(model, inputs):
+    """[n, D] what the model's encoder makes of the videos, without what is no patch of a frame."""
+    family, seen = model.config.model_type, []
+    name = "get_image_features" if family == "internvl" else "get_video_features"
+    encode = getattr(model.model, name)
+
+    def spy(*args, **kwargs):
+        seen.append(encode(*args, **kwargs))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.model, name, spy)
+        model(**inputs)
+    features = getattr(seen[0], "pooler_output", seen[0])  # in 4.x it is the features, or they and the deepstack ones
+    features = features[0] if family == "qwen3_vl" and isinstance(features[0], tuple) else features
+    if family == "internvl":
+        features = features[2:]  # the image's two tiles
+    if family == "llava_onevision":
+        features = features[:, :16]  # the newline, where it is there already
+    features = torch.cat([part.flatten(0, -2) for part in features])
+    return features[inputs["video_compression_mask"]] if family == "video_llama_3" else features
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("way", ["forward", "generate"])
+@torch.no_grad()
+def test_the_layout_is_where_the_video_features_are(family, way):
+    model, inputs = family.model(), family.inputs()
+    with fftriton.reduce(model, fftriton.KeepAll()) as reduction:
+        model(**inputs) if way == "forward" else generate(model, inputs)
+    layouts = reduction.report.layouts
+    places = torch.cat([layout.tokens for layout in layouts])
+    assert torch.equal(see_prompt(model, inputs).embeddings[0, places], video_features(model, inputs))
+    assert {len(layout.positions) for layout in layouts} == ({8} if family.name == "internvl" else {4})
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_equals_a_recomputation_by_hand(family):
+    model, inputs, script = family.model(), family.inputs(), Scripted()
+    with fftriton.reduce(model, script) as reduction:
+        tokens, logits = generate(model, inputs)
+    prompt = see_prompt(model, inputs)
+    patch = patches(reduction.report.layouts, prompt.embeddings.shape[1])
+    ByHand(model, patch).check(prompt, script, tokens, logits)
+    _, dense = generate(model, inputs)
+    assert (dense - logits).abs().max() > 1e-2  # the reduction does change the output
+
+
+@EVERY_FAMILY
+def test_keep_all_is_bit_identical(family):
+    model, inputs = family.model(), family.inputs()
+    tokens, logits = generate(model, inputs)
+    with fftriton.reduce(model, fftriton.KeepAll()) as reduction:
+        kept_tokens, kept_logits = generate(model, inputs)
+    assert torch.equal(kept_tokens, tokens)
+    assert torch.equal(kept_logits, logits)
+    assert reduction.report.budget_achieved == 1.0
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("queries", [None, 4])
+@torch.no_grad()
+def test_attention_is_what_eager_computes(family, queries):
+    received = {}
+
+    @dataclass(frozen=True)
+    class Listening(fftriton.Method):
+        def wants_attention(self, layer):
+            return True
+
+        def after_attention(self, layer, tokens):
+            if tokens.attention is not None:
+                received[layer] = tokens.attention(queries)[0]
+
+    model, eager, inputs = family.model(), family.model("eager"), family.inputs()
+    with fftriton.reduce(model, Listening()):
+        model(**inputs)
+    weights = eager(**inputs, output_attentions=True).attentions
+    layers = [index for index, layer in enumerate(decoder_of(model).layers) if hasattr(layer, "self_attn")]
+    assert sorted(received) == layers
+    for scores, weight in zip(received.values(), weights, strict=True):
+        expected = weight[0].mean(0)[-(queries or 0) :].sum(0)
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("method", [fftriton.FrameFusion(0.5), fftriton.FastV(0.6)], ids=["framefusion", "fastv"])
+@torch.no_grad()
+def test_methods_meet_their_budgets(family, method):
+    model, inputs = family.model(), family.inputs()
+    with fftriton.reduce(model, method) as reduction:
+        model(**inputs)
+    report = reduction.report
+    assert abs(report.budget_achieved - method.budget) <= 1 / report.num_video_tokens
