@@ -122,6 +122,19 @@ class ByHand:
             additions = [torch.cat([part, torch.zeros_like(part[:, :1])], 1) for part in additions]
 
 
+@torch.no_grad()
+def check_by_hand(model, inputs, layout=None):
+    """That the scripted reduction of a prompt, and 12 tokens behind it, are what comes out by hand."""
+    script = Scripted()
+    with fftriton.reduce(model, script, layout) as reduction:
+        tokens, logits = generate(model, inputs)
+    prompt = see_prompt(model, inputs)
+    patch = patches(reduction.report.layouts, prompt.embeddings.shape[1])
+    ByHand(model, patch).check(prompt, script, tokens, logits)
+    _, dense = generate(model, inputs)
+    assert (dense - logits).abs().max() > 1e-2  # the reduction does change the output
+
+
 @dataclass(frozen=True)
 class SeenPrompt:
     """A prompt as the decoder gets it: embeddings [1, N, D], position ids, what it adds behind its first layers."""
