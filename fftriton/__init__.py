@@ -6,19 +6,41 @@ with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)):
 
 from .hf import MergeStep, Reduction, Report, apply, apply_framefusion, reduce
 from .layout import VideoLayout
-from .methods import FastV, FrameFusion, KeepAll, Method, RandomTokens, UniformFrames, frame_budgets
+from .methods import (
+    KVTP,
+    FastV,
+    FrameContext,
+    FrameFusion,
+    KeepAll,
+    Method,
+    PruMerge,
+    Pruner,
+    RandomPruner,
+    RandomTokens,
+    ToMe,
+    TopKPruner,
+    UniformFrames,
+    frame_budgets,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVTP",
     "FastV",
+    "FrameContext",
     "FrameFusion",
     "KeepAll",
     "MergeStep",
     "Method",
+    "PruMerge",
+    "Pruner",
+    "RandomPruner",
     "RandomTokens",
     "Reduction",
     "Report",
+    "ToMe",
+    "TopKPruner",
     "UniformFrames",
     "VideoLayout",
     "apply",

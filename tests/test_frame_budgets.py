@@ -151,6 +151,13 @@ def test_by_hand():
     assert frame_budgets(scores, torch.tensor([0, 4, 8, 8]), 0.5).tolist() == [0, 4, 3, 3]
 
 
+def test_the_total_is_rounded_as_python_does():
+    for frames, patches in ((299, 235), (7, 5), (3, 5), (9, 25), (11, 15)):
+        for tenths in range(3, 11):
+            counts = frame_budgets(torch.zeros(frames), patches, tenths / 10)
+            assert int(counts.sum()) == round(tenths / 10 * frames * patches)
+
+
 def test_a_low_temperature_fills_frame_after_frame():
     """Far apart, scores rank frames, and no frame is out of reach however far it is below the first."""
     scores = torch.tensor([3e12, 0.0, 1e12, -2e12])

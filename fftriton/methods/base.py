@@ -26,12 +26,14 @@ class Prompt:
         length: tokens of the prompt, text included.
         layouts: where its videos stand in it.
         attends: for each layer, whether it has attention scores to give; empty where all have.
+        first_video: how many videos the samples before it in the batch hold.
     """
 
     num_layers: int
     length: int
     layouts: Sequence[VideoLayout]
     attends: Sequence[bool] = ()
+    first_video: int = 0
 
     @cached_property
     def num_video_tokens(self) -> int:
@@ -124,11 +126,15 @@ class VideoTokens:
         count = min(count, self.num_video)
         rows = self.length - self.num_video + count  # known beforehand: a GPU is not waited for
         kept, _ = topk_keep(scores, count, candidates=self.patch >= 0, capacity=rows)
+        return self.keep(kept, count)
+
+    def keep(self, rows: Tensor, num_video: int) -> VideoTokens:
+        """Keep these rows [B, K] int64, ascending, `num_video` of them video tokens."""
         hidden, position, patch, *others = gather_rows(
-            kept, self.hidden, self.position, self.patch, *self.companions, *self.additions
+            rows, self.hidden, self.position, self.patch, *self.companions, *self.additions
         )
         companions, additions = others[: len(self.companions)], others[len(self.companions) :]
-        return VideoTokens(hidden, position, patch, count, tuple(companions), additions=tuple(additions))
+        return VideoTokens(hidden, position, patch, num_video, tuple(companions), additions=tuple(additions))
 
     def at(self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None) -> VideoTokens:
         """The same tokens at a later point, where nothing has changed but their hidden states."""

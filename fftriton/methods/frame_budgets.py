@@ -20,9 +20,9 @@ def frame_budgets(
 
     Each frame gets `min_tokens` first. The rest is shared in proportion; what a full frame cannot take goes to the
     others in proportion, and so on; fractions go to the largest remainders, ties to the higher score, then the earlier
-    frame. The counts add up to round(budget * patches of all frames) exactly, never fall where the score rises, and do
-    not change when a constant is added to all scores. Everything is computed on the device of the scores, for all
-    samples and frames at once.
+    frame. The counts add up to round(budget * F * patches), or round(budget * patches.sum()), exactly; they never fall
+    where the score rises, and do not change when a constant is added to all scores. Everything is computed on the
+    device of the scores, for all samples and frames at once.
 
     Args:
         scores: [F] or [B, F] real numbers, finite: the relevance of each frame, higher for more tokens.
@@ -50,7 +50,10 @@ def frame_budgets(
     _check_scores(scores)
     capacity = _capacities(patches, scores)
     least = capacity.clamp_max(min_tokens)
-    total = (budget * capacity.sum(1).double()).round().long()  # [B]
+    if isinstance(patches, Tensor):
+        total = (budget * capacity.sum(1).double()).round().long()  # [B]
+    else:
+        total = torch.full_like(capacity[:, 0], round(budget * scores.shape[-1] * patches))
     _check_values(scores, capacity, least, total, budget, min_tokens)
     ordered, order = scores.reshape(capacity.shape).double().sort(dim=1, descending=True, stable=True)
     least, room = least.gather(1, order), (capacity - least).gather(1, order)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from ..checks import check_budget, check_count
-from .base import Method, VideoTokens
+from .base import VideoTokens
+from .chain import BeforeLayers
 
 
 @dataclass(frozen=True)
-class RandomTokens(Method):
+class RandomTokens(BeforeLayers):
     """Keep round(budget * tokens) video tokens before the first layer, drawn at random without replacement.
 
     The draw depends on the seed and the prompt's length alone: the same for every prompt of that length, on every

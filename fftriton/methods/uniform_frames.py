@@ -8,10 +8,11 @@ import torch
 
 from ..checks import check_budget
 from .base import Method, Prompt, VideoTokens
+from .chain import BeforeLayers
 
 
 @dataclass(frozen=True)
-class UniformFrames(Method):
+class UniformFrames(BeforeLayers):
     """Keep evenly spaced frames before the first layer, and drop the tokens of all others.
 
     Round(budget * tokens) tokens are kept: those of the fewest frames that hold so many, the middles of equal parts of

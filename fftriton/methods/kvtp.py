@@ -1,0 +1,148 @@
+"""KVTP: a token budget for every frame, from how much the frame has to do with the question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..checks import check_budget, check_choice, check_count, check_positive
+from .base import Prompt, VideoTokens
+from .chain import BeforeLayers
+from .frame_budgets import frame_budgets
+from .pruners import PRUNERS, Frames, Pruner
+
+
+@dataclass(frozen=True)
+class FrameContext:
+    """One video of a prompt, as a relevance function gets it.
+
+    Args:
+        sample: the row of the batch.
+        video: which video of the batch it is, counted sample by sample.
+        hidden: [F, P, D] its tokens, as the first layer would get them; `present` [F, P] bool is False at holes.
+        text: [n, D] the prompt's tokens that are in no video.
+    """
+
+    sample: int
+    video: int
+    hidden: Tensor
+    present: Tensor
+    text: Tensor
+
+    @property
+    def num_frames(self) -> int:
+        """F: frames of tokens. Qwen2-VL's tokens stand for two frames of the video each."""
+        return self.hidden.shape[0]
+
+
+RelevanceFunction = Callable[[FrameContext], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class KVTP(BeforeLayers):
+    """Give each frame a number of tokens by its relevance, shorten it to that, and run the model on what is left.
+
+    Everything happens before the first layer, so that all layers hold round(budget * video tokens) video tokens.
+    Position ids stay as in the full prompt: M-RoPE's times and places stay true. Several videos of a sample share one
+    budget. What is in no frame of the layout (text, images, LLaVA-OneVision's newline token) is kept and not counted; a
+    newline that is in the layout is a token of its frame like any other.
+
+    Args:
+        budget: video tokens to keep, as a fraction of the prompt's, in (0, 1].
+        relevance: what each frame has to do with the question, higher for more. A tensor [F] of scores for one
+            video; a list of them, one for each video of the batch, sample by sample; or a function that gets a
+            FrameContext and returns [F], such as what `SiglipRelevance.bind` returns. F counts frames of tokens.
+            None for the same count in every frame.
+        pruner: how a frame is shortened: "random", "topk", "prumerge", "tome" or a Pruner.
+        temperature: above 0, as for `frame_budgets`: low for the most relevant frames alone.
+        min_tokens: tokens that every frame keeps at least.
+
+    Raises:
+        TypeError, ValueError: a parameter out of range. While it runs: ValueError for scores of the wrong number or not
+            finite, and for a budget below `min_tokens` a frame.
+
+    Source:
+        KVTP, ICCV 2025, arXiv:2503.10742. The counts are exact, where the authors' code loses a part of the budget.
+    """
+
+    budget: float = 0.2
+    relevance: Tensor | Sequence[Tensor] | RelevanceFunction | None = field(default=None, repr=False)
+    pruner: str | Pruner = "topk"
+    temperature: float = 2.0
+    min_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        check_budget("KVTP", "budget", self.budget)
+        check_positive("KVTP", "temperature", self.temperature)
+        check_count("KVTP", "min_tokens", self.min_tokens, 1)
+        if not isinstance(self.pruner, Pruner):
+            check_choice("KVTP", "pruner", self.pruner, tuple(PRUNERS))
+        if self.relevance is not None and not callable(self.relevance):
+            for scores in self._given():
+                _check_scores(scores)
+
+    def begin(self, prompt: Prompt) -> _Frames:
+        """The calls of one prefill."""
+        return _Frames(self, prompt)
+
+    def _given(self) -> list[Tensor]:
+        return [self.relevance] if isinstance(self.relevance, Tensor) else list(self.relevance)  # type: ignore[arg-type]
+
+
+class _Frames(BeforeLayers):
+    def __init__(self, method: KVTP, prompt: Prompt) -> None:
+        self.method, self.prompt, self.budget = method, prompt, method.budget
+
+    def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
+        method = self.method
+        if layer > 0 or self.budget == 1:
+            return None
+        frames = Frames.of(self.prompt.layouts, tokens)
+        scores = self._scores(tokens, frames)
+        counts = frame_budgets(scores, frames.sizes, self.budget, method.temperature, method.min_tokens)
+        pruner = PRUNERS[method.pruner]() if isinstance(method.pruner, str) else method.pruner
+        return pruner(tokens, frames, counts, total=round(self.budget * tokens.num_video))
+
+    def _scores(self, tokens: VideoTokens, frames: Frames) -> Tensor:
+        """[F] fp32: the scores of all frames of all videos of the sample."""
+        sizes = [len(layout.positions) for layout in self.prompt.layouts]
+        relevance, first = self.method.relevance, self.prompt.first_video
+        if relevance is None:
+            return torch.zeros(sum(sizes), device=tokens.hidden.device)
+        if callable(relevance):
+            text = tokens.hidden[0, tokens.patch[0] < 0]
+            parts = [Frames(rows) for rows in frames.rows.split(sizes)]
+            scores = [
+                relevance(FrameContext(layout.sample, first + i, part.take(tokens.hidden), part.present, text))
+                for i, (layout, part) in enumerate(zip(self.prompt.layouts, parts, strict=True))
+            ]
+        else:
+            given = self.method._given()
+            scores = given[first : first + len(sizes)]
+            if len(scores) < len(sizes):
+                raise ValueError(
+                    f"KVTP: relevance must hold scores for each video of the batch, got {len(given)} for "
+                    f"{first + len(sizes)} or more"
+                )
+        for i, (score, size) in enumerate(zip(scores, sizes, strict=True)):
+            _check_scores(score)
+            if len(score) != size:
+                raise ValueError(
+                    f"KVTP: relevance must hold one score for each of the {size} frames of video {first + i}, "
+                    f"got {len(score)}"
+                )
+        return torch.cat([score.to(tokens.hidden.device, torch.float32) for score in scores])
+
+
+def _check_scores(scores: Tensor) -> None:
+    if not isinstance(scores, Tensor):
+        raise TypeError(
+            f"KVTP: relevance must be a tensor, a list of tensors, a function or None, got {type(scores).__name__}"
+        )
+    if scores.ndim != 1 or scores.dtype == torch.bool or scores.is_complex():
+        raise ValueError(f"KVTP: relevance must be real numbers [F], got {list(scores.shape)} of {scores.dtype}")
+    if not bool(scores.isfinite().all()):
+        raise ValueError(f"KVTP: relevance must be finite, got {scores[~scores.isfinite()][0].item()}")

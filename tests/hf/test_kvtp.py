@@ -1,0 +1,248 @@
+"""KVTP in the wrapper: exact counts before the first layer, true positions, and another method behind it."""
+
+import math
+
+import pytest
+import torch
+from by_hand import ByHand, Scripted, generate, see_prompt
+from families import FAMILIES
+from models import tiny_qwen2, video_embeddings
+
+import fftriton
+from fftriton import KVTP, FastV, FrameFusion, UniformFrames, frame_budgets
+
+PRUNERS = ["random", "topk", "prumerge", "tome"]
+SCORES = torch.tensor([0.0, 6.0, -1.0, 0.5, 3.0, 0.0, 1.0, 2.0])
+
+
+def relevance(context):
+    """Scores of as many frames as the video has, from another one on for each video."""
+    return SCORES.roll(context.video)[: context.num_frames]
+
+
+def qwen2():
+    embeddings, layout = video_embeddings(6, 8)
+    return tiny_qwen2(3), {"inputs_embeds": embeddings}, layout
+
+
+def case_of(family):
+    return lambda: (family.model(), family.inputs(), None)
+
+
+CASES = {"qwen2": qwen2} | {name: case_of(family) for name, family in FAMILIES.items()}
+EVERY_FAMILY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@torch.no_grad()
+def forward(model, inputs, method, layout):
+    with fftriton.reduce(model, method, layout) as reduction:
+        logits = model(**inputs).logits
+    return logits, reduction.report
+
+
+def frames_of(report):
+    """The positions [n] of each frame of all videos, and their scores [F]."""
+    scores = torch.cat([SCORES.roll(i)[: len(one.positions)] for i, one in enumerate(report.layouts)])
+    return [frame[frame >= 0] for one in report.layouts for frame in one.positions], scores
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@EVERY_FAMILY
+def test_every_frame_gets_its_count(case, pruner):
+    model, inputs, layout = case()
+    for budget in (0.3, 0.77):
+        _, report = forward(model, inputs, KVTP(budget, relevance, pruner), layout)
+        total = round(budget * report.num_video_tokens)
+        assert set(report.vision_tokens_per_layer) == {total}
+        kept = report.kept_positions[0]
+        assert bool((kept.diff() > 0).all())
+        assert len(kept) == report.num_tokens - report.num_video_tokens + total
+        frames, scores = frames_of(report)
+        counts = frame_budgets(scores, torch.tensor([len(frame) for frame in frames]), budget)
+        assert [int(torch.isin(frame, kept).sum()) for frame in frames] == counts.tolist()
+
+
+class Grouped(ByHand):
+    """Before the first layer each of these groups of positions becomes its mean, at the first of them."""
+
+    def __init__(self, model, groups):
+        super().__init__(model, [])
+        self.groups, self.length = groups, 1 + max(place for group in groups for place in group)
+
+    def merge(self, position):
+        return self.groups + [[place] for place in position if place >= self.length]
+
+
+@pytest.mark.parametrize("pruner", ["topk", "tome"])
+@EVERY_FAMILY
+@torch.no_grad()
+def test_equals_a_recomputation_by_hand(case, pruner):
+    """The rows that stay, with the position ids they had, through every layer; twelve tokens generated."""
+    model, inputs, layout = case()
+    with fftriton.reduce(model, KVTP(0.4, relevance, pruner), layout) as reduction:
+        tokens, logits = generate(model, inputs)
+    report = reduction.report
+    groups = {place: [place] for place in report.kept_positions[0].tolist()}
+    for step in report.merge_steps:
+        for place, root in zip(step.merged.tolist(), step.into.tolist(), strict=True):
+            groups[root].append(place)
+    by_hand = Grouped(model, list(groups.values()))
+    by_hand.check(see_prompt(model, inputs), Scripted(merge_after=(), drop_after=()), tokens, logits)
+    assert max(map(len, groups.values())) > 1 or pruner == "topk"
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@torch.no_grad()
+def test_generates_as_without_a_cache(pruner):
+    model, inputs, layout = CASES["qwen2_vl"]()
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with fftriton.reduce(model, KVTP(0.3, relevance, pruner), layout):
+        cached = model.generate(**inputs, **options)
+        slow = model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(cached.sequences, slow.sequences)
+    assert (torch.cat(cached.logits) - torch.cat(slow.logits)).abs().max() < 1e-4
+
+
+@EVERY_FAMILY
+def test_a_full_budget_is_bit_identical(case):
+    model, inputs, layout = case()
+    with torch.no_grad():
+        dense = model(**inputs).logits
+    assert torch.equal(forward(model, inputs, KVTP(1.0, relevance), layout)[0], dense)
+
+
+def test_frames_with_holes_share_exactly():
+    embeddings, (layout,) = video_embeddings(6, 8)
+    positions = layout.positions.clone()
+    positions[1, 2:] = -1  # what stands there is text then
+    positions[4, ::2] = -1
+    layout = fftriton.VideoLayout(positions)
+    for pruner in PRUNERS:
+        _, report = forward(tiny_qwen2(3), {"inputs_embeds": embeddings}, KVTP(0.4, SCORES[:6], pruner), [layout])
+        counts = frame_budgets(SCORES[:6], (positions >= 0).sum(1), 0.4)
+        kept = report.kept_positions[0]
+        assert [int(torch.isin(frame[frame >= 0], kept).sum()) for frame in positions] == counts.tolist()
+        assert counts[1] == 2  # all that it has
+
+
+def test_a_newline_token_outside_the_layout_stays_and_does_not_count():
+    embeddings, (layout,) = video_embeddings(6, 9)
+    rows = fftriton.VideoLayout(layout.positions[:, :8].contiguous())  # the ninth ends a frame
+    _, report = forward(tiny_qwen2(3), {"inputs_embeds": embeddings}, KVTP(0.25, SCORES[:6], "tome"), [rows])
+    assert report.vision_tokens_per_layer == [12] * 3
+    assert bool(torch.isin(layout.positions[:, 8], report.kept_positions[0]).all())
+
+
+def test_without_relevance_all_frames_get_the_same():
+    model, inputs, layout = qwen2()
+    kept = forward(model, inputs, KVTP(0.25), layout)[1].kept_positions[0]
+    assert [int(torch.isin(frame, kept).sum()) for frame in layout[0].positions] == [2] * 6
+
+
+def test_a_function_sees_each_video_and_the_text():
+    seen = []
+
+    def noting(context):
+        seen.append((context.sample, context.video, tuple(context.present.sum(1).tolist()), tuple(context.text.shape)))
+        assert context.hidden.shape == (*context.present.shape, 64)
+        return relevance(context)
+
+    model, inputs, _ = CASES["qwen2_vl"]()
+    logits, report = forward(model, inputs, KVTP(0.3, noting), None)
+    text = (report.num_tokens - report.num_video_tokens, 64)
+    sizes = [(one.positions.shape[1],) * len(one.positions) for one in report.layouts]
+    assert seen == [(0, video, size, text) for video, size in enumerate(sizes)]
+    assert len(seen) == 2
+    scores = [SCORES.roll(i)[: len(size)] for i, size in enumerate(sizes)]
+    assert torch.equal(logits, forward(model, inputs, KVTP(0.3, scores), None)[0])
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("total", [0.1, 0.2, 0.4])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_vl", "qwen3_vl"])
+@pytest.mark.filterwarnings("ignore:fftriton. the budget")
+def test_a_chain_meets_its_total(name, total, pruner):
+    model, inputs, layout = CASES[name]()
+    _, report = forward(model, inputs, KVTP(0.4, relevance, pruner) + FrameFusion(total), layout)
+    assert report.budget == total
+    assert report.vision_tokens_per_layer[0] <= round(0.4 * report.num_video_tokens)
+    wanted = max(total, report.least_budget)
+    assert abs(report.budget_achieved - wanted) <= 1.5 / report.num_video_tokens
+
+
+@torch.no_grad()
+def test_a_chain_is_the_second_on_what_the_first_leaves():
+    model, inputs, layout = qwen2()
+    logits, report = forward(model, inputs, KVTP(0.5, relevance, "topk") + FrameFusion(0.2), layout)
+    kept = forward(model, inputs, KVTP(0.5, relevance, "topk"), layout)[1].kept_positions[0]
+    row = torch.full((report.num_tokens,), -1).index_copy(0, kept, torch.arange(len(kept)))
+    short = fftriton.VideoLayout(row[layout[0].positions])
+    arguments = {"inputs_embeds": inputs["inputs_embeds"][:, kept], "position_ids": kept[None]}
+    by_hand, second = forward(model, arguments, FrameFusion(0.2 * 48 / 24), [short])
+    torch.testing.assert_close(logits[:, kept], by_hand, rtol=0, atol=1e-5)
+    assert report.vision_tokens_per_layer == second.vision_tokens_per_layer
+    assert [kept[positions].tolist() for positions in second.kept_positions] == [
+        positions.tolist() for positions in report.kept_positions
+    ]
+
+
+def test_a_chain_with_nothing_to_do_first():
+    model, inputs, layout = qwen2()
+    chained = forward(model, inputs, KVTP(1.0, relevance) + FrameFusion(0.3), layout)
+    alone = forward(model, inputs, FrameFusion(0.3), layout)
+    assert torch.equal(chained[0], alone[0])
+    assert chained[1].least_budget == alone[1].least_budget
+
+
+def test_other_chains():
+    model, inputs, layout = qwen2()
+    report = forward(model, inputs, KVTP(0.5, relevance) + FastV(0.3, layer=1), layout)[1]
+    assert report.vision_tokens_per_layer == [24, 10, 10]  # 24 + 2 n = 0.3 * 48 * 3
+    report = forward(model, inputs, UniformFrames(0.5) + FrameFusion(0.25), layout)[1]
+    assert report.budget_achieved == pytest.approx(0.25, abs=0.01)
+
+
+def test_chains_that_cannot_be():
+    with pytest.raises(ValueError, match=r"budget of second is the total, .* not be above that of first, 0.2; got 0.3"):
+        KVTP(0.2) + FrameFusion(0.3)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        FrameFusion(0.3) + KVTP(0.2)
+    with pytest.raises(ValueError, match=r"FastV: budget must be above layer / num_layers"):
+        fftriton.reduce(tiny_qwen2(3), KVTP(0.5) + FastV(0.25, layer=2), layout=[])
+    assert str(KVTP(0.5) + FrameFusion(0.2)).startswith("KVTP(budget=0.5, pruner='topk', ")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (lambda: KVTP(0.3, SCORES[:5]), r"one score for each of the 6 frames of video 0, got 5"),
+        (lambda: KVTP(0.3, []), r"relevance must hold scores for each video of the batch, got 0 for 1 or more"),
+        (lambda: KVTP(0.3, lambda context: SCORES[:4]), r"one score for each of the 6 frames of video 0, got 4"),
+        (lambda: KVTP(0.3, lambda context: SCORES[:6] * math.nan), r"relevance must be finite, got nan"),
+        (lambda: KVTP(0.1), r"budget must leave min_tokens = 1 to each of 6 frames, so at least 6 of 48 .* is 5"),
+        (lambda: KVTP(0.3, min_tokens=4), r"budget must leave min_tokens = 4 to each of 6 frames"),
+    ],
+)
+def test_bad_relevance_is_refused_and_the_model_stays_as_it_was(method, message):
+    model, inputs, layout = qwen2()
+    with torch.no_grad():
+        dense = model(**inputs).logits
+    with pytest.raises(ValueError, match=message):
+        forward(model, inputs, method(), layout)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, dense)
+
+
+def test_bad_parameters():
+    with pytest.raises(TypeError, match="relevance must be a tensor, a list of tensors, a function or None, got float"):
+        KVTP(0.2, [0.5, 0.7])
+    with pytest.raises(ValueError, match=r"relevance must be real numbers \[F\], got \[1, 8\] of torch.float32"):
+        KVTP(0.2, SCORES[None])
+    with pytest.raises(ValueError, match="relevance must be finite, got nan"):
+        KVTP(0.2, SCORES * math.nan)
+    with pytest.raises(ValueError, match=r"KVTP: budget must be in \(0, 1\], got 0"):
+        KVTP(0)
+    with pytest.raises(ValueError, match="KVTP: temperature must be above 0, got 0"):
+        KVTP(0.2, temperature=0)
+    with pytest.raises(ValueError, match="KVTP: min_tokens must be at least 1, got 0"):
+        KVTP(0.2, min_tokens=0)
