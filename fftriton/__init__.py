@@ -4,6 +4,7 @@ with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)):
     model.generate(**inputs)
 """
 
+from . import layouts
 from .hf import MergeStep, Reduction, Report, apply, apply_framefusion, reduce
 from .layout import VideoLayout
 from .methods import (
@@ -46,5 +47,6 @@ __all__ = [
     "apply",
     "apply_framefusion",
     "frame_budgets",
+    "layouts",
     "reduce",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import VideoLayout
+from ..layouts import frames_of_runs
 
 LayoutRule = Callable[[Any, Mapping[str, Any]], "list[VideoLayout]"]
 
@@ -66,14 +67,7 @@ def internvl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayou
     single one is an image.
     """
     found = _find_tokens(model, arguments, model.config.image_token_id)
-    if found is None:
-        return []
-    layouts = []
-    for sample, row in enumerate(found):
-        frames = [run for run in _runs(row.nonzero()[:, 0]) if len(run) == model.config.image_seq_length]
-        if len(frames) > 1:
-            layouts.append(VideoLayout(torch.stack(frames), sample))
-    return layouts
+    return [] if found is None else frames_of_runs(found, model.config.image_seq_length)
 
 
 def video_llama_3_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -229,12 +223,6 @@ def _deal_out(
         for copy in range(copies):
             yield video, owner * copies + copy, position[share]
         first += size
-
-
-def _runs(positions: Tensor) -> list[Tensor]:
-    """Split ascending positions [n] where they are not adjacent."""
-    breaks = (positions.diff() != 1).nonzero()[:, 0] + 1
-    return [run for run in positions.tensor_split(breaks) if len(run)]
 
 
 def _ids_or_embeddings(arguments: Mapping[str, Any]) -> Tensor:
