@@ -24,9 +24,10 @@ def reduce(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRul
     Args:
         model: a Hugging Face causal or conditional generation model with a Qwen2-style decoder.
         method: what to keep: FrameFusion, FastV, KeepAll or a Method of your own.
-        layout: where the videos stand in the prompt. None finds them in the models that transformers ships (README.md has
-            the list); fftriton.layouts has functions for others; otherwise a list of VideoLayout, used for every prompt that starts at the first token, or a callable that gets the model and
-            its forward's arguments by name and returns such a list; it is not asked for single tokens.
+        layout: where the videos stand in the prompt. None finds them in the families that transformers ships; otherwise
+            a list of VideoLayout (fftriton.layouts makes it for some more), used for every prompt that starts at the
+            first token, or a callable that gets the model and its forward's arguments by name and returns such a list;
+            it is not asked for single tokens.
 
     Raises:
         TypeError: an unsupported model, method or layout. ValueError: a method that cannot work at this depth.
