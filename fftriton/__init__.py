@@ -5,7 +5,7 @@ with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)):
 """
 
 from . import layouts
-from .hf import MergeStep, Reduction, Report, apply, apply_framefusion, reduce
+from .hf import BatchReport, MergeStep, Reduction, Report, apply, apply_framefusion, reduce
 from .layout import VideoLayout
 from .methods import (
     KVTP,
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KVTP",
+    "BatchReport",
     "FastV",
     "FrameContext",
     "FrameFusion",

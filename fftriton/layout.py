@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,6 +55,12 @@ class VideoLayout:
     def tokens(self) -> Tensor:
         """[n] int64: the positions without holes, ascending."""
         return self.positions[self.positions >= 0]
+
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """The first and the last position."""
+        tokens = self.tokens
+        return int(tokens[0]), int(tokens[-1])
 
 
 def check_layouts(layouts: Sequence[VideoLayout], batch: int, length: int) -> None:

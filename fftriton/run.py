@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hf import Report, reduce
+from .hf import BatchReport, Report, reduce
 from .measure import Cost, TokenClock, generate, time_call, time_generation
 from .methods import Method
 from .pictures import draw_merges, draw_tokens_per_layer, patch_fates
@@ -58,6 +58,7 @@ class Way:
             return
         with reduce(model, self.method) as reduction:
             yield
+        assert not isinstance(reduction.report, BatchReport)  # one prompt at a time
         self._report = reduction.report
 
 

@@ -2,6 +2,6 @@
 
 from .api import apply, apply_framefusion, reduce
 from .reduction import Reduction
-from .report import MergeStep, Report
+from .report import BatchReport, MergeStep, Report
 
-__all__ = ["MergeStep", "Reduction", "Report", "apply", "apply_framefusion", "reduce"]
+__all__ = ["BatchReport", "MergeStep", "Reduction", "Report", "apply", "apply_framefusion", "reduce"]

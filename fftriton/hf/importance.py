@@ -6,9 +6,11 @@ function keeps the queries and keys, puts the config back and calls the model's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -17,12 +19,51 @@ from fftriton_kernels import attention_column_sum
 from .compat import attention_function
 
 
+@dataclass(frozen=True)
+class Attention:
+    """One attention call.
+
+    Args:
+        q: [B, H, N, d] queries. k: [B, Hkv, past + N, d] keys. scale: of their products; None for 1 / sqrt(d).
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float | None
+
+    def received(
+        self, sample: int, rows: slice | Tensor, past_valid: Tensor | None, later: int, num_queries: int | None
+    ) -> Tensor:
+        """The attention that each new token of one sample received, averaged over the heads, [1, n] fp32.
+
+        Args:
+            sample: the row of the batch.
+            rows: which n of the N new rows are its tokens.
+            past_valid: [B, past] bool, which cached rows are no padding; None: all.
+            later: how many of the last tokens do not count, neither as queries nor as keys.
+            num_queries: attention is summed over the last so many of the tokens that count; None: over all of them.
+        """
+        q = self.q[sample : sample + 1, :, rows]
+        n, past = q.shape[2], self.k.shape[2] - self.q.shape[2]
+        k = self.k[sample : sample + 1]
+        if n < self.q.shape[2] or past_valid is not None:
+            before, new = k[:, :, :past], k[:, :, past:][:, :, rows]
+            before = before if past_valid is None else before[:, :, past_valid[sample]]
+            k = torch.cat([before, new], 2) if before.shape[2] else new
+        last, end = n - later, k.shape[2] - later
+        scores = attention_column_sum(
+            q[:, :, :last], k[:, :, :end], scale=self.scale, num_queries=num_queries and min(num_queries, last),
+            columns=(end - last, end),
+        )  # fmt: skip
+        return F.pad(scores, (0, later)) if later else scores
+
+
 class AttentionTap:
     """Keeps the queries and keys of the attention calls that it is opened for."""
 
     def __init__(self) -> None:
         self.name = f"fftriton_{id(self)}"
-        self.seen: tuple[Tensor, Tensor, float | None] | None = None  # q, k, scale
+        self.seen: Attention | None = None
 
     def install(self) -> None:
         """Make the tap's attention function known to transformers."""
@@ -44,16 +85,14 @@ class AttentionTap:
         if isinstance(attention.config, _NamedConfig):
             attention.config = attention.config.original
 
-    def scores(self, valid: Tensor | None) -> Callable[[int | None], Tensor] | None:
-        """The attention that each new row received, as a function of how many of the last queries count."""
+    def take(self) -> Attention | None:
+        """What was heard since `open`; None where the module asked its config for no function."""
         seen, self.seen = self.seen, None
-        if seen is None:
-            return None
-        return lambda num_queries: _received(*seen, valid, num_queries)
+        return seen
 
     def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.close(module)
-        self.seen = (query, key, kwargs.get("scaling"))
+        self.seen = Attention(query, key, kwargs.get("scaling"))
         return attention_function(module)(module, query, key, value, *args, **kwargs)
 
 
@@ -65,20 +104,3 @@ class _NamedConfig:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.original, name)
-
-
-def _received(q: Tensor, k: Tensor, scale: float | None, valid: Tensor | None, num_queries: int | None) -> Tensor:
-    """q [1, H, n, d], k [1, Hkv, past + n, d], valid [1, past + n] bool or None -> [1, n] fp32."""
-    new, past = q.shape[2], k.shape[2] - q.shape[2]
-    if valid is None:
-        return attention_column_sum(
-            q, k, scale=scale, num_queries=num_queries and min(num_queries, new), columns=(past, past + new)
-        )
-    rows = valid[0].nonzero()[:, 0]
-    new_rows = rows[rows >= past] - past
-    received = attention_column_sum(
-        q[:, :, new_rows], k[:, :, rows], scale=scale, num_queries=num_queries and min(num_queries, len(new_rows))
-    )
-    out = received.new_zeros(1, new)
-    out[:, new_rows] = received[:, len(rows) - len(new_rows) :]
-    return out

@@ -1,167 +1,302 @@
-"""One forward of a reduced decoder: the rows that are left, and all that has to fit them."""
+"""One forward of a reduced decoder: the rows that are left, and all that has to fit them.
+
+A method sees one sample at a time, without padding. In between the samples of a batch are packed: each stands at the
+right end of its row, behind padding up to the longest. A batch of one is never copied for that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..layout import VideoLayout, patch_ids
 from ..methods.base import Method, Prompt, VideoTokens
-from .cache import ReducedLayer
+from .cache import Checkpoint, ReducedLayer
 from .compat import causal_mask
-from .importance import AttentionTap
-from .report import MergeStep, Report, Stopwatch
+from .importance import Attention, AttentionTap
+from .report import BatchReport, MergeStep, Report, Stopwatch
+
+CacheLayers = Sequence[ReducedLayer | None] | None
+"""A KV cache's layers, None for a recurrent one; None without a cache."""
 
 
-class Prefill:
-    """One forward of the decoder: the tokens left, and what goes with them. Without a video it only keeps masks."""
+class Continuation:
+    """A forward without a video behind a reduced prompt: masks and the cache's bookkeeping.
+
+    Args:
+        source: [B, N] or [B, N, D], what the decoder gets.
+        valid: [B, N] bool, False for padding; None when nothing is padded.
+        cache_layers: where keys and values go.
+    """
 
     def __init__(
-        self, method: Method, layouts: list[VideoLayout], source: Tensor,
-        cache_layers: list[ReducedLayer | None] | None, valid: Tensor | None, attends: Sequence[bool],
-        additions: tuple[Tensor, ...] = (),
-    ) -> None:  # fmt: skip
+        self, source: Tensor, valid: Tensor | None, cache_layers: Sequence[ReducedLayer | None] | None
+    ) -> None:
         self.batch, self.length = source.shape[:2]
-        self.layouts, self.cache_layers, self.valid = layouts, cache_layers, valid
-        self.attends = attends  # for each layer, whether it has attention; else it is recurrent
-        self.additions = additions  # [B, N, D] each, what the first layers' outputs get added
-        self.tokens: VideoTokens | None = None
-        self.residual: Tensor | None = None  # [B, M, D] rows kept, waiting for their feed-forward output
-        self.layer_output: Tensor | None = None  # [B, M, D] what the layer is to return
-        self.report: Report | None = None
-        self._masks: dict[tuple, Any] = {}
-        self._rotary_like: Sequence[Tensor] = ()
-        if layouts:
-            prompt = Prompt(len(attends), self.length, layouts, attends)
-            self.calls = method.begin(prompt)
-            self.stopwatch = Stopwatch(source.device)
-            self.report = Report(
-                str(method), method.budget, layouts, self.length, prompt.num_video_tokens, _stopwatch=self.stopwatch
-            )
+        self.valid, self.cache_layers = valid, cache_layers
+        self.packed = False  # whether the rows are other than the tokens that the decoder got
+        self.free_tail = 0  # so many tokens at the end are the last rows of every sample: a crop can remove them
+        self._masks: dict[tuple, tuple] = {}
+        self._flags: dict[tuple, tuple] = {}
+        self._checkpoint = Checkpoint(filter(None, cache_layers or ()))
 
-    def begin(self, hidden: Tensor, rotary: Sequence[Tensor] | None) -> None:
-        """Take the prompt's hidden states [B, N, D] and rotary embeddings, before layer 0."""
-        if self.report is None:
-            return
-        self._started = self.stopwatch.now()
-        position = torch.arange(self.length, device=hidden.device).expand(self.batch, -1)
-        patch = patch_ids(self.layouts, self.batch, self.length, hidden.device)
-        self._rotary_like = rotary or ()
-        companions = tuple(_rows_first(part, self.batch) for part in self._rotary_like)
-        count = self.report.num_video_tokens
-        self.tokens = VideoTokens(hidden, position, patch, count, companions, additions=self.additions)
-
-    @property
-    def is_shorter(self) -> bool:
-        """Whether rows have left the sequence."""
-        return self.tokens is not None and self.tokens.length < self.length
-
-    def wants_attention(self, index: int) -> bool:
-        return self.tokens is not None and self.calls.wants_attention(index)
-
-    def before_attention(self, index: int, hidden: Tensor) -> Tensor:
-        """The rows [B, M, D] that the layer is to see."""
-        if self.tokens is None or self.report is None:
-            return hidden
-        before = self.tokens.at(hidden, None)
-        after = self._call("before_attention", index, before)
-        tokens = before if after is None else after
-        self.report.kept_positions.append(tokens.position[0])
-        self.report.vision_tokens_per_layer.append(tokens.num_video)
-        self.tokens = tokens.at(tokens.hidden.new_empty(0), None)  # a layer's input is not held while it runs
-        return tokens.hidden
-
-    def after_attention(self, index: int, hidden: Tensor, tap: AttentionTap) -> Tensor | None:
-        """The rows [B, M, D] that the feed-forward block is to see; None for all."""
-        if self.tokens is None:
-            return None
-        before = self.tokens.at(hidden, tap.scores(self._valid_rows(index)))
-        after = self._call("after_attention", index, before)
-        if after is None or after.length == before.length:
-            return None
-        self.tokens, self.residual = after.at(hidden.new_empty(0), None), after.hidden
-        return after.hidden
-
-    def after_layer(self, hidden: Tensor) -> Tensor:
-        """The layer's output [B, M, D] with what the decoder would have added to it."""
-        if self.tokens is None or not self.tokens.additions:
-            return hidden
-        first, *later = self.tokens.additions
-        self.tokens = replace(self.tokens, additions=tuple(later))
-        return hidden + first.to(hidden.device, hidden.dtype)
+    def abandon(self) -> None:
+        """Take back what the forward has put into the cache."""
+        self._checkpoint.restore()
 
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """The layer's keyword arguments that differ from what the decoder gave, and the cache's bookkeeping."""
-        cached = self.cache_layers[index] if self.cache_layers is not None else None
+        cached = None if self.cache_layers is None else self.cache_layers[index]
+        if not self.packed and (cached is None or not cached.reduced):
+            return {}
         past, rows = (0 if cached is None else cached.rows), hidden.shape[1]
         valid = self.valid
-        if valid is not None and self.tokens is not None:
-            valid = valid.gather(1, self.tokens.position)
-        shorter_past = cached is not None and cached.missing > 0
-        if not self.attends[index]:  # takes the padding mask of its rows
-            return {"attention_mask": valid} if self.is_shorter else {}
         if cached is not None:
-            valid = cached.append_valid(past, rows, valid)
+            valid = self._append_flags(cached, past, rows)
             cached.missing += self.length - rows
-            if rows < self.length:
-                cached.fixed = past + rows + cached.missing
+            cached.reduced = True
+            if self.packed:
+                cached.fixed = past + rows + cached.missing - self.free_tail
         changed: dict[str, Any] = {}
-        if self.is_shorter:
-            assert self.tokens is not None
-            changed["position_ids"] = None  # flash attention takes ids with gaps for packed sequences
-            changed["position_embeddings"] = tuple(
-                _like(part, original) for part, original in zip(self.tokens.companions, self._rotary_like, strict=True)
-            )
-        if (self.is_shorter or shorter_past) and (given.get("attention_mask") is not None or (rows > 1 and past > 0)):
+        if given.get("attention_mask") is not None or valid is not None or (rows > 1 and past > 0):
             changed["attention_mask"] = self._mask(config, hidden, valid, past)
         return changed
 
-    def restore(self, hidden: Tensor) -> Tensor:
-        """[B, M, D] -> [B, N, D]: every row back in its place in the prompt, zeros elsewhere."""
-        assert self.tokens is not None
-        full = hidden.new_zeros(self.batch, self.length, hidden.shape[-1])
-        return full.scatter(1, self.tokens.position[..., None].to(hidden.device).expand_as(hidden), hidden)
-
-    def finish(self) -> Report:
-        """The report of a prefill that went through."""
-        assert self.report is not None
-        self.report.least_budget = self.calls.least_budget
-        self.stopwatch.spans.append(("prefill", self._started, self.stopwatch.now()))
-        return self.report
-
-    def _call(self, stage: str, index: int, tokens: VideoTokens) -> VideoTokens | None:
-        assert self.report is not None
-        start = self.stopwatch.now()
-        after = getattr(self.calls, stage)(index, tokens)
-        if after is None:
-            return None
-        name = "prune" if after.merge is None else "merge"
-        self.stopwatch.spans.append((name, start, self.stopwatch.now()))
-        if after.merge is None:
-            self.report.prune_layer = index
-            self.report._prunings.append((tokens.position[0], after.position[0]))
+    def _append_flags(self, cached: ReducedLayer, past: int, rows: int) -> Tensor | None:
+        """The flags of all rows of a layer; layers that share them go on to do so."""
+        key = (id(cached.valid), past, rows)
+        if key in self._flags:
+            _, cached.valid = self._flags[key]
         else:
-            step = MergeStep(index, stage, tokens.num_video, after.num_video, after.merge)
-            self.report.merge_steps.append(step)
-        return after
-
-    def _valid_rows(self, index: int) -> Tensor | None:
-        """[B, past + n] bool: which rows of the layer's keys are no padding; None: all."""
-        cached = self.cache_layers[index] if self.cache_layers is not None else None
-        if cached is not None:
-            return cached.valid
-        assert self.tokens is not None
-        return None if self.valid is None else self.valid.gather(1, self.tokens.position)
+            before = cached.valid
+            cached.append_valid(past, rows, self.valid)
+            self._flags[key] = before, cached.valid
+        return cached.valid
 
     def _mask(self, config: Any, hidden: Tensor, valid: Tensor | None, past: int) -> Any:
-        key = (past, hidden.shape[1], hidden.device)
+        key = (id(valid), past, hidden.shape[1], hidden.device)
         if key not in self._masks:
-            self._masks = {key: causal_mask(config, hidden, valid, past)}
-        return self._masks[key]
+            flags = None if valid is None else valid.to(hidden.device)
+            self._masks = {key: (valid, causal_mask(config, hidden, flags, past))}
+        return self._masks[key][1]
+
+
+class Sample:
+    """One row of the batch: its tokens, without padding, and what its method keeps in mind.
+
+    Attributes:
+        rows: where its tokens stand in the batch's hidden states.
+        later: how many text tokens at the end are continuations of the prompt (candidates of assisted decoding, an
+            answer to be scored): their attention does not count.
+    """
+
+    def __init__(
+        self, calls: Method | None, report: Report, rows: slice | Tensor, tokens: VideoTokens, later: int
+    ) -> None:
+        self.calls, self.report, self.rows, self.tokens, self.later = calls, report, rows, tokens, later
+
+    def ask(self, stage: str, index: int, before: VideoTokens) -> VideoTokens:
+        """What the method leaves of the tokens; `before` itself where it changes nothing."""
+        if self.calls is None:
+            return before
+        report, watch = self.report, self.report._stopwatch
+        start = watch.now()
+        after = getattr(self.calls, stage)(index, before)
+        if after is None:
+            return before
+        watch.spans.append(("prune" if after.merge is None else "merge", start, watch.now()))
+        if after.merge is None:
+            report.prune_layer = index
+            report._prunings.append((before.position[0], after.position[0]))
+        else:
+            report.merge_steps.append(MergeStep(index, stage, before.num_video, after.num_video, after.merge))
+        return after
+
+
+class Prefill(Continuation):
+    """A forward with a video.
+
+    Args:
+        source, valid, cache_layers: as for Continuation.
+        method, layouts: what to keep of which videos.
+        attends: for each layer, whether it has attention; else it is recurrent.
+        additions: [B, N, D] each, what the decoder would have added to the outputs of its first layers.
+        later: how many tokens at the end are continuations of the prompt.
+    """
+
+    def __init__(
+        self, source: Tensor, valid: Tensor | None, cache_layers: CacheLayers,
+        method: Method, layouts: list[VideoLayout], attends: Sequence[bool], additions: Sequence[Tensor], later: int,
+    ) -> None:  # fmt: skip
+        super().__init__(source, valid, cache_layers)
+        self.method, self.layouts, self.attends, self.later = method, layouts, attends, later
+        self._additions = additions
+        self.samples: list[Sample] = []
+        self.residual: Tensor | None = None  # [B, M, D] rows kept, waiting for their feed-forward output
+        self.layer_output: Tensor | None = None  # [B, M, D] what the layer is to return
+        self._rotary_like: Sequence[Tensor] = ()
+        self._stopwatch = Stopwatch(source.device)
+
+    def begin(self, hidden: Tensor, rotary: Sequence[Tensor] | None) -> None:
+        """Take the prompt's hidden states [B, N, D] and rotary embeddings, before layer 0."""
+        self._started = self._stopwatch.now()
+        self._rotary_like = rotary or ()
+        companions = [_rows_first(part, self.batch) for part in self._rotary_like]
+        patch = patch_ids(self.layouts, self.batch, self.length, hidden.device)
+        position = torch.arange(self.length, device=hidden.device)[None]
+        for index in range(self.batch):
+            rows = _real_rows(self.valid, index, self.length)
+            layouts = [layout for layout in self.layouts if layout.sample == index]
+            own, count = slice(index, index + 1), sum(len(layout.tokens) for layout in layouts)
+            tokens = VideoTokens(
+                hidden.new_empty(0), position[:, rows], patch[own][:, rows], count,
+                tuple(part[own][:, rows] for part in companions),
+                additions=tuple(part[own][:, rows].to(hidden.device) for part in self._additions),
+            )  # fmt: skip
+            prompt = Prompt(len(self.attends), self.length, layouts, self.attends)
+            calls = self.method.begin(prompt) if layouts else None
+            report = Report(
+                str(self.method), self.method.budget, layouts, tokens.length, count, _stopwatch=self._stopwatch
+            )
+            tail = self._tail(layouts, rows)
+            self.samples.append(Sample(calls, report, rows, tokens, self.later if self.later <= tail else 0))
+            self.free_tail = min(tail, self.free_tail if index else tail)
+
+    def _tail(self, layouts: list[VideoLayout], rows: slice | Tensor) -> int:
+        """How many tokens stand behind a sample's last video; none where the sample ends before its row does."""
+        if not isinstance(rows, slice) or rows.stop < self.length:
+            return 0
+        return self.length - 1 - max((layout.span[1] for layout in layouts), default=-1)
+
+    def wants_attention(self, index: int) -> bool:
+        return any(sample.calls is not None and sample.calls.wants_attention(index) for sample in self.samples)
+
+    def before_attention(self, index: int, hidden: Tensor) -> Tensor:
+        """The rows [B, M, D] that the layer is to see."""
+        hidden = self._reduce("before_attention", index, hidden, None)
+        for sample in self.samples:
+            sample.report.kept_positions.append(sample.tokens.position[0])
+            sample.report.vision_tokens_per_layer.append(sample.tokens.num_video)
+        return hidden
+
+    def after_attention(self, index: int, hidden: Tensor, tap: AttentionTap) -> Tensor | None:
+        """The rows [B, M, D] that the feed-forward block is to see; None where nothing changed."""
+        left = self._reduce("after_attention", index, hidden, tap.take())
+        if left is hidden:
+            return None
+        self.residual = left
+        return left
+
+    def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        if not self.attends[index]:  # takes the padding mask of its rows
+            return {"attention_mask": self.valid} if self.packed else {}
+        changed = super().layer_arguments(index, hidden, given, config)
+        if self.packed:
+            changed["position_ids"] = None  # flash attention takes ids with gaps for packed sequences
+            if self._rotary_like:
+                changed["position_embeddings"] = self._rotary
+        return changed
+
+    def after_layer(self, hidden: Tensor) -> Tensor:
+        """The layer's output [B, M, D] with what the decoder would have added to it."""
+        if not self._additions:
+            return hidden
+        first, *self._additions = self._additions
+        for sample in self.samples:
+            sample.tokens = replace(sample.tokens, additions=sample.tokens.additions[1:])
+        return hidden + first.to(hidden.device, hidden.dtype)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """[B, M, D] -> [B, N, D]: every row back in its place in the prompt, zeros elsewhere."""
+        full = hidden.new_zeros(self.batch, self.length, hidden.shape[-1])
+        for index, sample in enumerate(self.samples):
+            position = sample.tokens.position.to(hidden.device)
+            full[index].index_copy_(0, position[0], hidden[index, sample.rows])
+        return full
+
+    def hide_targets(self, targets: Tensor, shift: int) -> None:
+        """Set the labels [B, N] that dropped tokens are, or were to predict from `shift` places before, to -100."""
+        if not self.packed:
+            return
+        dropped = torch.ones(self.batch, self.length, dtype=torch.bool, device=targets.device)
+        for index, sample in enumerate(self.samples):
+            dropped[index, sample.tokens.position[0].to(targets.device)] = False
+        targets[dropped] = -100
+        targets[:, shift:][dropped[:, : self.length - shift]] = -100
+
+    def finish(self) -> Report | BatchReport:
+        """The report of a prefill that went through."""
+        self._stopwatch.spans.append(("prefill", self._started, self._stopwatch.now()))
+        for sample in self.samples:
+            if sample.calls is not None:
+                sample.report.least_budget = sample.calls.least_budget
+        reports = [sample.report for sample in self.samples]
+        return reports[0] if len(reports) == 1 else BatchReport(reports)
+
+    def _reduce(self, stage: str, index: int, hidden: Tensor, attention: Attention | None) -> Tensor:
+        """Ask the method about every sample; `hidden` itself where nothing changed."""
+        before = [
+            sample.tokens.at(hidden[row : row + 1, sample.rows], self._scores(attention, index, row))
+            for row, sample in enumerate(self.samples)
+        ]
+        after = [sample.ask(stage, index, tokens) for sample, tokens in zip(self.samples, before, strict=True)]
+        for sample, tokens in zip(self.samples, after, strict=True):
+            sample.tokens = tokens.at(hidden.new_empty(0), None)  # a layer's input is not held while it runs
+        if all(left.hidden is given.hidden for left, given in zip(after, before, strict=True)):
+            return hidden
+        return self._pack([tokens.hidden for tokens in after])
+
+    def _scores(self, attention: Attention | None, index: int, row: int) -> Any:
+        """What `VideoTokens.attention` is to be for one sample."""
+        if attention is None:
+            return None
+        sample = self.samples[row]
+        past = attention.k.shape[2] - attention.q.shape[2]
+        cached = None if self.cache_layers is None else self.cache_layers[index]
+        past_valid = None if cached is None or cached.valid is None or past == 0 else cached.valid[:, :past]
+        return partial(attention.received, row, sample.rows, past_valid, sample.later)
+
+    def _pack(self, parts: list[Tensor]) -> Tensor:
+        """The samples' rows [1, n, D] -> [B, M, D], and everything else that has to fit them."""
+        lengths = [part.shape[1] for part in parts]
+        longest = max(lengths)
+        for sample, length in zip(self.samples, lengths, strict=True):
+            sample.rows = slice(longest - length, longest)
+        self.packed, self.valid = True, None
+        if min(lengths) < longest:
+            starts = torch.tensor([longest - length for length in lengths])
+            self.valid = (torch.arange(longest) >= starts[:, None]).to(parts[0].device)
+        companions = zip(*(sample.tokens.companions for sample in self.samples), strict=True)
+        additions = zip(*(sample.tokens.additions for sample in self.samples), strict=True)
+        self._rotary = tuple(
+            _like(_left_padded(part), original) for part, original in zip(companions, self._rotary_like, strict=True)
+        )
+        self._additions = [_left_padded(part) for part in additions]
+        return _left_padded(parts)
+
+
+def _left_padded(parts: Sequence[Tensor]) -> Tensor:
+    """[1, n, ...] each -> [B, M, ...], M the longest n; zeros on the left. One alone is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    return pad_sequence([part[0] for part in parts], batch_first=True, padding_side="left")
+
+
+def _real_rows(valid: Tensor | None, sample: int, length: int) -> slice | Tensor:
+    """Which of `length` rows of a sample are no padding: a slice where they stand together, else [n] int64."""
+    if valid is None:
+        return slice(0, length)
+    rows = valid[sample].nonzero()[:, 0]
+    if len(rows) == 0:
+        return slice(0, 0)
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
 def _rows_first(part: Tensor, batch: int) -> Tensor:

@@ -16,7 +16,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
-from ..layout import VideoLayout, check_layouts
+from ..layout import VideoLayout
 from ..methods.base import Method
-from .cache import ReducedLayer, prepare
+from .cache import Permit, ReducedLayer, prepare
 from .compat import causal_mask, first_of, with_first
-from .families import RULES, LayoutRule, take_deepstack
+from .families import LayoutRule, take_deepstack
 from .importance import AttentionTap
-from .prefill import Prefill
-from .report import Report
+from .layouts import LayoutFinder, tokens_of
+from .prefill import Continuation, Prefill
+from .report import BatchReport, Report
 
 _reduced: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders that have a reduction installed
 _reduced_lock = threading.Lock()
@@ -42,7 +43,7 @@ class Reduction(AbstractContextManager["Reduction"]):
     """A method at work on a model: between `install` and `remove`, or inside a `with` block.
 
     Attributes:
-        report: of the last prompt that held a video; None before.
+        report: of the last prompt that held a video, a BatchReport for a batch of more than one; None before.
     """
 
     def __init__(self, model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None) -> None:
@@ -50,13 +51,15 @@ class Reduction(AbstractContextManager["Reduction"]):
             raise TypeError(f"reduce: method must be a fftriton.Method, such as FrameFusion(), got {method!r}")
         self.model, self.method = model, method
         self.decoder = find_decoder(model)
-        self.layout = _layout_rule(model, layout)
         method.check(len(self.decoder.layers))
-        self.report: Report | None = None
+        self.report: Report | BatchReport | None = None
+        self._finder = LayoutFinder(model, layout)
         self._signature = inspect.signature(model.forward)
-        self._layouts: list[VideoLayout] = []
-        self._encoder_arguments: dict[str, Any] = {}
-        self._prefill: Prefill | None = None
+        self._layouts: list[VideoLayout] = []  # of the forward that begins
+        self._later = 0  # how many of its last tokens are no part of the prompt
+        self._targets: list[tuple[Tensor, int]] = []  # its labels [B, N], and how far ahead of their logits they are
+        self._forward: Continuation | None = None
+        self._permit = Permit()
         self._tap = AttentionTap()
         self._undo: list[Callable[[], object]] = []
         self._layer_hooks: list[RemovableHandle] = []
@@ -75,118 +78,127 @@ class Reduction(AbstractContextManager["Reduction"]):
             if self.decoder in _reduced:
                 raise RuntimeError("reduce: the model is being reduced already; leave or remove that reduction first")
             _reduced.add(self.decoder)
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def _install(self) -> None:
         self._undo.append(lambda: _reduced.discard(self.decoder))
         self._tap.install()
         self._undo.append(self._tap.remove)
-        self._record_video_encoder()
+        self._finder.install(self._undo)
+        self._permit.active = True
         for handle in (
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder, always_call=True),
         ):
             self._undo.append(handle.remove)
-        self._undo.append(self._close)
-        return self
 
     def remove(self) -> None:
         """Take everything out again: the model is as it was before. Harmless when nothing is installed."""
+        self._abandon()
         while self._undo:
             self._undo.pop()()
+        self._permit.active = False
 
-    def _open(self, prefill: Prefill) -> None:
-        """Start a prefill: from here on the layers have hooks. Without a video there are only the masks to see to."""
-        self._prefill = prefill
+    def _open(self, forward: Continuation) -> None:
+        """Start a forward: from here on the layers have hooks. Without a video there are only the masks to see to."""
+        self._forward = forward
         keep, at = self._layer_hooks.append, functools.partial
         for index, layer in enumerate(self.decoder.layers):
-            keep(layer.register_forward_pre_hook(at(self._before_layer, prefill, index), with_kwargs=True))
-            if not prefill.layouts:
+            keep(layer.register_forward_pre_hook(at(self._before_layer, forward, index), with_kwargs=True))
+            if not isinstance(forward, Prefill):
                 continue
             if has_attention(layer):
-                keep(layer.self_attn.register_forward_pre_hook(at(self._before_attention, prefill, index)))
+                keep(layer.self_attn.register_forward_pre_hook(at(self._before_attention, forward, index)))
                 keep(layer.self_attn.register_forward_hook(self._after_attention, always_call=True))
-            before_feed_forward = at(self._before_feed_forward, prefill, index)
+            before_feed_forward = at(self._before_feed_forward, forward, index)
             keep(layer.post_attention_layernorm.register_forward_pre_hook(before_feed_forward))
-            keep(layer.mlp.register_forward_hook(at(self._after_feed_forward, prefill)))
-            keep(layer.register_forward_hook(at(self._after_layer, prefill, index)))
+            keep(layer.mlp.register_forward_hook(at(self._after_feed_forward, forward)))
+            keep(layer.register_forward_hook(at(self._after_layer, forward, index)))
 
-    def _close(self) -> Prefill | None:
-        """End the prefill, one that an exception broke off too: the layers are as before."""
-        prefill, self._prefill = self._prefill, None
-        if prefill is None:
+    def _close(self) -> Continuation | None:
+        """End the forward: the layers are as before."""
+        forward, self._forward = self._forward, None
+        if forward is None:
             return None
         for handle in self._layer_hooks:
             handle.remove()
         self._layer_hooks.clear()
         for layer in filter(has_attention, self.decoder.layers):
             self._tap.close(layer.self_attn)  # where a KeyboardInterrupt left it open: torch runs no hook behind one
-        return prefill
+        return forward
 
-    def _record_video_encoder(self) -> None:
-        """`generate` may encode the video before the forward, which then no longer sees the grid: note it here."""
-        inner = getattr(self.model, "base_model", self.model)
-        encode = getattr(inner, "get_video_features", None)
-        if encode is None:
-            return
-        signature = inspect.signature(encode)
-
-        @functools.wraps(encode)
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            self._encoder_arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
-            return encode(*args, **kwargs)
-
-        before = inner.__dict__.get("get_video_features")
-        inner.__dict__["get_video_features"] = recorded
-        if before is None:
-            self._undo.append(lambda: inner.__dict__.pop("get_video_features"))
-        else:
-            self._undo.append(lambda: inner.__dict__.update(get_video_features=before))
+    def _abandon(self) -> None:
+        """End a forward that did not come to its end: the KV cache, too, is as it was before it."""
+        forward = self._close()
+        if forward is not None:
+            forward.abandon()
 
     # ---- the model and its decoder
 
-    def _before_model(self, model: Any, args: tuple, kwargs: dict) -> None:
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**bound.pop("kwargs", {}), **bound}
-        self._layouts = []
-        tokens = _embeddings_or_ids(given)
-        if tokens is None or tokens.shape[1] == 1:  # decoding: no time to lose
-            return
-        if (given.get("mm_encoder_outputs") or {}).get("video") is not None:
-            given = {**self._encoder_arguments, **{name: value for name, value in given.items() if value is not None}}
-        layouts = self.layout(model, given)
-        if layouts and len(tokens) > 1:
-            raise ValueError(f"reduce: the batch size must be 1 for a prompt with a video, got {len(tokens)}")
-        check_layouts(layouts, *tokens.shape[:2])
-        self._layouts = layouts
+    def _before_model(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        bound = self._signature.bind_partial(*args, **kwargs)
+        given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
+        self._layouts, self._targets = self._finder.find(given), []
+        keep = given.get("logits_to_keep")
+        self._later = max(keep - 1, 0) if isinstance(keep, int) else 0
+        if not self._layouts or (given.get("labels") is None and given.get("shift_labels") is None):
+            return None
+        return self._with_own_targets(bound)
+
+    def _with_own_targets(self, bound: inspect.BoundArguments) -> tuple[tuple, dict]:
+        """The arguments with copies of the labels, for the reduction to write to."""
+        for holder in (bound.arguments, bound.arguments.get("kwargs", {})):
+            for name, shift in (("labels", 1), ("shift_labels", 0)):
+                if holder.get(name) is not None:
+                    holder[name] = holder[name].clone()
+                    self._targets.append((holder[name], shift))
+        return bound.args, bound.kwargs
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         layouts, self._layouts = self._layouts, []
-        self._close()
+        self._abandon()
         cache = kwargs.get("past_key_values")
         use_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and use_cache:
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
-        cache_layers = None if cache is None else prepare(cache, len(decoder.layers))
+        cache_layers = None if cache is None else prepare(cache, len(decoder.layers), self._permit)
+        reducible = [layer for layer in cache_layers or () if layer is not None]
+        reduced = any(layer.reduced for layer in reducible)
         reason = self._why_not(decoder, cache, cache_layers, kwargs.get("attention_mask"))
         if reason is not None:
+            if reduced:
+                raise ValueError(f"reduce: nothing can follow the reduced prompt in the KV cache, because {reason}")
             if layouts:
                 self._warn_once("unreduced", f"fftriton: running without reduction, because {reason}")
             return args, kwargs
-        source = args[0] if args else _embeddings_or_ids(kwargs)
+        source = args[0] if args else tokens_of(kwargs)
         assert source is not None  # the decoder would refuse it
-        reduced_layers = [layer for layer in cache_layers or () if layer is not None]
-        if layouts or self._needs_masks(reduced_layers, source):
-            past_valid, valid = _padding(kwargs.get("attention_mask"), source.shape[1])
-            for layer in reduced_layers:
-                layer.note_padding(past_valid)
+        if not layouts and not (reduced and self._needs_masks(reducible, source)):
+            return args, kwargs
+        length = source.shape[1]
+        past_valid, valid = _padding(kwargs.get("attention_mask"), length)
+        _check_visible(layouts, valid)
+        for layer in reducible:
+            if not layer.reduced and length > 1:
+                layer.valid = past_valid
+        if layouts:
             attends = [*map(has_attention, decoder.layers)]
-            additions = take_deepstack(kwargs) if layouts else ()
-            self._open(Prefill(self.method, layouts, source, cache_layers, valid, attends, additions))
+            additions = take_deepstack(kwargs)
+            self._open(
+                Prefill(source, valid, cache_layers, self.method, layouts, attends, additions, later=self._later)
+            )
+        else:
+            self._open(Continuation(source, valid, cache_layers))
         return args, kwargs
 
     def _needs_masks(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
         """Whether the mask that the decoder makes for the whole sequence does not do for the rows that are there."""
-        if not any(layer.missing for layer in cache_layers):
-            return False
         if source.shape[1] > 1 or any(layer.valid is not None for layer in cache_layers):
             return True
         backend = self.decoder.config._attn_implementation
@@ -206,16 +218,22 @@ class Reduction(AbstractContextManager["Reduction"]):
         return None
 
     def _after_decoder(self, decoder: Any, args: tuple, output: Any) -> None:
-        prefill = self._close()
-        if prefill is None or prefill.report is None or output is None:
-            return  # a decode step, or an exception on its way
-        self.report = prefill.finish()
-        if self.report.budget_achieved > self.report.budget + 1 / self.report.num_video_tokens:
-            self._warn_once(
-                "budget",
-                f"fftriton: the budget {self.report.budget:g} cannot be reached on this prompt; the least possible is "
-                f"{self.report.least_budget:.4g}, and {self.report.budget_achieved:.4g} of the video tokens were kept",
-            )
+        if output is None:  # an exception on its way
+            return self._abandon()
+        forward = self._close()
+        if not isinstance(forward, Prefill):
+            return
+        for targets, shift in self._targets:
+            forward.hide_targets(targets, shift)
+        self.report = forward.finish()
+        reports = self.report.samples if isinstance(self.report, BatchReport) else [self.report]
+        for report in reports:
+            if report.budget_achieved > report.budget + 1 / max(report.num_video_tokens, 1):
+                self._warn_once(
+                    "budget",
+                    f"fftriton: the budget {report.budget:g} cannot be reached on this prompt; the least possible is "
+                    f"{report.least_budget:.4g}, and {report.budget_achieved:.4g} of the video tokens were kept",
+                )
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -225,13 +243,14 @@ class Reduction(AbstractContextManager["Reduction"]):
     # ---- one layer
 
     def _before_layer(
-        self, prefill: Prefill, index: int, layer: nn.Module, args: tuple, kwargs: dict
+        self, forward: Continuation, index: int, layer: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if index == 0:
-            prefill.begin(hidden, kwargs.get("position_embeddings"))
-        hidden = prefill.before_attention(index, hidden)
-        kwargs.update(prefill.layer_arguments(index, hidden, kwargs, self.decoder.config))
+        if isinstance(forward, Prefill):
+            if index == 0:
+                forward.begin(hidden, kwargs.get("position_embeddings"))
+            hidden = forward.before_attention(index, hidden)
+        kwargs.update(forward.layer_arguments(index, hidden, kwargs, self.decoder.config))
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
@@ -244,8 +263,8 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._tap.close(attention)
 
     def _before_feed_forward(self, prefill: Prefill, index: int, norm: nn.Module, args: tuple) -> tuple | None:
-        shorter = prefill.after_attention(index, args[0], self._tap)
-        return None if shorter is None else (shorter,)
+        left = prefill.after_attention(index, args[0], self._tap)
+        return None if left is None else (left,)
 
     def _after_feed_forward(self, prefill: Prefill, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if prefill.residual is None:
@@ -257,7 +276,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         given = first_of(output)
         hidden, prefill.layer_output = given if prefill.layer_output is None else prefill.layer_output, None
         hidden = prefill.after_layer(hidden)
-        if index == len(self.decoder.layers) - 1 and prefill.is_shorter:
+        if index == len(self.decoder.layers) - 1 and prefill.packed:
             hidden = prefill.restore(hidden)
         return None if hidden is given else with_first(output, hidden)
 
@@ -286,32 +305,14 @@ def _is_decoder_layer(layer: nn.Module) -> bool:
     return mixes and all(hasattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm", "mlp"))
 
 
-def _layout_rule(model: Any, layout: Sequence[VideoLayout] | LayoutRule | None) -> LayoutRule:
-    if callable(layout):
-        return layout
-    if layout is not None:
-        if isinstance(layout, VideoLayout) or not all(isinstance(item, VideoLayout) for item in layout):
-            raise TypeError(f"reduce: layout must be a list of VideoLayout, a callable or None, got {layout!r}")
-        return functools.partial(_fixed_layout, list(layout))
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in RULES:
-        raise TypeError(
-            f"reduce: layout must be given for {type(model).__name__}; it is found without for model types "
-            f"{', '.join(sorted(RULES))}, got {model_type!r}"
-        )
-    return RULES[model_type]
-
-
-def _fixed_layout(layouts: list[VideoLayout], model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
-    """The caller's layouts, for every prompt from the first token on."""
-    cache = arguments.get("past_key_values")
-    return [] if cache is not None and cache.get_seq_length() > 0 else layouts
-
-
-def _embeddings_or_ids(arguments: Mapping[str, Any]) -> Tensor | None:
-    """[B, N, D] or [B, N]: what a forward gets its tokens from."""
-    embeddings = arguments.get("inputs_embeds")
-    return arguments.get("input_ids") if embeddings is None else embeddings
+def _check_visible(layouts: list[VideoLayout], valid: Tensor | None) -> None:
+    """Raise a ValueError where padding covers a video token."""
+    if valid is None:
+        return
+    hidden = ~valid.cpu()
+    for layout in layouts:
+        if bool(hidden[layout.sample, layout.tokens.cpu()].any()):
+            raise ValueError(f"attention_mask: must not hide video tokens, but does in sample {layout.sample}")
 
 
 def _padding(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:

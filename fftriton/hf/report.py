@@ -77,13 +77,13 @@ class Stopwatch:
 
 @dataclass
 class Report:
-    """What a reduction did to the last prompt that held a video.
+    """What a reduction did to the last prompt that held a video. Positions count from the prompt's first token.
 
     Args:
         method: the method, as it prints.
         budget: the budget asked for.
         layouts: where the videos stood in the prompt.
-        num_tokens, num_video_tokens: lengths of the prompt.
+        num_tokens, num_video_tokens: lengths of the prompt, without padding.
         kept_positions: for each layer, the positions in the prompt of the rows in its attention, so of the entries
             that its KV cache got: int64 [n], ascending.
         vision_tokens_per_layer: for each layer, how many of them are video tokens.
@@ -113,8 +113,7 @@ class Report:
     @property
     def budget_achieved(self) -> float:
         """Mean over layers of the video tokens in attention, as a fraction of the prompt's."""
-        counts = self.vision_tokens_per_layer
-        return sum(counts) / (len(counts) * self.num_video_tokens)
+        return _fraction(self.vision_tokens_per_layer, self.num_video_tokens)
 
     @property
     def pruned(self) -> Tensor:
@@ -124,5 +123,90 @@ class Report:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of each stage: "prefill" is all layers, "merge" and "prune" are the method's share of it."""
+        """Seconds of each stage, of the whole batch: "prefill" is all layers, "merge" and "prune" are the method's
+        share of it."""
         return self._stopwatch.seconds()
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What a reduction did to a batch of prompts. Counts are sums over the samples; what cannot be added is a list
+    with one entry a sample, and a sample without a video counts as text.
+
+    Args:
+        samples: one report for each row of the batch.
+    """
+
+    samples: list[Report]
+
+    @property
+    def method(self) -> str:
+        return self.samples[0].method
+
+    @property
+    def budget(self) -> float:
+        return self.samples[0].budget
+
+    @property
+    def layouts(self) -> list[VideoLayout]:
+        """Where the videos stood, of all samples."""
+        return [layout for report in self.samples for layout in report.layouts]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(report.num_tokens for report in self.samples)
+
+    @property
+    def num_video_tokens(self) -> int:
+        return sum(report.num_video_tokens for report in self.samples)
+
+    @property
+    def kept_positions(self) -> list[list[Tensor]]:
+        """For each layer, for each sample: the positions in its padded row, int64 [n]."""
+        return [list(layer) for layer in zip(*(report.kept_positions for report in self.samples), strict=True)]
+
+    @property
+    def tokens_per_layer(self) -> list[int]:
+        """For each layer, the rows in its attention that are no padding."""
+        return _sum_layers([report.tokens_per_layer for report in self.samples])
+
+    @property
+    def vision_tokens_per_layer(self) -> list[int]:
+        """For each layer, how many of them are video tokens."""
+        return _sum_layers([report.vision_tokens_per_layer for report in self.samples])
+
+    @property
+    def merge_steps(self) -> list[list[MergeStep]]:
+        return [report.merge_steps for report in self.samples]
+
+    @property
+    def prune_layer(self) -> list[int | None]:
+        return [report.prune_layer for report in self.samples]
+
+    @property
+    def pruned(self) -> list[Tensor]:
+        return [report.pruned for report in self.samples]
+
+    @property
+    def least_budget(self) -> float:
+        """The lowest budget that the prompts would have allowed, all their video tokens together."""
+        return sum(report.least_budget * report.num_video_tokens for report in self.samples) / self.num_video_tokens
+
+    @property
+    def budget_achieved(self) -> float:
+        """Mean over layers of the video tokens in attention, as a fraction of the prompts'."""
+        return _fraction(self.vision_tokens_per_layer, self.num_video_tokens)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """As `Report.seconds`."""
+        return self.samples[0].seconds
+
+
+def _sum_layers(counts: list[list[int]]) -> list[int]:
+    return [sum(layer) for layer in zip(*counts, strict=True)]
+
+
+def _fraction(counts: list[int], total: int) -> float:
+    """Mean of `counts` as a fraction of `total`; 1 where there was nothing to keep."""
+    return sum(counts) / (len(counts) * total) if total else 1.0

@@ -116,6 +116,7 @@ class VideoTokens:
         merged = merge_mean(rows, roots, (self.position, self.patch, *self.companions), predecessor=self.predecessor)
         position, patch, *companions = merged.companions
         hidden, *additions = merged.x.split(self.hidden.shape[-1], -1)
+        hidden = hidden if hidden.shape[1] < self.length else self.hidden  # nothing merged: nothing new
         return VideoTokens(
             hidden, position, patch, self.num_video - (self.length - hidden.shape[1]), tuple(companions),
             merge=Merge(roots, self.position), additions=tuple(additions), _links=merged.predecessor,

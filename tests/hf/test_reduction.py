@@ -352,13 +352,10 @@ def test_padding_changes_nothing(side):
         assert (logits - narrow).abs().max() < 1e-4
 
 
-def test_a_batch_with_a_video_is_refused_and_one_without_passes():
-    model, inputs, _ = qwen2_vl()
+def test_a_batch_of_text_passes():
+    model, _, _ = qwen2_vl()
     text = torch.randint(2, 140, (3, 7))
-    twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
     with torch.no_grad(), fftriton.reduce(model, fftriton.FrameFusion(0.3)) as reduction:
-        with pytest.raises(ValueError, match="batch size must be 1 for a prompt with a video, got 2"):
-            model(**twice)
         reduced = model(input_ids=text).logits
         assert reduction.report is None
     with torch.no_grad():
