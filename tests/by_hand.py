@@ -40,13 +40,18 @@ class Scripted(fftriton.Method):
         if layer in self.merge_after:
             return self.merge(tokens)
         if layer in self.drop_after:
-            scores = -(tokens.position % 3 == 0).float()
+            scores = -(places(tokens) % 3 == 0).float()
             return tokens.keep_top(scores, tokens.num_video - 2)
         return None
 
     def merge(self, tokens):
-        every_second = (tokens.position % 2).float()  # 1 joins
+        every_second = (places(tokens) % 2).float()  # 1 joins
         return tokens.merge_groups(merge_roots(every_second, tokens.predecessor, 0.5))
+
+
+def places(tokens):
+    """[B, N] positions from the first token on that is no padding, which stays."""
+    return tokens.position - tokens.position[:, :1]
 
 
 class ByHand:

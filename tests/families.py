@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from models import TEXT, TOKENS, VISION, rope, seeded, tiny_qwen2_5_vl, tiny_qwen2_vl
+from torch.nn.utils.rnn import pad_sequence
 
 IMAGE, VIDEO, START, END = TOKENS.values()
 QWEN2 = TEXT | {"model_type": "qwen2", "num_hidden_layers": 5, **rope(rope_theta=1e4)}
@@ -64,6 +65,18 @@ def joined(name, values):
     """Arguments of several samples or videos as one: MiniCPM-V packs its patches along the last dimension."""
     packed = name.startswith("pixel_values") and values[0].shape[0] == 1 and values[0].ndim == 4
     return torch.cat(values, -1 if packed else 0)
+
+
+def collate(samples, side):
+    """One batch of several samples' inputs, the shorter ones padded on one side."""
+    batch = {}
+    for name in dict.fromkeys(name for sample in samples for name in sample):
+        parts = [sample[name] for sample in samples if name in sample]
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids", "inputs_embeds"):
+            batch[name] = pad_sequence([part[0] for part in parts], batch_first=True, padding_side=side)
+        else:
+            batch[name] = joined(name, parts)
+    return batch
 
 
 def qwen_prompt(videos, image, seed, timestamps=False):

@@ -1,0 +1,56 @@
+"""A batch: each sample comes out as it does alone."""
+
+import pytest
+import torch
+from by_hand import Scripted
+from families import FAMILIES, collate
+
+import fftriton
+
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+METHODS = pytest.mark.parametrize(
+    "method", [Scripted(), fftriton.FrameFusion(0.5, 0.9, importance_queries=3)], ids=["scripted", "framefusion"]
+)
+
+
+def three_samples(family):
+    """Two videos and an image; no video; one video. All of different lengths."""
+    frames = 4 if family.name.startswith("llava") else 6  # whose batches cannot mix numbers of frames
+    return [family.inputs(), family.inputs((), image=False, seed=1), family.inputs((frames,), image=False, seed=2)]
+
+
+def length_of(sample):
+    return sample.get("inputs_embeds", sample.get("input_ids")).shape[1]
+
+
+def offsets(samples, side):
+    """Where each sample begins in its padded row."""
+    longest = max(map(length_of, samples))
+    return [longest - length_of(sample) if side == "left" else 0 for sample in samples]
+
+
+@EVERY_FAMILY
+@METHODS
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_equals_its_samples(family, method, side, attention):
+    model, samples = family.model(attention), three_samples(family)
+    dense = [model(**sample).logits for sample in samples]
+    with fftriton.reduce(model, method) as reduction:
+        logits = model(**collate(samples, side)).logits
+        report = reduction.report
+        for row, (sample, start) in enumerate(zip(samples, offsets(samples, side), strict=True)):
+            alone = model(**sample).logits
+            here = logits[row, start : start + length_of(sample)]
+            assert (here - alone[0]).abs().max() < 1e-4
+            if row == 1:
+                assert (dense[row] - alone).abs().max() == 0
+                assert report.samples[row].num_video_tokens == 0
+                continue
+            assert (dense[row] - alone)[:, -1].abs().max() > 1e-2  # the reduction does change the output
+            single = reduction.report
+            assert single.vision_tokens_per_layer == report.samples[row].vision_tokens_per_layer
+            assert single.budget_achieved == report.samples[row].budget_achieved
+            for kept, expected in zip(report.kept_positions, single.kept_positions, strict=True):
+                assert torch.equal(kept[row] - start, expected)
