@@ -384,9 +384,9 @@ def test_the_cache_reports_the_whole_sequence_and_holds_the_kept_rows():
             assert layer.keys.shape[-2] == rows < length
         model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache)
         assert cache.get_seq_length() == length + 2
-        cache.crop(-2)
-        assert cache.layers[-1].keys.shape[-2] == reduction.report.tokens_per_layer[-1]
-        with pytest.raises(ValueError, match=rf"length must stay at or behind {length}"):
+        cache.crop(-6)  # and the four words behind the video
+        assert cache.layers[-1].keys.shape[-2] == reduction.report.tokens_per_layer[-1] - 4
+        with pytest.raises(ValueError, match=rf"length must stay at or behind {length - 4}"):
             cache.crop(-1)
 
 
@@ -443,7 +443,7 @@ def test_layouts_that_do_not_fit_the_prompt():
     twice = [fftriton.VideoLayout(torch.tensor([[3, 4]])), fftriton.VideoLayout(torch.tensor([[4, 5]]))]
     sample = [fftriton.VideoLayout(torch.tensor([[3, 4]]), sample=1)]
     for layout, message in [
-        (outside, f"below the prompt's length {length}, got {length}"),
+        (outside, rf"this one gets positions 0 to {length - 1} of the sequence, and the video has 3 to {length}"),
         (twice, "must not overlap, but two of them hold position 4"),
         (sample, "sample must be below the batch size 1, got 1"),
     ]:
