@@ -159,7 +159,8 @@ class Prefill(Continuation):
                 tuple(part[own][:, rows] for part in companions),
                 additions=tuple(part[own][:, rows].to(hidden.device) for part in self._additions),
             )  # fmt: skip
-            prompt = Prompt(len(self.attends), self.length, layouts, self.attends)
+            earlier = sum(layout.sample < index for layout in self.layouts)
+            prompt = Prompt(len(self.attends), self.length, layouts, self.attends, earlier)
             calls = self.method.begin(prompt) if layouts else None
             report = Report(
                 str(self.method), self.method.budget, layouts, tokens.length, count, _stopwatch=self._stopwatch
