@@ -30,8 +30,8 @@ from ..methods.base import Method
 from .cache import Permit, ReducedLayer, prepare
 from .compat import causal_mask, first_of, with_first
 from .families import LayoutRule, take_deepstack
+from .finder import LayoutFinder, tokens_of
 from .importance import AttentionTap
-from .layouts import LayoutFinder, tokens_of
 from .prefill import Continuation, Prefill
 from .report import BatchReport, Report
 
