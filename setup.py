@@ -20,7 +20,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["fftriton", "fftriton.hf", "fftriton.methods", "fftriton.needle", "fftriton_kernels"],
+    packages=[
+        "fftriton",
+        "fftriton.hf",
+        "fftriton.methods",
+        "fftriton.needle",
+        "fftriton.relevance",
+        "fftriton_kernels",
+    ],
     package_dir={"fftriton_kernels": "kernels/fftriton_kernels"},
     package_data={"fftriton": ["assets/**", "docs/*.md", "py.typed"], "fftriton_kernels": ["py.typed"]},
     install_requires=[
@@ -32,11 +39,13 @@ setup(
         "matplotlib>=3.7",
         "pillow>=10",
         "rich>=13",
+        "safetensors>=0.4",
         "typer>=0.12",
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
         "eval": EVAL,
+        "siglip": ["protobuf", "sentencepiece"],  # the tokenizer of SigLIP checkpoints; SigLIP 2 needs neither
         "bench": ["flash-colreduce>=0.2.2", "scipy"],  # what the kernel bench compares with where it is installed
         "test": TEST,
         "dev": TEST + LINT,

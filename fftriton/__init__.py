@@ -23,12 +23,14 @@ from .methods import (
     UniformFrames,
     frame_budgets,
 )
+from .relevance import ContextFusion, SiglipRelevance
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KVTP",
     "BatchReport",
+    "ContextFusion",
     "FastV",
     "FrameContext",
     "FrameFusion",
@@ -41,6 +43,7 @@ __all__ = [
     "RandomTokens",
     "Reduction",
     "Report",
+    "SiglipRelevance",
     "ToMe",
     "TopKPruner",
     "UniformFrames",

@@ -49,6 +49,11 @@ def with_first(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def pooled(features: Any) -> Tensor:
+    """What an encoder's get_..._features gives: a tensor in 4.x, an output that holds it from 5.x on."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
 class _CachedRows:
     """Stands in for a cache of `past` rows where only its length matters."""
 

@@ -38,7 +38,7 @@ class FrameContext:
         return self.hidden.shape[0]
 
 
-RelevanceFunction = Callable[[FrameContext], Tensor]
+Relevance = Tensor | Callable[[FrameContext], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +52,10 @@ class KVTP(BeforeLayers):
 
     Args:
         budget: video tokens to keep, as a fraction of the prompt's, in (0, 1].
-        relevance: what each frame has to do with the question, higher for more. A tensor [F] of scores for one
-            video; a list of them, one for each video of the batch, sample by sample; or a function that gets a
-            FrameContext and returns [F], such as what `SiglipRelevance.bind` returns. F counts frames of tokens.
-            None for the same count in every frame.
+        relevance: what each frame has to do with the question, higher for more. A tensor [F] of scores; a function
+            that gets a FrameContext and returns [F], such as what `SiglipRelevance.bind` returns, and that is asked
+            for every video; or a list of these, one for each video of the batch, sample by sample. F counts frames of
+            tokens. None for the same count in every frame.
         pruner: how a frame is shortened: "random", "topk", "prumerge", "tome" or a Pruner.
         temperature: above 0, as for `frame_budgets`: low for the most relevant frames alone.
         min_tokens: tokens that every frame keeps at least.
@@ -69,7 +69,7 @@ class KVTP(BeforeLayers):
     """
 
     budget: float = 0.2
-    relevance: Tensor | Sequence[Tensor] | RelevanceFunction | None = field(default=None, repr=False)
+    relevance: Relevance | Sequence[Relevance] | None = field(default=None, repr=False)
     pruner: str | Pruner = "topk"
     temperature: float = 2.0
     min_tokens: int = 1
@@ -80,16 +80,32 @@ class KVTP(BeforeLayers):
         check_count("KVTP", "min_tokens", self.min_tokens, 1)
         if not isinstance(self.pruner, Pruner):
             check_choice("KVTP", "pruner", self.pruner, tuple(PRUNERS))
-        if self.relevance is not None and not callable(self.relevance):
-            for scores in self._given():
-                _check_scores(scores)
+        for relevance in self.relevances or ():
+            if not callable(relevance):
+                _check_scores(relevance)
 
     def begin(self, prompt: Prompt) -> _Frames:
         """The calls of one prefill."""
         return _Frames(self, prompt)
 
-    def _given(self) -> list[Tensor]:
-        return [self.relevance] if isinstance(self.relevance, Tensor) else list(self.relevance)  # type: ignore[arg-type]
+    @property
+    def relevances(self) -> Sequence[Relevance] | None:
+        """As they were given, in a list."""
+        if isinstance(self.relevance, Tensor) or callable(self.relevance):
+            return [self.relevance]
+        return self.relevance
+
+    def relevance_of(self, video: int) -> Relevance:
+        """That of one video of the batch. Raises a ValueError where none was given for it."""
+        if callable(self.relevance):
+            return self.relevance
+        assert self.relevances is not None
+        if video >= len(self.relevances):
+            raise ValueError(
+                f"KVTP: relevance must hold scores for each video of the batch, got {len(self.relevances)} for "
+                f"{video + 1} or more"
+            )
+        return self.relevances[video]
 
 
 class _Frames(BeforeLayers):
@@ -109,32 +125,24 @@ class _Frames(BeforeLayers):
     def _scores(self, tokens: VideoTokens, frames: Frames) -> Tensor:
         """[F] fp32: the scores of all frames of all videos of the sample."""
         sizes = [len(layout.positions) for layout in self.prompt.layouts]
-        relevance, first = self.method.relevance, self.prompt.first_video
-        if relevance is None:
+        if self.method.relevances is None:
             return torch.zeros(sum(sizes), device=tokens.hidden.device)
-        if callable(relevance):
-            text = tokens.hidden[0, tokens.patch[0] < 0]
-            parts = [Frames(rows) for rows in frames.rows.split(sizes)]
-            scores = [
-                relevance(FrameContext(layout.sample, first + i, part.take(tokens.hidden), part.present, text))
-                for i, (layout, part) in enumerate(zip(self.prompt.layouts, parts, strict=True))
-            ]
-        else:
-            given = self.method._given()
-            scores = given[first : first + len(sizes)]
-            if len(scores) < len(sizes):
+        text = tokens.hidden[0, tokens.patch[0] < 0]
+        parts = [Frames(rows) for rows in frames.rows.split(sizes)]
+        scores = []
+        for i, (part, size) in enumerate(zip(parts, sizes, strict=True), start=self.prompt.first_video):
+            relevance = self.method.relevance_of(i)
+            if callable(relevance):
+                sample = self.prompt.layouts[0].sample
+                relevance = relevance(FrameContext(sample, i, part.take(tokens.hidden), part.present, text))
+                _check_scores(relevance)
+            if len(relevance) != size:
                 raise ValueError(
-                    f"KVTP: relevance must hold scores for each video of the batch, got {len(given)} for "
-                    f"{first + len(sizes)} or more"
+                    f"KVTP: relevance must hold one score for each of the {size} frames of video {i}, "
+                    f"got {len(relevance)}"
                 )
-        for i, (score, size) in enumerate(zip(scores, sizes, strict=True)):
-            _check_scores(score)
-            if len(score) != size:
-                raise ValueError(
-                    f"KVTP: relevance must hold one score for each of the {size} frames of video {first + i}, "
-                    f"got {len(score)}"
-                )
-        return torch.cat([score.to(tokens.hidden.device, torch.float32) for score in scores])
+            scores.append(relevance.to(tokens.hidden.device, torch.float32))
+        return torch.cat(scores)
 
 
 def _check_scores(scores: Tensor) -> None:

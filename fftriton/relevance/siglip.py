@@ -1,0 +1,208 @@
+"""Relevance of frames by SigLIP: one logit for each frame and question, with features that outlive the question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..checks import check_count
+from ..hf.compat import pooled
+from ..methods import FrameContext
+from .fusion import ContextFusion
+
+HEAD_FILE = "context_fusion.safetensors"
+"""The head's file in a checkpoint folder."""
+
+Frames = np.ndarray | Tensor | Sequence[Any]
+
+
+class SiglipRelevance:
+    """Scores frames by a SigLIP or SigLIP 2 model: logit_scale * cos(frame, question) + logit_bias.
+
+        relevance = SiglipRelevance.from_pretrained("google/siglip-so400m-patch14-384")
+        features = relevance.encode(video.frames)                  # once for each video
+        with fftriton.reduce(model, fftriton.KVTP(0.2, relevance.bind(features, question))):
+            ...
+
+    Questions longer than the text tower takes are split, and the highest logit counts. Questions are put into lower
+    case and padded to the full length: SigLIP was trained so.
+
+    Args:
+        model: a SiglipModel or Siglip2Model (NaFlex).
+        tokenizer, image_processor: its own.
+        head: the context fusion head; None scores each frame by itself.
+        batch_size: frames that are encoded at a time.
+
+    Raises:
+        TypeError: a model of another kind. ValueError: a parameter out of range.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, image_processor: Any,
+        head: ContextFusion | None = None, batch_size: int = 32,
+    ) -> None:  # fmt: skip
+        check_count("SiglipRelevance", "batch_size", batch_size, 1)
+        if not all(hasattr(model, name) for name in ("get_image_features", "get_text_features", "logit_bias")):
+            raise TypeError(f"SiglipRelevance: model must be a SiglipModel or Siglip2Model, got {type(model).__name__}")
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.head = None if head is None else head.to(model.device)
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls, checkpoint: str | Path, head: str | Path | ContextFusion | None = None, batch_size: int = 32,
+        **arguments: Any,
+    ) -> SiglipRelevance:  # fmt: skip
+        """Load a checkpoint, with the head that lies in its folder where there is one.
+
+        Args:
+            checkpoint: folder, or name on the Hugging Face hub.
+            head: a head, or its file, to use instead.
+            batch_size: as for the class.
+            arguments: for the model's `from_pretrained`, such as dtype and device_map.
+
+        Raises:
+            OSError: it cannot be read. TypeError: no SigLIP.
+        """
+        model = AutoModel.from_pretrained(checkpoint, **arguments).eval()
+        inside = Path(checkpoint) / HEAD_FILE
+        if head is None and inside.is_file():
+            head = inside
+        if isinstance(head, str | Path):
+            head = ContextFusion.load(head)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        return cls(model, tokenizer, AutoImageProcessor.from_pretrained(checkpoint), head, batch_size)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model, tokenizer, image processor and head to a folder."""
+        for part in (self.model, self.tokenizer, self.image_processor):
+            part.save_pretrained(folder)
+        if self.head is not None:
+            self.head.save(Path(folder) / HEAD_FILE)
+
+    def encode(self, frames: Frames, progress: bool = True) -> Tensor:
+        """The features of a video's frames, which serve for any question.
+
+        Args:
+            frames: [T, H, W, 3] uint8, as an array or a tensor, or a list of T pictures.
+            progress: whether to show a progress bar, on standard error.
+
+        Returns:
+            [T, D] fp32 on the model's device, not normalised.
+
+        Raises:
+            ValueError: frames of another shape, or none.
+        """
+        frames = _as_pictures(frames)
+        starts = range(0, len(frames), self.batch_size)
+        bar = track(starts, "frames", console=Console(stderr=True), transient=True, disable=not progress)
+        with torch.no_grad():
+            return torch.cat([self.embed_images(self.pixels(frames[low : low + self.batch_size])) for low in bar])
+
+    def score(self, features: Tensor, question: str) -> Tensor:
+        """features [T, D] as `encode` gives them -> [T] fp32 logits, the higher the more relevant."""
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"SiglipRelevance: question must be a text that is not empty, got {question!r}")
+        with torch.no_grad():
+            return self.logits(features, self.embed_texts(self.chunks(question))).amax(-1)
+
+    def __call__(self, frames: Frames, question: str) -> Tensor:
+        """Frames as for `encode` and a question -> [T] fp32 logits."""
+        return self.score(self.encode(frames), question)
+
+    def bind(self, video: Frames, question: str) -> BoundRelevance:
+        """The relevance of one video to one question, for `fftriton.KVTP`.
+
+        Args:
+            video: features [T, D] as `encode` gives them, or frames as it takes them. T are the frames that the
+                language model gets, in order.
+            question: about the video.
+        """
+        encoded = isinstance(video, Tensor) and video.ndim == 2
+        return BoundRelevance(self.score(video, question) if encoded else self(video, question))  # type: ignore[arg-type]
+
+    # ---- the steps, with gradients
+
+    def pixels(self, pictures: np.ndarray | Sequence[Any]) -> dict[str, Tensor]:
+        """Pictures as the vision tower takes them, on the model's device."""
+        pixels = self.image_processor(images=list(pictures), return_tensors="pt")
+        return {name: value.to(self.model.device) for name, value in pixels.items()}
+
+    def embed_images(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        """What `pixels` gives -> [T, D] fp32."""
+        images = {**pixels, "pixel_values": pixels["pixel_values"].to(self.model.dtype)}
+        return pooled(self.model.get_image_features(**images)).float()
+
+    def chunks(self, question: str) -> list[str]:
+        """The question in lower case, halved between words for as long as a part has too many tokens."""
+        words = question.lower().split()
+        if len(words) == 1 or len(self.tokenizer(" ".join(words))["input_ids"]) <= self._longest:
+            return [" ".join(words)]
+        middle = len(words) // 2
+        return self.chunks(" ".join(words[:middle])) + self.chunks(" ".join(words[middle:]))
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts, each no longer than the tower takes -> [C, D] fp32."""
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", max_length=self._longest, truncation=True, return_tensors="pt"
+        )
+        return pooled(self.model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device))).float()
+
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        """images [..., T, D], texts [..., C, D] -> [..., T, C], fused by the head where there is one."""
+        if self.head is not None:
+            cosine = self.head(images, texts)
+        else:
+            cosine = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).mT
+        return self.model.logit_scale.float().exp() * cosine + self.model.logit_bias.float()
+
+    @property
+    def _longest(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
+
+@dataclass(frozen=True, eq=False)
+class BoundRelevance:
+    """The scores of one video's frames, as many as there are frames of tokens when KVTP asks.
+
+    Args:
+        scores: [T] of the frames that the model gets. Where its tokens stand for several of them (two in Qwen2-VL),
+            the highest score counts.
+    """
+
+    scores: Tensor
+
+    def __call__(self, context: FrameContext) -> Tensor:
+        """[F] for the F frames of tokens. Raises a ValueError where T frames cannot have become F."""
+        taken, frames = len(self.scores), context.num_frames
+        group = -(-taken // frames)
+        if -(-taken // group) != frames:
+            raise ValueError(
+                f"BoundRelevance: scores must be of the frames that the model gets, whose tokens make {frames} frames, "
+                f"got {taken}"
+            )
+        padded = F.pad(self.scores, (0, group * frames - taken), value=float("-inf"))
+        return padded.view(frames, group).amax(1)
+
+
+def _as_pictures(frames: Frames) -> np.ndarray | Sequence[Any]:
+    """A sequence of pictures, each as image processors take it."""
+    if isinstance(frames, Tensor):
+        frames = frames.cpu().numpy()
+    if isinstance(frames, np.ndarray) and (frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8):
+        raise ValueError(
+            f"SiglipRelevance: frames must be [T, H, W, 3] uint8, got {list(frames.shape)} of {frames.dtype}"
+        )
+    if len(frames) == 0:
+        raise ValueError("SiglipRelevance: frames must hold at least one picture, got none")
+    return frames

@@ -1,0 +1,184 @@
+"""Relevance by SigLIP: against the model's own forward, the fusion head against its formula, and files."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import tiny_qwen2_vl, video_prompt
+
+import fftriton
+from fftriton.relevance import BoundRelevance, ContextFusion, SiglipRelevance
+
+BENCH = Path(__file__).parents[1] / "bench" / "kvtp"
+WORDS = ["when", "does", "the", "red", "green", "box", "appear", "where", "is"]
+QUESTION = "When does the red box appear"
+
+
+@pytest.fixture
+def small_siglip(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("small").small_siglip
+
+
+@pytest.fixture
+def frames():
+    return np.random.default_rng(0).integers(0, 256, (7, 40, 48, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("naflex", [False, True], ids=["siglip", "siglip2-naflex"])
+@torch.no_grad()
+def test_logits_are_the_models_own(small_siglip, frames, naflex):
+    relevance = small_siglip(WORDS, naflex=naflex)
+    relevance.batch_size = 3  # the last batch is smaller
+    scores = relevance(frames, QUESTION)
+    text = relevance.tokenizer([QUESTION.lower()], padding="max_length", max_length=16, return_tensors="pt")
+    pixels = relevance.image_processor(images=list(frames), return_tensors="pt")
+    expected = relevance.model(input_ids=text["input_ids"], **pixels).logits_per_image[:, 0]
+    assert scores.shape == (7,)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    assert scores.std() > 1e-4
+
+
+def test_frames_may_be_an_array_a_tensor_or_pictures(small_siglip, frames):
+    relevance = small_siglip(WORDS)
+    features = relevance.encode(frames, progress=False)
+    assert torch.equal(features, relevance.encode(torch.from_numpy(frames), progress=False))
+    assert torch.equal(features, relevance.encode(list(frames), progress=False))
+
+
+def test_features_serve_for_the_next_question(small_siglip, frames, monkeypatch):
+    relevance = small_siglip(WORDS)
+    features = relevance.encode(frames)
+    first = relevance(frames, QUESTION)
+    monkeypatch.setattr(relevance.model, "get_image_features", None)  # the tower is not asked again
+    assert torch.equal(relevance.score(features, QUESTION), first)
+    assert not torch.equal(relevance.score(features, "where is the green box"), first)
+
+
+def test_a_long_question_is_the_best_of_its_parts(small_siglip, frames):
+    relevance = small_siglip(WORDS)  # 16 tokens, one of which ends the text
+    long = " ".join(WORDS * 4)  # 36 words
+    chunks = relevance.chunks(long)
+    assert " ".join(chunks) == long
+    assert [len(chunk.split()) for chunk in chunks] == [9, 9, 9, 9]
+    assert relevance.chunks(" ".join(WORDS[:1] * 15)) == [" ".join(WORDS[:1] * 15)]
+    features = relevance.encode(frames)
+    parts = torch.stack([relevance.score(features, chunk) for chunk in chunks])
+    torch.testing.assert_close(relevance.score(features, long), parts.amax(0), rtol=0, atol=1e-5)
+
+
+def test_shows_a_progress_bar(small_siglip, frames, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    relevance = small_siglip(WORDS)
+    relevance.encode(frames, progress=False)
+    assert capsys.readouterr().err == ""
+    relevance.encode(frames)
+    assert "frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fusion_head_by_its_formula(scaled):
+    head = ContextFusion(clip=3, scaled=scaled).double()
+    taus = torch.tensor([0.5, 0.27], dtype=torch.float64)
+    with torch.no_grad():
+        head.log_temperature.copy_(taus.log())
+    images, texts = torch.randn(2, 7, 16).double(), torch.randn(2, 5, 16).double()
+    unit = F.normalize(images, dim=-1)
+    for video in range(2):
+        for i in range(7):
+            parts = [images[video, i]]
+            for neighbours, tau in (([j for j in range(7) if j // 3 == i // 3], taus[0]), (range(7), taus[1])):
+                factor = tau * (4.0 if scaled else 1.0)
+                weight = torch.stack([(unit[video, i] @ unit[video, j]) / factor for j in neighbours]).softmax(0)
+                parts.append(sum(w * images[video, j] for w, j in zip(weight, neighbours, strict=True)))
+            cosines = [F.cosine_similarity(part[None], texts[video]) for part in parts]
+            expected = 0.9 * cosines[0] + 0.05 * cosines[1] + 0.05 * cosines[2]
+            torch.testing.assert_close(head(images, texts)[video, i], expected, rtol=0, atol=1e-12)
+
+
+def test_the_scale_makes_attention_almost_uniform():
+    """At the width of SigLIP so400m, what frames see of their video differs a hundred times less with it."""
+    images = torch.randn(64, 1152, generator=torch.Generator().manual_seed(0))
+    spread = [ContextFusion(scaled=scaled).context(images)[1].std(0).mean() for scaled in (True, False)]
+    assert spread[0] < 0.02 * images.std()
+    assert spread[1] > 10 * spread[0]
+
+
+def test_head_counts_in_inference_and_travels_with_the_checkpoint(small_siglip, frames, tmp_path):
+    relevance = small_siglip(WORDS, head=ContextFusion(clip=4, scaled=False))
+    with torch.no_grad():
+        relevance.head.log_temperature.copy_(torch.tensor([-2.0, -3.0]))
+    fused = relevance(frames, QUESTION)
+    relevance.save_pretrained(tmp_path)
+    loaded = SiglipRelevance.from_pretrained(tmp_path)
+    assert (loaded.head.clip, loaded.head.scaled) == (4, False)
+    assert torch.equal(loaded.head.log_temperature, relevance.head.log_temperature)
+    torch.testing.assert_close(loaded(frames, QUESTION), fused, rtol=0, atol=1e-6)
+    relevance.head = None
+    assert (relevance(frames, QUESTION) - fused).abs().max() > 1e-3
+    other = SiglipRelevance.from_pretrained(tmp_path, head=ContextFusion())
+    assert other.head.clip == 8
+
+
+@pytest.mark.parametrize("naflex", [False, True])
+def test_a_checkpoint_without_a_head(small_siglip, frames, tmp_path, naflex):
+    relevance = small_siglip(WORDS, naflex=naflex)
+    relevance.save_pretrained(tmp_path)
+    loaded = SiglipRelevance.from_pretrained(tmp_path)
+    assert loaded.head is None
+    if naflex:
+        loaded.tokenizer = relevance.tokenizer  # AutoTokenizer takes SigLIP 2's own class, whatever was saved
+    torch.testing.assert_close(loaded(frames, QUESTION), relevance(frames, QUESTION), rtol=0, atol=1e-6)
+
+
+def test_head_of_another_file(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"path must hold what ContextFusion.save wrote, got .*other.safetensors"):
+        ContextFusion.load(tmp_path / "other.safetensors")
+
+
+def test_runs_kvtp(small_siglip):
+    """Eight frames of a video, whose tokens stand for two each: the higher score of a pair counts."""
+    frames = np.random.default_rng(1).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    relevance = small_siglip(WORDS)
+    bound = relevance.bind(relevance.encode(frames), QUESTION)
+    assert torch.equal(bound.scores, relevance.bind(frames, QUESTION).scores)
+    model, inputs = tiny_qwen2_vl(2), video_prompt(grids=((4, 4, 6),))
+    with torch.no_grad(), fftriton.reduce(model, fftriton.KVTP(0.5, bound, temperature=0.01)) as reduction:
+        model(**inputs)
+    kept = reduction.report.kept_positions[0]
+    counts = [int(torch.isin(frame, kept).sum()) for frame in reduction.report.layouts[0].positions]
+    assert counts == fftriton.frame_budgets(bound.scores.view(4, 2).amax(1), 6, 0.5, temperature=0.01).tolist()
+
+
+def test_an_odd_number_of_frames():
+    class Context:
+        num_frames = 4
+
+    assert BoundRelevance(torch.tensor([1.0, 2, 5, 3, 0, -1, -7]))(Context).tolist() == [2, 5, 0, -7]
+    for taken in (3, 9):
+        with pytest.raises(ValueError, match=rf"whose tokens make 4 frames, got {taken}"):
+            BoundRelevance(torch.zeros(taken))(Context)
+
+
+def test_errors(small_siglip, frames):
+    relevance = small_siglip(WORDS)
+    with pytest.raises(ValueError, match=r"frames must be \[T, H, W, 3\] uint8, got \[7, 40, 48, 3\] of float32"):
+        relevance.encode(frames.astype(np.float32))
+    with pytest.raises(ValueError, match=r"frames must be \[T, H, W, 3\] uint8, got \[40, 48, 3\] of uint8"):
+        relevance.encode(frames[0])
+    with pytest.raises(ValueError, match="frames must hold at least one picture"):
+        relevance.encode([])
+    with pytest.raises(ValueError, match="question must be a text that is not empty, got ' '"):
+        relevance.score(torch.zeros(2, 64), " ")
+    with pytest.raises(TypeError, match="model must be a SiglipModel or Siglip2Model, got Linear"):
+        SiglipRelevance(torch.nn.Linear(1, 1), None, None)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        SiglipRelevance(relevance.model, None, None, batch_size=0)
+    with pytest.raises(ValueError, match="ContextFusion: clip must be at least 1, got 0"):
+        ContextFusion(clip=0)
