@@ -44,7 +44,7 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
 def write_digit(digit: int, held_out: bool, rng: np.random.Generator) -> np.ndarray:
     """A random handwriting of this digit, often a little off centre -> [PATCH, PATCH] float32 in [0, 1]."""
     images, labels = digit_images(held_out)
-    image = rng.choice(images[labels == digit])
+    image = images[rng.choice(np.flatnonzero(labels == digit))]
     if rng.random() < 0.5:
         return image
     top, left = rng.integers(0, 2 * _MARGIN + 1, 2)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..checks import check_count
 from ..shipped import BUNNY
-from ..video import write_video
+from ..video import Video, write_video
 from .needles import Needle, Style, add_needle, blended, covered, draw_needles, faded_in, moved
 from .scenes import SIDE, add_flashes, real_scenes, textured_scenes
 from .vocabulary import COUNTS, QUADRANTS, QUARTERS
@@ -84,6 +84,11 @@ class Sample:
     needle_depth: float | None
     fps: float = float(FPS)
 
+    @property
+    def video(self) -> Video:
+        """As a processor takes it."""
+        return Video(self.frames, list(range(len(self.frames))), len(self.frames), self.fps)
+
     def write(self, path: Path) -> None:
         """Write the video to a file, each frame held and enlarged, so that sampling and resizing give it back."""
         write_clip(path, self.frames)
@@ -144,8 +149,13 @@ def draw_video(
     add_flashes(video, int(rng.integers(*recipe.flashes, endpoint=True)), rng)
     for needle in needles:
         add_needle(video, needle, held_out, rng)
-    video += _SENSOR_NOISE * rng.standard_normal(video.shape, dtype=np.float32)
-    return (video.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return finish(video, rng)
+
+
+def finish(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sensor noise and rounding: [F, 3, H, W] float32 in [0, 1] -> [F, H, W, 3] uint8."""
+    video = video + _SENSOR_NOISE * rng.standard_normal(video.shape, dtype=np.float32)
+    return np.ascontiguousarray((video.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def ask(kind: str, needles: list[Needle], num_frames: int) -> tuple[str, str]:

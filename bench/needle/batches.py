@@ -1,0 +1,218 @@
+"""What the needle model is trained on: batches that follow from the seed, the phase and the step alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+import torch
+from make_assets import PIXELS, make_tokenizer
+from model import PATCHES
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fftriton.needle.digits import PATCH
+from fftriton.needle.needles import Appearance, Needle, add_needle, draw_needles
+from fftriton.needle.samples import Recipe, ask, draw_video, finish
+from fftriton.needle.scenes import GRID, add_flashes, textured_scenes
+from fftriton.needle.vocabulary import BOS, COLOURS, IDS, QUESTION, SYSTEM, VIDEO, VISION_END, VISION_START
+from fftriton.processing import QwenPixels
+
+NO_DIGIT = -1
+NO_COLOUR = len(COLOURS)
+
+_PREFIX = [IDS[token] for token in (BOS, SYSTEM, SYSTEM, VISION_START)]
+_QUESTION_LENGTH = 4  # <|vision_end|>, <q>, and the two words that the tokenizer makes of a question
+_KIND_SHARES = {"what": 0.2, "when": 0.3, "where": 0.1, "how many": 0.15, "which colour": 0.25}
+_SCENE = 4  # frames of one scene in an alignment batch
+_PIXELS = QwenPixels(
+    patch_size=PATCH,
+    temporal_patch_size=1,
+    merge_size=1,
+    min_pixels=PIXELS["min_pixels"],
+    max_pixels=PIXELS["max_pixels"],
+)
+
+
+@dataclass
+class Batch:
+    """Tensors that move to a device together."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return type(self)(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+@dataclass
+class Frames(Batch):
+    """Frames with needles pasted on, and what each patch shows.
+
+    Attributes:
+        pixels: [N * PATCHES, D] float32.
+        digit: [N, PATCHES] int64, NO_DIGIT where there is none.
+        colour: [N, PATCHES] int64, NO_COLOUR where there is none.
+    """
+
+    pixels: Tensor
+    digit: Tensor
+    colour: Tensor
+
+
+@dataclass
+class Questions(Batch):
+    """Videos with several questions each, packed behind their video so that none sees another.
+
+    Attributes:
+        pixels: [B * F * PATCHES, D] float32.
+        grid: [B, 3] int64.
+        input_ids: [B, T] int64.
+        mask: [1, 1, T, T] bool, True where a row may look.
+        positions: [3, B, T] int64.
+        asked_at: [Q] int64, the places in T whose next token is an answer.
+        answers: [B, Q] int64.
+    """
+
+    pixels: Tensor
+    grid: Tensor
+    input_ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    asked_at: Tensor
+    answers: Tensor
+
+
+class AlignmentBatches(Dataset):
+    """Frames whose every patch is labelled; needles are denser than in a video and half of them shine through.
+
+    Args:
+        seed: of the whole training.
+        size: frames in a batch, a multiple of 4.
+        held_out: True for the handwritings that training never sees.
+    """
+
+    def __init__(self, seed: int, size: int, held_out: bool = False):
+        self._seed, self._size, self._held_out = seed, size, held_out
+
+    def __getitem__(self, step: int) -> Frames:
+        rng = np.random.default_rng([self._seed, 0, step, self._held_out])
+        scenes = [textured_scenes(_SCENE, (0.0, 3.0), 0.3, rng) for _ in range(self._size // _SCENE)]
+        video = np.concatenate(scenes)
+        add_flashes(video, int(0.08 * self._size * PATCHES), rng)
+        density = np.where(rng.random(self._size) < 0.5, 0.1, rng.uniform(0.1, 0.7, self._size))
+        digit = np.full((self._size, PATCHES), NO_DIGIT)
+        colour = np.full((self._size, PATCHES), NO_COLOUR)
+        for frame, patch in zip(*(rng.random((self._size, PATCHES)) < density[:, None]).nonzero(), strict=True):
+            digit[frame, patch], colour[frame, patch] = rng.integers(10), rng.integers(len(COLOURS))
+            row, column = divmod(int(patch), GRID)
+            opacity = 1.0 if rng.random() < 0.5 else float(rng.uniform(0.25, 1))
+            shown = Appearance(int(frame), ((row * PATCH, column * PATCH),), (opacity,))
+            needle = Needle(int(digit[frame, patch]), COLOURS[colour[frame, patch]], shown)
+            add_needle(video, needle, self._held_out, rng)
+        return Frames(_patchify(finish(video, rng)), torch.from_numpy(digit), torch.from_numpy(colour))
+
+
+@dataclass(frozen=True)
+class Length:
+    """Videos of one length: how many frames, how many videos a batch, how often (a weight)."""
+
+    num_frames: int
+    batch: int
+    weight: float = 1.0
+
+
+class QuestionBatches(Dataset):
+    """Packed questions about videos of these recipes and lengths.
+
+    Args:
+        seed: of the whole training.
+        phase: its number, so that no two phases see the same videos.
+        recipes: one is drawn for each video.
+        lengths: one is drawn for each batch.
+        questions: asked about each video.
+        resume_after: text goes on, behind a video, after as many positions as its frames ("time", transformers 4) or
+            as its side has patches ("space", transformers 5); one is drawn for each batch.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        phase: int,
+        recipes: tuple[Recipe, ...],
+        lengths: tuple[Length, ...],
+        questions: int,
+        resume_after: tuple[str, ...],
+    ):
+        self._seed, self._phase, self._recipes, self._lengths = seed, phase, recipes, lengths
+        self._questions, self._resume_after = questions, resume_after
+
+    def __getitem__(self, step: int) -> Questions:
+        rng = np.random.default_rng([self._seed, self._phase, step])
+        weights = np.array([length.weight for length in self._lengths])
+        length = self._lengths[rng.choice(len(weights), p=weights / weights.sum())]
+        resume_after = self._resume_after[rng.integers(len(self._resume_after))]
+        drawn = [self._draw(length.num_frames, rng) for _ in range(length.batch)]
+        videos, texts, answers = (list(column) for column in zip(*drawn, strict=True))
+        return pack(np.stack(videos), texts, answers, resume_after)
+
+    def _draw(self, num_frames: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str], list[str]]:
+        """A video, and questions about needles in it."""
+        recipe = self._recipes[rng.integers(len(self._recipes))]
+        count = int(rng.integers(*recipe.needles, endpoint=True))
+        needles = draw_needles(count, recipe.styles, num_frames, rng)
+        video = draw_video(recipe, num_frames, needles, False, rng)
+        asked = []
+        for kind in rng.choice(list(_KIND_SHARES), self._questions, p=list(_KIND_SHARES.values())):
+            about = int(rng.integers(count))
+            asked.append(ask(str(kind), needles[about:] + needles[:about], num_frames))
+        return video, [question for question, _ in asked], [answer for _, answer in asked]
+
+
+def pack(videos: np.ndarray, questions: list[list[str]], answers: list[list[str]], resume_after: str) -> Questions:
+    """Pack Q questions about each of B videos behind it; each sees the video and itself.
+
+    Args:
+        videos: [B, F, H, W, 3] uint8.
+        questions, answers: B lists of Q.
+        resume_after: see QuestionBatches.
+    """
+    batch, num_frames = videos.shape[:2]
+    asked = len(questions[0])
+    tail = [[token for question in row for token in _encode(question)] for row in questions]
+    head = _PREFIX + [IDS[VIDEO]] * (num_frames * PATCHES)
+    segment = torch.tensor([-1] * len(head) + [i for i in range(asked) for _ in range(_QUESTION_LENGTH)])
+    visible = (segment[None] == -1) | (segment[None] == segment[:, None])
+    return Questions(
+        pixels=_patchify(videos.reshape(-1, *videos.shape[2:])),
+        grid=torch.tensor([[num_frames, GRID, GRID]] * batch),
+        input_ids=torch.tensor([head + row for row in tail]),
+        mask=visible.tril()[None, None],
+        positions=_positions(num_frames, asked, resume_after)[:, None].expand(-1, batch, -1),
+        asked_at=len(head) + _QUESTION_LENGTH * torch.arange(1, asked + 1) - 1,
+        answers=torch.tensor([[IDS[answer] for answer in row] for row in answers]),
+    )
+
+
+def _positions(num_frames: int, asked: int, resume_after: str) -> Tensor:
+    """[3, T] int64: time, row and column of each token, restarting with each question."""
+    prefix = torch.arange(len(_PREFIX)).expand(3, -1)
+    axes = (torch.arange(num_frames), torch.arange(GRID), torch.arange(GRID))
+    video = torch.cartesian_prod(*axes).T + len(_PREFIX)
+    resume = len(_PREFIX) + (max(num_frames, GRID) if resume_after == "time" else GRID)
+    question = torch.arange(resume, resume + _QUESTION_LENGTH).expand(3, -1)
+    return torch.cat([prefix, video, question.repeat(1, asked)], dim=1)
+
+
+def _patchify(frames: np.ndarray) -> Tensor:
+    """[N, H, W, 3] uint8 -> [N * PATCHES, D] float32, as the processor makes them."""
+    return _PIXELS.patchify(torch.from_numpy(frames).permute(0, 3, 1, 2))[0]
+
+
+@lru_cache
+def _tokenizer():
+    return make_tokenizer()
+
+
+@lru_cache
+def _encode(question: str) -> tuple[int, ...]:
+    return (IDS[VISION_END], IDS[QUESTION], *_tokenizer().encode(question).ids)

@@ -1,0 +1,371 @@
+"""Train the needle model from scratch, and measure it on videos and handwritings that training never saw.
+
+    python bench/needle/train.py --out needle-run [--device cuda]
+
+A run that was stopped goes on where its last checkpoint stands, and ends with the same weights. The model, with its
+processor files, lands in OUT/model, the course of training in OUT/training.csv, its accuracy in OUT/accuracy.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from batches import NO_DIGIT, PATCHES, AlignmentBatches, Frames, Length, QuestionBatches, Questions
+from model import batch_frames, make_model, save_model
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Qwen2VLForConditionalGeneration
+
+from fftriton.needle import KINDS, SPLITS, Sample, generate_sample
+from fftriton.needle.needles import blended, covered, faded_in, moved
+from fftriton.needle.samples import RECIPES, Recipe
+from fftriton.needle.scenes import GRID
+from fftriton.needle.vocabulary import COLOURS, DIGITS, IDS, QUADRANTS, VISION_START
+from fftriton.processing import Processor, load_processor
+
+_CHECKPOINT_EVERY = 50  # steps
+_SAMPLES_AT_ONCE = len(KINDS)  # samples of a split are equally long as long as a kind has not come up again
+
+_BUSY = Recipe(speed=(0.0, 3.0), flashes=(0, 12))
+_MIXED = (
+    _BUSY,
+    RECIPES["hard"],
+    Recipe(styles=(covered, blended, faded_in, moved), speed=(0.0, 3.0), flashes=(0, 12)),
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with its own data and learning rate.
+
+    Attributes:
+        name: as shown.
+        steps: how many.
+        data: makes its batches from the seed of the training and the phase's number.
+        loss: of the model on a batch, and which of its answers are right.
+        rate: highest learning rate.
+        decay: weight decay of matrices.
+        betas: of AdamW.
+        warm_up: steps until the rate is reached.
+        hold: share of the steps before it falls, as a cosine, to 2 %.
+        sees: whether the vision tower learns; else the decoder does, and the embeddings always.
+    """
+
+    name: str
+    steps: int
+    data: Callable[[int, int], Dataset]
+    loss: Callable[[Qwen2VLForConditionalGeneration, Any], tuple[Tensor, Tensor]]
+    rate: float = 1e-3
+    decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warm_up: int = 100
+    hold: float = 0.0
+    sees: bool = False
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        fallen = max(0.0, step / self.steps - self.hold) / max(1 - self.hold, 1 / self.steps)
+        return self.rate * min(1.0, (step + 1) / self.warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * fallen)))
+
+
+def align(model: Qwen2VLForConditionalGeneration, batch: Frames) -> tuple[Tensor, Tensor]:
+    """Pull what the vision tower makes of a patch towards the embeddings of its digit, its colour and its quadrant."""
+    grid = torch.tensor([[len(batch.digit), GRID, GRID]], device=batch.pixels.device)
+    seen = model.model.visual(batch.pixels, grid_thw=grid)
+    tokens = getattr(seen, "pooler_output", seen).view(len(batch.digit), PATCHES, -1)  # a tensor until transformers 5
+    embeddings = model.get_input_embeddings().weight
+
+    def scores(names: tuple[str, ...]) -> Tensor:
+        return (tokens @ embeddings[[IDS[name] for name in names]].T).float()  # [N, PATCHES, len(names)]
+
+    shown = batch.digit != NO_DIGIT
+    patch = torch.arange(PATCHES, device=shown.device)
+    quadrant = (patch // GRID // (GRID // 2) * 2 + patch % GRID // (GRID // 2)).expand(len(shown), -1)
+    digits, colours, quadrants = scores(DIGITS), scores((*COLOURS, VISION_START)), scores(QUADRANTS)
+    loss = (
+        F.cross_entropy(digits[shown], batch.digit[shown])
+        + F.cross_entropy(colours.flatten(0, 1), batch.colour.flatten())
+        + 0.5 * F.cross_entropy(quadrants[shown], quadrant[shown])
+    )
+    return loss, digits[shown].argmax(-1) == batch.digit[shown]
+
+
+def answer(model: Qwen2VLForConditionalGeneration, batch: Questions) -> tuple[Tensor, Tensor]:
+    """The answers' loss, and which are right [B, Q]."""
+    logits = question_logits(model, batch)
+    return F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten()), logits.argmax(-1) == batch.answers
+
+
+def question_logits(model: Qwen2VLForConditionalGeneration, batch: Questions) -> Tensor:
+    """For the token behind each question: [B, Q, vocabulary] float32."""
+    hidden = model.model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.mask.expand(len(batch.input_ids), -1, -1, -1),
+        position_ids=batch.positions,
+        pixel_values_videos=batch.pixels,
+        video_grid_thw=batch.grid,
+        use_cache=False,
+    ).last_hidden_state
+    return model.lm_head(hidden[:, batch.asked_at]).float()
+
+
+def _asking(recipes: tuple[Recipe, ...], lengths: tuple[Length, ...], resume_after: tuple[str, ...]) -> Callable:
+    return lambda seed, phase: QuestionBatches(seed, phase, recipes, lengths, 8, resume_after)
+
+
+PHASES = (
+    Phase(
+        "See what a patch shows",
+        1200,
+        lambda seed, phase: AlignmentBatches(seed, 64),
+        align,
+        rate=2e-3,
+        decay=0.02,
+        betas=(0.9, 0.999),
+        warm_up=50,
+        sees=True,
+    ),
+    Phase(
+        "Find it in 4 frames",
+        300,
+        _asking((Recipe(needles=(2, 3), speed=(0.0, 3.0)),), (Length(4, 32),), ("space",)),
+        answer,
+        hold=1.0,
+    ),
+    Phase("Find it in 16 frames", 1150, _asking((_BUSY,), (Length(16, 16),), ("space",)), answer, warm_up=20, hold=0.1),
+    Phase(
+        "Find it anywhere",
+        1200,
+        _asking(_MIXED, (Length(16, 16, 0.45), Length(32, 8, 0.3), Length(64, 4, 0.25)), ("space", "time")),
+        answer,
+        rate=7e-4,
+    ),
+)
+
+
+class Trainer:
+    """Trains one model, from its last checkpoint where there is one.
+
+    Args:
+        out: folder of the checkpoint and the results.
+        phases: what to do, in this order.
+        seed: fixes the weights to start from and all data.
+        device: where to train.
+        workers: processes that draw batches; 0 draws them here. The batches are the same.
+        checkpoint_every: steps from one checkpoint, and one row of the log, to the next.
+        on_step: called after each step with the phase's number, the step's, the loss and the share of right answers.
+
+    Attributes:
+        model: as trained so far.
+        log: a row every few steps.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        phases: tuple[Phase, ...] = PHASES,
+        seed: int = 0,
+        device: str = "cpu",
+        workers: int = 0,
+        checkpoint_every: int = _CHECKPOINT_EVERY,
+        on_step: Callable[[int, int, float, float], None] = lambda *_: None,
+    ):
+        self._out, self._phases, self._seed, self._workers, self._on_step = out, phases, seed, workers, on_step
+        self._checkpoint_every = checkpoint_every
+        self._device = torch.device(device)
+        self.model = make_model(seed).to(self._device).train()
+        batch_frames(self.model)
+        self.log: list[dict[str, Any]] = []
+        self._phase = self._step = 0
+        self._seconds = self._cpu_seconds = 0.0  # spent by earlier runs
+        self._optimizer_state: dict[str, Any] | None = None
+        self._start, self._cpu_start = time.monotonic(), _cpu_seconds()
+        if self._checkpoint.exists():
+            self._load()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self._out / "checkpoint.pt"
+
+    def run(self) -> None:
+        """Do what is left of the phases."""
+        while self._phase < len(self._phases):
+            self._run_phase(self._phases[self._phase])
+            self._phase, self._step = self._phase + 1, 0
+            self._save(None)
+
+    def _run_phase(self, phase: Phase) -> None:
+        trained = self._choose_parameters(phase)
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": phase.decay},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=phase.rate, betas=phase.betas, fused=True)
+        if self._optimizer_state is not None:
+            optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None
+        losses, rights = [], []
+        for batch in self._batches(phase):
+            for group in optimizer.param_groups:
+                group["lr"] = phase.rate_at(self._step)
+            with torch.autocast(self._device.type, torch.bfloat16):
+                loss, right = phase.loss(self.model, batch.to(self._device))
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self._step += 1
+            losses.append(loss.item())
+            rights.append(right.float().mean().item())
+            self._on_step(self._phase, self._step, losses[-1], rights[-1])
+            if self._step % self._checkpoint_every == 0 or self._step == phase.steps:
+                self._add_row(phase, fmean(losses), fmean(rights))
+                losses, rights = [], []
+                self._save(optimizer)
+
+    def _choose_parameters(self, phase: Phase) -> list[nn.Parameter]:
+        """Freeze all but what this phase trains."""
+        vision = set(self.model.model.visual.parameters())
+        embeddings = self.model.get_input_embeddings().weight
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter is embeddings or (parameter in vision) == phase.sees)
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _batches(self, phase: Phase) -> DataLoader:
+        data = phase.data(self._seed, self._phase)
+        steps = range(self._step, phase.steps)
+        return DataLoader(data, batch_size=None, sampler=steps, num_workers=self._workers)
+
+    def _add_row(self, phase: Phase, loss: float, right: float) -> None:
+        row = {"phase": phase.name, "step": self._step, "loss": f"{loss:.4f}", "right": f"{right:.4f}"}
+        spent = {"seconds": self._spent()[0], "cpu_seconds": self._spent()[1]}
+        self.log.append(row | {name: f"{value:.1f}" for name, value in spent.items()})
+        write_csv(self._out / "training.csv", self.log)
+
+    def _spent(self) -> tuple[float, float]:
+        """Seconds on the clock and of the processors, over all runs."""
+        seconds = self._seconds + time.monotonic() - self._start
+        return seconds, self._cpu_seconds + _cpu_seconds() - self._cpu_start
+
+    def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
+        content = {
+            "seed": self._seed,
+            "phase": self._phase,
+            "step": self._step,
+            "spent": self._spent(),
+            "log": self.log,
+            "model": self.model.state_dict(),
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
+        }
+        self._out.mkdir(parents=True, exist_ok=True)
+        partial = self._checkpoint.with_suffix(".partial")
+        torch.save(content, partial)
+        partial.replace(self._checkpoint)
+
+    def _load(self) -> None:
+        content = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
+        if content["seed"] != self._seed:
+            raise ValueError(f"seed must be that of the checkpoint in {self._out}, {content['seed']}, got {self._seed}")
+        self._phase, self._step, self.log = content["phase"], content["step"], content["log"]
+        self._seconds, self._cpu_seconds = content["spent"]
+        self._optimizer_state = content["optimizer"]
+        self.model.load_state_dict(content["model"])
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of the same columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@torch.no_grad()
+def answers(model: Qwen2VLForConditionalGeneration, processor: Processor, samples: list[Sample]) -> list[str]:
+    """The model's answers to samples of one length, from its plain forward with all tokens."""
+    inputs = [processor(sample.video, sample.question) for sample in samples]
+    known = inspect.signature(model.forward).parameters
+    batch = {name: torch.cat([i[name] for i in inputs]).to(model.device) for name in inputs[0] if name in known}
+    tokens = model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+    return [processor.tokenizer.decode([token]) for token in tokens.tolist()]
+
+
+def measure(
+    checkpoint: Path, split: str, samples: int, seed: int, device: str, on_samples: Callable[[int], None]
+) -> dict[str, Any]:
+    """Share of held-out samples answered right with all tokens, over all kinds and of each."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+    processor = load_processor(checkpoint)
+    asked, right = Counter[str](), Counter[str]()
+    for start in range(0, samples, _SAMPLES_AT_ONCE):
+        batch = [generate_sample(split, seed, i) for i in range(start, min(start + _SAMPLES_AT_ONCE, samples))]
+        for sample, text in zip(batch, answers(model, processor, batch), strict=True):
+            asked[sample.kind] += 1
+            right[sample.kind] += text == sample.answer
+        on_samples(len(batch))
+    shares = {kind: f"{right[kind] / asked[kind]:.4f}" for kind in KINDS if asked[kind]}
+    return {"split": split, "samples": samples, "seed": seed, "all": f"{right.total() / asked.total():.4f}"} | shares
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its finished workers."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:24}"), BarColumn(bar_width=30), MofNCompleteColumn())
+    return Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
+    )
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, the model and its figures.")] = Path("needle-run"),
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Fixes the first weights and all training data.", min=0)] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that draw batches; 0: none of their own.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Processor threads of torch; 0: torch's own choice.", min=0)] = 0,
+    samples: Annotated[int, typer.Option(help="Held-out samples of each split at the end.", min=1)] = 1000,
+    samples_seed: Annotated[int, typer.Option(help="Which held-out samples.", min=0)] = 0,
+) -> None:
+    """Train the needle model, or go on where the last checkpoint stands, then measure its accuracy."""
+    if threads:
+        torch.set_num_threads(threads)
+    with _bars(Console()) as progress:
+        bars = [progress.add_task(phase.name, total=phase.steps, note="") for phase in PHASES]
+
+        def on_step(phase: int, step: int, loss: float, right: float) -> None:
+            progress.update(bars[phase], completed=step, note=f"loss {loss:.3f}, right {right:.0%}")
+
+        trainer = Trainer(out, PHASES, seed, device, workers, on_step=on_step)
+        trainer.run()
+        save_model(trainer.model, out / "model")
+        rows = []
+        for split in SPLITS:
+            bar = progress.add_task(f"Measure {split}", total=samples, note="")
+            on_samples = partial(progress.advance, bar)
+            rows.append(measure(out / "model", split, samples, samples_seed, device, on_samples))
+            progress.update(bar, note=f"right {float(rows[-1]['all']):.1%}")
+            write_csv(out / "accuracy.csv", rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

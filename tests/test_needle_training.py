@@ -1,0 +1,175 @@
+"""The training of the needle model, and that the model that ships knows what its card says."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from math import comb
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import Qwen2VLForConditionalGeneration
+
+from fftriton.needle import KINDS, generate_sample
+from fftriton.needle.digits import digit_images
+from fftriton.processing import load_processor
+from fftriton.shipped import MODEL
+
+BENCH = Path(__file__).parents[1] / "bench" / "needle"
+RESUME_AFTER = "time" if transformers.__version__ < "5" else "space"
+
+
+class Scripts:
+    """The scripts in bench/needle."""
+
+    def __getattr__(self, name):
+        return importlib.import_module(name)
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return Scripts()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Qwen2VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+def tiny_phases(scripts):
+    """Both losses, and few enough steps for a laptop."""
+    batches, train = scripts.batches, scripts.train
+    lengths = (batches.Length(4, 2),)
+    return (
+        train.Phase("see", 3, lambda seed, phase: batches.AlignmentBatches(seed, 4), train.align, sees=True),
+        train.Phase("find", 3, train._asking((train._BUSY,), lengths, ("space", "time")), train.answer, warm_up=2),
+    )
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("stopped_at", [(0, 2), (1, 3)])
+def test_a_resumed_training_ends_with_the_same_weights(scripts, tmp_path, stopped_at):
+    phases, train = tiny_phases(scripts), scripts.train
+    whole = train.Trainer(tmp_path / "whole", phases)
+    untrained = weights(whole)
+    whole.run()
+
+    def stop(phase, step, loss, right):
+        if (phase, step) == stopped_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.Trainer(tmp_path / "parts", phases, checkpoint_every=1, on_step=stop).run()
+    resumed = train.Trainer(tmp_path / "parts", phases, checkpoint_every=1)
+    assert any(not torch.equal(value, untrained[name]) for name, value in weights(resumed).items())
+    resumed.run()
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(resumed)[name], value, rtol=0, atol=0)
+
+    with (tmp_path / "parts" / "training.csv").open() as file:
+        rows = [(row["phase"], int(row["step"])) for row in csv.DictReader(file)]
+    assert rows == [(phase.name, step) for phase in phases for step in (1, 2, 3)]
+
+
+def test_a_phase_trains_its_own_part(scripts, tmp_path):
+    trainer = scripts.train.Trainer(tmp_path, tiny_phases(scripts))
+    changed = []
+    for _ in range(2):
+        before = weights(trainer)
+        trainer._run_phase(trainer._phases[trainer._phase])
+        trainer._phase, trainer._step = 1, 0
+        changed.append({name for name, value in weights(trainer).items() if not torch.equal(value, before[name])})
+    vision, decoder = ({name for name in before if part in name} for part in (".visual.", ".layers."))
+    assert vision <= changed[0]
+    assert decoder <= changed[1]
+    assert not decoder & changed[0]
+    assert not vision & changed[1]
+
+
+def test_another_seed_than_the_checkpoints_is_refused(scripts, tmp_path):
+    phases = tiny_phases(scripts)[:1]
+    scripts.train.Trainer(tmp_path, phases, seed=3).run()
+    with pytest.raises(ValueError, match=r"seed must be that of the checkpoint in .*, 3, got 4"):
+        scripts.train.Trainer(tmp_path, phases, seed=4)
+
+
+def test_the_rate_warms_up_holds_and_falls(scripts):
+    phase = scripts.train.Phase("find", 100, None, None, rate=1.0, warm_up=10, hold=0.5)
+    rates = np.array([phase.rate_at(step) for step in range(100)])
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:51] == pytest.approx(1)
+    assert (np.diff(rates[51:]) < 0).all()
+    assert rates[-1] == pytest.approx(0.02, abs=0.01)
+
+
+def test_batches_follow_from_seed_phase_and_step(scripts):
+    def pixels(seed, phase, step):
+        data = scripts.train._asking((scripts.train._BUSY,), (scripts.batches.Length(4, 2),), ("space",))(seed, phase)
+        return data[step].pixels
+
+    assert torch.equal(pixels(0, 1, 5), pixels(0, 1, 5))
+    for other in ((1, 1, 5), (0, 2, 5), (0, 1, 6)):
+        assert not torch.equal(pixels(0, 1, 5), pixels(*other))
+
+
+def test_training_draws_no_held_out_digit(scripts, monkeypatch):
+    asked = set()
+    monkeypatch.setattr("fftriton.needle.digits.digit_images", lambda half: asked.add(half) or digit_images(half))
+    for phase in tiny_phases(scripts):
+        phase.data(0, 1)[0]
+    assert asked == {False}
+
+
+def test_packed_questions_get_the_logits_of_plain_ones(scripts, shipped):
+    samples = [generate_sample("easy", 3, index, num_frames=8) for index in range(6)]
+    videos = np.stack([sample.frames for sample in samples[:2]])
+    texts = [[sample.question for sample in samples[i::2]] for i in (0, 1)]
+    answers = [[sample.answer for sample in samples[i::2]] for i in (0, 1)]
+    batch = scripts.batches.pack(videos, texts, answers, RESUME_AFTER)
+    processor = load_processor(MODEL)
+    with torch.no_grad():
+        packed = scripts.train.question_logits(shipped, batch)
+        for row, sample in enumerate(samples[:2]):
+            for column, text in enumerate(texts[row]):
+                inputs = processor(sample.video, text)
+                if RESUME_AFTER == "time":
+                    inputs.pop("mm_token_type_ids")
+                plain = shipped(**inputs).logits[0, -1]
+                torch.testing.assert_close(packed[row, column], plain, rtol=0, atol=1e-4)
+
+
+def test_frames_seen_together_look_as_one_by_one(scripts):
+    model = scripts.model.make_model(0)
+    pixels, grid = torch.randn(3 * 16, 768), torch.tensor([[3, 4, 4]])
+    with torch.no_grad():
+        alone = model.model.visual(pixels, grid_thw=grid)
+        scripts.model.batch_frames(model)
+        together = model.model.visual(pixels, grid_thw=grid)
+    alone, together = (getattr(seen, "pooler_output", seen) for seen in (alone, together))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_a_saved_model_is_whole(scripts, tmp_path):
+    model = scripts.model.make_model(0)
+    scripts.model.save_model(model, tmp_path)
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, value in model.to(torch.bfloat16).state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in MODEL.iterdir()} - {"README.md"}
+
+
+@pytest.mark.parametrize("seed", [0, 12345])
+def test_shipped_model_reaches_95_percent_on_held_out_samples(scripts, shipped, seed):
+    samples = [generate_sample("easy", seed, index) for index in range(40)]
+    answers = scripts.train.answers(shipped, load_processor(MODEL), samples)
+    right = sum(text == sample.answer for text, sample in zip(answers, samples, strict=True))
+    at_most = sum(comb(len(samples), k) * 0.95**k * 0.05 ** (len(samples) - k) for k in range(right + 1))
+    assert at_most > 0.01, f"{right} of {len(samples)} right, which a model of 95 % is very unlikely to give"
+    assert {sample.kind for sample in samples} == set(KINDS)
