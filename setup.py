@@ -8,7 +8,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py").read_text())[1]
 
-EVAL = ["scikit-learn>=1.2"]  # the handwritten digits of the needle task
+EVAL = ["accelerate>=1.0", "scikit-learn>=1.2"]  # several processes; the handwritten digits of the needle task
 TEST = [*EVAL, "hypothesis", "kernels>=0.12,<0.18", "pytest>=8", "pytest-benchmark>=5", "setuptools>=70.1"]
 LINT = ["mypy>=1.10", "pre-commit", "ruff>=0.6"]
 
@@ -22,6 +22,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fftriton",
+        "fftriton.evaluate",
         "fftriton.hf",
         "fftriton.methods",
         "fftriton.needle",

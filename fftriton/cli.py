@@ -1,7 +1,9 @@
-"""The command line: `fftriton run`."""
+"""The command line: `fftriton run` and `fftriton eval`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +47,7 @@ def run(
     Without --model it is a small trained model that ships in the package, and without --video two clips that do.
     """
     console = Console()
-    try:
+    with _refusing():
         options = Options(
             model=model,
             video=video,
@@ -64,9 +66,6 @@ def run(
             with Bars(progress).open("Loading the model") as on_progress:
                 loaded = load_model(options)
                 on_progress(1, 1)
-    except (ValueError, TypeError) as error:
-        Console(stderr=True, style="bold red").print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(_BAD_INPUT) from None
     print_run(console, options)
     results = []
     for prompt in prompts:
@@ -76,8 +75,93 @@ def run(
     write_report(out / "report.json", options, results)
 
 
+@app.command("eval")
+def evaluate(
+    task: Annotated[str, typer.Option(help="What to ask: needle.")] = "needle",
+    methods: Annotated[
+        str, typer.Option(help=f"Separated by commas: {', '.join(NAMES)}; NAME:PARAMETER=VALUE sets a parameter.")
+    ] = "keep-all,framefusion,fastv,uniformframes,randomtokens",
+    budgets: Annotated[str, typer.Option(help="Vision tokens to keep, separated by commas.")] = "0.7,0.5,0.3,0.2,0.1",
+    samples: Annotated[int, typer.Option(help="Questions to ask, each about a video of its own.")] = 500,
+    seed: Annotated[int, typer.Option(help="Picks videos and digits, none of which training saw.")] = 0,
+    split: Annotated[str, typer.Option(help="easy, hard, blended, real or long.")] = "easy",
+    frames: Annotated[str, typer.Option(help="Lengths of the videos, separated by commas; else the split's.")] = "",
+    model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Method to test the others against; else the first.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for answers, results and pictures.")] = Path("fftriton-eval"),
+    device: Annotated[str | None, typer.Option(help="Torch device; else the GPU where there is one.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; else the checkpoint's own.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as a JSON list, and nothing else.")
+    ] = False,
+) -> None:
+    """Measure accuracy and cost of methods, all on the same samples.
+
+    A run that was broken off goes on where it stopped. Several processes share the samples: on GPUs `accelerate launch
+    -m fftriton.cli eval ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton.cli eval ...`.
+    """
+    from .evaluate import output, plan, rows, runner
+
+    console = Console(stderr=as_json)
+    with _refusing():
+        chosen = plan.Plan(
+            methods=tuple(_split(methods)),
+            budgets=tuple(_parse_budget(budget) for budget in _split(budgets)),
+            task=task,
+            split=split,
+            samples=samples,
+            seed=seed,
+            num_frames=tuple(_parse_frames(length) for length in _split(frames)),
+            model=model,
+            device=device,
+            max_new_tokens=max_new_tokens,
+            out=out,
+            reference=reference,
+        )
+        with make_progress(console) as progress:
+            results, records = runner.evaluate(chosen, Bars(progress).open)
+    if not runner.is_main_process():
+        return
+    files = output.write_results(chosen, results, records)
+    if as_json:
+        print(rows.as_json(results))
+        return
+    console.print(output.results_table(results))
+    for row in results:
+        if row.note is not None:
+            console.print(
+                f"{row.method} at {row.budget:.0%}: {row.note}", markup=False, highlight=False, soft_wrap=True
+            )
+    console.print("Written: " + ", ".join(str(path) for path in files), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn bad input into one line and an exit code."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        Console(stderr=True, style="bold red").print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(_BAD_INPUT) from None
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _parse_frames(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"frames must be numbers separated by commas, got '{text}'") from None
+
+
 def _parse_budget(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise ValueError(f"budget must be a number in (0, 1], got '{text}'") from None
+
+
+if __name__ == "__main__":
+    app()

@@ -106,7 +106,7 @@ def time_generation(
     """
     clock = TokenClock()
     device = inputs["input_ids"].device
-    memory = _memory_before(device)
+    memory = memory_before(device)
     _synchronize(device)
     with reducing:
         start = time.perf_counter()
@@ -114,7 +114,7 @@ def time_generation(
     cost.prefills.append(clock.times[0] - start)
     cost.decodes.append((clock.times[-1] - clock.times[0]) / decode_tokens)
     if memory is not None:
-        cost.peaks.append(_peak_memory(device) - memory)
+        cost.peaks.append(peak_memory(device) - memory)
 
 
 def time_call(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
@@ -134,7 +134,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _memory_before(device: torch.device) -> int | None:
+def memory_before(device: torch.device) -> int | None:
     """Reset the peak and return the bytes in use now; None where the peak cannot be reset or read."""
     gc.collect()
     if device.type == "cuda":
@@ -148,7 +148,7 @@ def _memory_before(device: torch.device) -> int | None:
         return None
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")

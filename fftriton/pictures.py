@@ -126,7 +126,7 @@ def draw_tokens_per_layer(path: Path, report: Report, method: str, title: str) -
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _cut(frames: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -208,7 +208,7 @@ def _draw_strips(path: Path, images: dict[str, list[np.ndarray]], times: list[st
             axes = figure.add_axes((*at(x, y + height), width / total_width, height / total_height))
             axes.imshow(strip[i], interpolation="nearest", aspect="auto")
             axes.set_axis_off()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _label_counts(axes: Axes, counts: list[int]) -> None:
@@ -220,7 +220,7 @@ def _label_counts(axes: Axes, counts: list[int]) -> None:
             axes.annotate(f"{count}", at, xytext=(0, 5), textcoords="offset points", fontsize=9, bbox=box)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)  # draws without a display, and leaves the process's choice of back end alone
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

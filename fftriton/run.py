@@ -94,12 +94,13 @@ def run(options: Options, model: Any, prompt: Prompt, open_bar: OpenBar) -> Resu
     Returns:
         The result; its pictures are in options.out.
     """
-    with _threads(options.threads):
+    with threads(options.threads):
         return _run(options, model, prompt, open_bar)
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -109,7 +110,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _run(options: Options, model: Any, prompt: Prompt, open_bar: OpenBar) -> Result:
-    inputs = _to_model(prompt.inputs, model)
+    inputs = to_model(prompt.inputs, model)
     with open_bar("Encoding the frames") as on_progress:
         vision_seconds = _encode(model, inputs, on_progress)
 
@@ -130,7 +131,7 @@ def _run(options: Options, model: Any, prompt: Prompt, open_bar: OpenBar) -> Res
     return Result(prompt, dense, reduced, vision_seconds, pictures)
 
 
-def _to_model(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def to_model(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Move the arguments that the model knows to its device, and pixels to its dtype."""
     known = inspect.signature(model.forward).parameters
     moved = {name: value.to(model.device) for name, value in inputs.items() if name in known}
@@ -170,12 +171,17 @@ def _vision_blocks(model: Any) -> list[nn.Module]:
 def _answer(
     options: Options, model: Any, inputs: dict[str, Tensor], way: Way, tokenizer: Any, on_progress: OnProgress
 ) -> str:
-    most = options.max_new_tokens or model.generation_config.max_new_tokens or _DEFAULT_ANSWER_TOKENS
+    most = answer_length(model, options.max_new_tokens)
     clock = TokenClock(lambda done: on_progress(done, most))
     with way.running(model):
         tokens = generate(model, inputs, clock, most)
     on_progress(most, most)  # an answer may end early
     return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def answer_length(model: Any, asked: int | None) -> int:
+    """The most new tokens of an answer: as asked, else the checkpoint's own."""
+    return asked or model.generation_config.max_new_tokens or _DEFAULT_ANSWER_TOKENS
 
 
 def _draw(options: Options, prompt: Prompt, way: Way, inputs: dict[str, Tensor]) -> list[Path]:

@@ -1,0 +1,8 @@
+"""Accuracy, and what it costs: all methods on the same samples of a task, side by side."""
+
+from .plan import Plan, Setting
+from .rows import Row, summarise
+from .runner import evaluate
+from .statistics import mcnemar_exact, wilson_interval
+
+__all__ = ["Plan", "Row", "Setting", "evaluate", "mcnemar_exact", "summarise", "wilson_interval"]

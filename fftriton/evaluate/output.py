@@ -1,0 +1,103 @@
+"""What an evaluation leaves behind: a table on the terminal, CSV files, pictures."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .. import __version__, shipped
+from ..request import Options
+from .plan import Plan, Setting
+from .plots import draw_depths, draw_layers, draw_pareto
+from .records import Record
+from .rows import Row, depth_cells, write_csv
+
+
+def write_results(plan: Plan, rows: Sequence[Row], records: Mapping[Setting, Sequence[Record]]) -> list[Path]:
+    """Write results.csv, depths.csv and the pictures into the plan's folder.
+
+    Returns:
+        The files.
+    """
+    cells = [cell for setting, own in records.items() for cell in depth_cells(setting, own)]
+    names = ("results.csv", "depths.csv", "pareto.png", "depths.png", "layers.png")
+    results, depths, pareto, heat_maps, layers = paths = [plan.out / name for name in names]
+    origin, title = describe(plan), _title(plan)
+    write_csv(results, rows, origin)
+    write_csv(depths, cells, origin)
+    if not records:
+        return paths[:2]
+    draw_pareto(pareto, rows, title)
+    draw_layers(layers, rows, title)
+    if cells:
+        draw_depths(heat_maps, cells, title)
+    return [path for path in paths if path.exists()]
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Where figures come from: samples, model, machine, versions, command."""
+    options = Options(model=plan.model, device=plan.device)
+    device = options.make_device()
+    return {
+        "task": plan.task,
+        "split": plan.split,
+        "seed": plan.seed,
+        "model": shipped.MODEL.name if options.uses_shipped_model else options.checkpoint,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": options.threads,
+        "fftriton": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout that the package runs from, with a + where it has been changed; else empty."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or an installed package
+        return ""
+
+
+def results_table(rows: Sequence[Row]) -> Table:
+    """What a reader compares: prefill in milliseconds, peak memory above rest in MiB."""
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for heading in ("budget", "met", "accuracy", "95 %", "p", "FLOPs", "ms", "MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row.accuracy is None:
+            table.add_row(escape(row.method), f"{row.budget:.0%}", "", "[dim]none[/dim]")
+            continue
+        table.add_row(
+            escape(row.method), f"{row.budget:.0%}", f"{row.budget_achieved:.1%}", f"{row.accuracy:.1%}",
+            f"{100 * (row.accuracy_low or 0):.1f}-{100 * (row.accuracy_high or 0):.1f}",
+            "" if row.p_value is None else f"{row.p_value:.2g}", f"{row.relative_flops:.1%}", f"{row.prefill_ms:.1f}",
+            "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _title(plan: Plan) -> str:
+    model = shipped.MODEL.name if plan.model is None else plan.model
+    return f"{model} on the {plan.task} task, {plan.split} split: {plan.samples} samples, seed {plan.seed}"

@@ -1,0 +1,142 @@
+"""What to evaluate, checked before any work."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checks import check_budget, check_choice, check_count
+from ..methods import NAMES, Method, make_method
+
+TASKS = ("needle",)
+
+_EVERYTHING = "keep-all"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of running the model: a method at a budget.
+
+    Attributes:
+        name: the method's, with its parameters: "framefusion" or "framefusion:similarity_threshold=0.9".
+        budget: fraction of the video tokens to keep, in (0, 1]; 1 for keep-all.
+    """
+
+    name: str
+    budget: float
+
+    def method(self, index: int = 0) -> Method:
+        """The method for one sample; random draws depend on the sample's index.
+
+        Raises:
+            ValueError, TypeError: an unknown method or parameter, or one out of range.
+        """
+        name, parameters = _parse(self.name)
+        if name == "randomtokens" and "seed" not in parameters:
+            parameters["seed"] = index
+        try:
+            return make_method(name, self.budget, **parameters)
+        except TypeError as error:
+            raise TypeError(f"methods: '{self.name}' cannot be made: {error}") from None
+
+    def problem(self, num_layers: int) -> str | None:
+        """Why the method cannot work at this budget and depth; None where it can."""
+        try:
+            self.method().check(num_layers)
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which methods at which budgets, on which samples, by which model.
+
+    Args:
+        methods: keys of methods.NAMES, each with parameters if wanted: "fastv:layer=3".
+        budgets: fractions of the video tokens to keep, in (0, 1]. keep-all runs once.
+        task: one of TASKS.
+        split: of the task.
+        samples: how many, at least 1: those of the indices 0, 1, ...
+        seed: picks the samples, which training never saw.
+        num_frames: lengths of the videos, which take turns; empty for the split's own.
+        model: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
+        device: a torch device; None for the GPU where there is one.
+        max_new_tokens: longest answer; None for the checkpoint's own.
+        out: folder for records and results.
+        reference: the method that the others are tested against, at the same budget; one of `methods`.
+
+    Raises:
+        ValueError, TypeError: the parameter, the rule and the value.
+    """
+
+    methods: tuple[str, ...] = ("keep-all", "framefusion")
+    budgets: tuple[float, ...] = (0.3,)
+    task: str = "needle"
+    split: str = "easy"
+    samples: int = 500
+    seed: int = 0
+    num_frames: tuple[int, ...] = ()
+    model: str | None = None
+    device: str | None = None
+    max_new_tokens: int | None = None
+    out: Path = Path("fftriton-eval")
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        from ..needle import SPLITS
+
+        check_choice("eval", "task", self.task, TASKS)
+        check_choice("eval", "split", self.split, SPLITS)
+        check_count("eval", "samples", self.samples, 1)
+        check_count("eval", "seed", self.seed, 0)
+        for name in ("methods", "budgets"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"eval: {name} must be one or more, each once, got {values!r}")
+        for budget in self.budgets:
+            check_budget("eval", "budgets", budget)
+        for frames in self.num_frames:
+            check_count("eval", "frames", frames, 4)
+            if frames % 4:
+                raise ValueError(f"eval: frames must be multiples of 4, got {frames}")
+        if self.reference is not None:
+            check_choice("eval", "reference", self.reference, self.methods)
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"eval: out must be a folder, got the file '{self.out}'")
+        for name in self.methods:
+            Setting(name, 1.0).method()
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Each method at each budget; keep-all once, as there is nothing to choose."""
+        return [
+            Setting(name, budget)
+            for name in self.methods
+            for budget in ((1.0,) if name == _EVERYTHING else self.budgets)
+        ]
+
+    def counterpart(self, setting: Setting) -> Setting | None:
+        """The setting that this one is tested against; None for that itself."""
+        reference = self.reference
+        if reference is None:
+            reference = next((name for name in self.methods if name != _EVERYTHING), self.methods[0])
+        if setting.name in (reference, _EVERYTHING):
+            return None
+        return Setting(reference, 1.0 if reference == _EVERYTHING else setting.budget)
+
+
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    """ "fastv:layer=3" -> ("fastv", {"layer": 3})."""
+    name, *pairs = text.split(":")
+    check_choice("eval", "methods", name, tuple(NAMES))
+    parameters = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        try:
+            parameters[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"eval: methods must be NAME or NAME:PARAMETER=VALUE, got '{text}'") from None
+    return name, parameters

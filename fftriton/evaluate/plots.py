@@ -1,0 +1,137 @@
+"""Pictures of results: accuracy over cost, accuracy by depth and length, tokens in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..pictures import save
+from .rows import DEPTHS, Cell, Row
+
+_COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
+_MARKERS = "osD^vP*X"
+
+
+def draw_pareto(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Accuracy over the prefill's operations, a line a method with its 95 % intervals. Figure 7 of FrameFusion.
+
+    Args:
+        path: PNG file to write.
+        rows: results; those without an accuracy are left out.
+        title: of the plot.
+    """
+    figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for number, (method, own) in enumerate(_by_method(rows).items()):
+        own = sorted(own, key=lambda row: row.relative_flops or 0)
+        x, y = ([getattr(row, name) for row in own] for name in ("relative_flops", "accuracy"))
+        below, above = ([abs(getattr(row, name) - row.accuracy) for row in own] for name in _INTERVAL)
+        marker, colour = _MARKERS[number % len(_MARKERS)], _COLOURS[number % len(_COLOURS)]
+        axes.errorbar(x, y, [below, above], label=method, marker=marker, color=colour, capsize=3, linewidth=1.5)
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="prefill operations, of those with all tokens", ylabel="accuracy, 95 % interval", xlim=(0, 1.05))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _tidy(axes)
+    axes.legend(frameon=False, loc="best")
+    save(figure, path)
+
+
+def draw_depths(path: Path, cells: Sequence[Cell], title: str) -> None:
+    """A heat map for each method and budget: accuracy by depth of the needle and length of the video. Figure 12.
+
+    Args:
+        path: PNG file to write.
+        cells: of all settings.
+        title: of the picture.
+    """
+    settings = list(dict.fromkeys((cell.method, cell.budget) for cell in cells))
+    methods = list(dict.fromkeys(method for method, _ in settings))
+    columns = max(sum(method == own for own, _ in settings) for method in methods)
+    lengths = sorted({cell.num_frames for cell in cells})
+    height = 0.75 + 0.28 * len(lengths)
+    figure = Figure(figsize=(1.5 + 2.4 * columns, 1.2 + height * len(methods)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(methods), columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_visible(False)
+    for method, line in zip(methods, panels, strict=True):
+        budgets = [budget for own, budget in settings if own == method]
+        for budget, axes in zip(budgets, line, strict=False):
+            axes.set_visible(True)
+            grid = _grid(cells, method, budget, lengths)
+            image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            for row, column in np.argwhere(~np.isnan(grid)):
+                share = grid[row, column]
+                colour = "white" if abs(share - 0.5) > 0.35 else "black"  # the map is dark at its ends
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=colour)
+            axes.set_title(f"{method}, {budget:.0%}", fontsize=7)
+            axes.set_yticks(range(len(lengths)), [str(length) for length in lengths], fontsize=6)
+            axes.set_xticks([-0.5, DEPTHS - 0.5], ["first", "last"], fontsize=6)
+    figure.suptitle(title, fontsize=9)
+    figure.supylabel("frames of the video", fontsize=8)
+    figure.supxlabel("depth of the needle: where in the video", fontsize=8)
+    bar = figure.colorbar(image, ax=panels, shrink=0.6, format=PercentFormatter(1, decimals=0))
+    bar.set_label("accuracy", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    save(figure, path)
+
+
+def draw_layers(path: Path, rows: Sequence[Row], title: str) -> None:
+    """The video tokens in each layer's attention, a panel a budget and a line a method. Figure 14.
+
+    Args:
+        path: PNG file to write.
+        rows: results; those without tokens are left out.
+        title: of the picture.
+    """
+    rows = [row for row in rows if row.vision_tokens]
+    budgets = sorted({row.budget for row in rows if row.budget < 1} or {1.0}, reverse=True)
+    colours = dict(zip(_by_method(rows), _COLOURS * len(rows), strict=False))
+    figure = Figure(figsize=(1 + 3 * len(budgets), 4.2), dpi=150, layout="constrained")
+    for axes, budget in zip(figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0], budgets, strict=True):
+        for row in (row for row in rows if row.budget in (budget, 1.0)):
+            edges = np.arange(len(row.vision_tokens) + 1) - 0.5
+            axes.stairs(
+                row.vision_tokens, edges, label=row.method, color=colours[row.method], baseline=None, linewidth=2
+            )
+        axes.set_title(f"budget {budget:.0%}", fontsize=9)
+        axes.set(xlabel="layer", ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _tidy(axes)
+    figure.axes[0].set_ylabel("video tokens in attention, mean")
+    figure.suptitle(title, fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    save(figure, path)
+
+
+_INTERVAL = ("accuracy_low", "accuracy_high")
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that have an accuracy, method by method."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.accuracy is not None:
+            found.setdefault(row.method, []).append(row)
+    return found
+
+
+def _grid(cells: Sequence[Cell], method: str, budget: float, lengths: Sequence[int]) -> np.ndarray:
+    """[lengths, DEPTHS] accuracies, NaN where there is no sample."""
+    grid = np.full((len(lengths), DEPTHS), np.nan)
+    for cell in cells:
+        if (cell.method, cell.budget) == (method, budget):
+            grid[lengths.index(cell.num_frames), round(cell.depth_from * DEPTHS)] = cell.accuracy
+    return grid
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)

@@ -1,0 +1,163 @@
+"""Results: one row a setting, from the records."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .plan import Plan, Setting
+from .records import Record
+from .statistics import mcnemar_exact, wilson_interval
+
+DEPTHS = 8  # equal stretches of a video
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a method reached at a budget.
+
+    Attributes:
+        method, budget: what was asked for.
+        budget_achieved: mean over samples of the budget that was met.
+        samples: answers.
+        accuracy: the fraction that is right; None where the method cannot work at this budget.
+        accuracy_low, accuracy_high: its 95 % interval (Wilson).
+        relative_flops: of the prefill, as a fraction of what all tokens take; mean over samples.
+        gigaflops: of the prefill, mean over samples.
+        prefill_ms: median milliseconds of the decoder for a prompt.
+        peak_mib: memory that a prompt took above rest, median of the first samples.
+        against: the method that `p_value` compares with at the same budget.
+        p_value: of McNemar's exact test on the same samples, two-sided.
+        by_kind: accuracy for each kind of question.
+        vision_tokens: for each layer, the video tokens in its attention, mean over samples.
+        note: why there is no accuracy.
+    """
+
+    method: str
+    budget: float
+    budget_achieved: float | None = None
+    samples: int = 0
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    relative_flops: float | None = None
+    gigaflops: float | None = None
+    prefill_ms: float | None = None
+    peak_mib: float | None = None
+    against: str | None = None
+    p_value: float | None = None
+    by_kind: dict[str, float] = field(default_factory=dict)
+    vision_tokens: list[float] = field(default_factory=list)
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Accuracy of a setting where the answer lies in one stretch of videos of one length: a cell of the heat map."""
+
+    method: str
+    budget: float
+    num_frames: int
+    depth_from: float
+    depth_to: float
+    samples: int
+    accuracy: float
+
+
+def summarise(plan: Plan, records: Mapping[Setting, Sequence[Record]], problems: Mapping[Setting, str]) -> list[Row]:
+    """One row for each setting of the plan.
+
+    Args:
+        plan: what was evaluated.
+        records: of each setting that can work, by the same samples in the same order.
+        problems: why the others cannot.
+    """
+    rows = []
+    for setting in plan.settings:
+        if setting in problems:
+            rows.append(Row(setting.name, setting.budget, note=problems[setting]))
+            continue
+        other = plan.counterpart(setting)
+        rows.append(_row(setting, records[setting], other, records.get(other, ()) if other else ()))
+    return rows
+
+
+def _row(setting: Setting, records: Sequence[Record], other: Setting | None, others: Sequence[Record]) -> Row:
+    right = sum(record.right for record in records)
+    low, high = wilson_interval(right, len(records))
+    peaks = [record.peak_memory for record in records if record.peak_memory is not None]
+    kinds = dict.fromkeys(record.kind for record in records)
+    return Row(
+        setting.name,
+        setting.budget,
+        budget_achieved=statistics.fmean(record.budget_achieved for record in records),
+        samples=len(records),
+        accuracy=right / len(records),
+        accuracy_low=low,
+        accuracy_high=high,
+        relative_flops=statistics.fmean(record.flops / record.dense_flops for record in records),
+        gigaflops=statistics.fmean(record.flops for record in records) / 1e9,
+        prefill_ms=statistics.median(record.prefill_seconds for record in records) * 1e3,
+        peak_mib=statistics.median(peaks) / 2**20 if peaks else None,
+        against=other.name if other and others else None,
+        p_value=_p_value(records, others) if others else None,
+        by_kind={kind: _accuracy([record for record in records if record.kind == kind]) for kind in kinds},
+        vision_tokens=[statistics.fmean(counts) for counts in zip(*(r.vision_tokens for r in records), strict=True)],
+    )
+
+
+def _p_value(first: Sequence[Record], second: Sequence[Record]) -> float:
+    pairs = [(a.right, b.right) for a, b in zip(first, second, strict=True)]
+    return mcnemar_exact(pairs.count((True, False)), pairs.count((False, True)))
+
+
+def _accuracy(records: Sequence[Record]) -> float:
+    return statistics.fmean(record.right for record in records)
+
+
+def depth_cells(setting: Setting, records: Sequence[Record]) -> list[Cell]:
+    """Accuracy by length of the video and depth of the needle, where the question has one."""
+    cells: dict[tuple[int, int], list[Record]] = {}
+    for record in records:
+        if record.depth is not None:
+            stretch = min(int(record.depth * DEPTHS), DEPTHS - 1)
+            cells.setdefault((record.num_frames, stretch), []).append(record)
+    return [
+        Cell(
+            setting.name,
+            setting.budget,
+            frames,
+            stretch / DEPTHS,
+            (stretch + 1) / DEPTHS,
+            len(inside),
+            _accuracy(inside),
+        )
+        for (frames, stretch), inside in sorted(cells.items())
+    ]
+
+
+def write_csv(path: Path, items: Iterable[Row | Cell], origin: Mapping[str, Any]) -> None:
+    """One line an item, each with where it comes from."""
+    lines = [{**_flat(asdict(item)), **origin} for item in items]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def as_json(rows: Iterable[Row]) -> str:
+    """The rows as a JSON list."""
+    return json.dumps([asdict(row) for row in rows], indent=2)
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """Values that stand in one column each: kinds get columns of their own, tokens of layers stand side by side."""
+    kinds = {f"accuracy {kind}": value for kind, value in fields.pop("by_kind", {}).items()}
+    tokens = fields.pop("vision_tokens", None)
+    flat = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in {**fields, **kinds}.items()}
+    return flat if tokens is None else {**flat, "vision tokens per layer": " ".join(f"{count:.4g}" for count in tokens)}
