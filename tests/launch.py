@@ -16,8 +16,7 @@ def launch(launcher, file, *arguments, seconds=180):
         file: what to run, with `arguments`; it finds what the tests find.
         seconds: how long it may take.
     """
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), str(tests.parent), str(tests.parent / "kernels"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", *launcher, str(file), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

@@ -39,6 +39,28 @@ def attention_function(attention: Any) -> Callable:
     return sys.modules[type(attention).__module__].eager_attention_forward
 
 
+def head_group(attention: Any, heads: int) -> Any:
+    """The processes over which tensor parallelism splits the heads of a module that has `heads` of them here.
+
+    Returns:
+        A torch.distributed.ProcessGroup; None where all heads are here.
+
+    Raises:
+        RuntimeError: heads are elsewhere, and no parameter says where.
+    """
+    total = getattr(attention.config, "num_attention_heads", heads)
+    if heads == total:
+        return None
+    for parameter in attention.parameters():
+        mesh = getattr(parameter, "device_mesh", None)  # of a DTensor
+        if mesh is not None:
+            return mesh.get_group("tp" if "tp" in (mesh.mesh_dim_names or ()) else None)
+    raise RuntimeError(
+        f"reduce: importance is a mean over all heads, but only {heads} of {total} are in this process, and no "
+        "parameter is a DTensor that says where the others are; split the model with the tp_plan of transformers"
+    )
+
+
 def first_of(output: Any) -> Tensor:
     """A decoder layer's hidden states: some layers return them in a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -2,6 +2,7 @@
 
 For the length of one attention call the module's config is replaced by a proxy that names a function of ours. That
 function keeps the queries and keys, puts the config back and calls the model's own choice, so outputs are unchanged.
+Where tensor parallelism splits the heads over processes, all of them get the mean over all heads.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fftriton_kernels import attention_column_sum
 
-from .compat import attention_function
+from .compat import attention_function, head_group
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class Attention:
 
     Args:
         q: [B, H, N, d] queries. k: [B, Hkv, past + N, d] keys. scale: of their products; None for 1 / sqrt(d).
+        group: the processes that have the other heads; None where all of them are here.
     """
 
     q: Tensor
     k: Tensor
     scale: float | None
+    group: Any = None
 
     def received(
         self, sample: int, rows: slice | Tensor, past_valid: Tensor | None, later: int, num_queries: int | None
@@ -55,6 +59,9 @@ class Attention:
             q[:, :, :last], k[:, :, :end], scale=self.scale, num_queries=num_queries and min(num_queries, last),
             columns=(end - last, end),
         )  # fmt: skip
+        if self.group is not None:  # every process has the mean over its heads, and as many of them
+            dist.all_reduce(scores, group=self.group)
+            scores /= self.group.size()
         return F.pad(scores, (0, later)) if later else scores
 
 
@@ -92,7 +99,7 @@ class AttentionTap:
 
     def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.close(module)
-        self.seen = Attention(query, key, kwargs.get("scaling"))
+        self.seen = Attention(query, key, kwargs.get("scaling"), head_group(module, query.shape[1]))
         return attention_function(module)(module, query, key, value, *args, **kwargs)
 
 
