@@ -140,7 +140,7 @@ def to_model(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def _encode(model: Any, inputs: dict[str, Tensor], on_progress: OnProgress) -> float | None:
     """Run the vision encoder once, block by block on the bar, then time it."""
-    encode = getattr(model, "get_video_features", None)
+    encode = getattr(model.base_model, "get_video_features", None)  # its signature is the whole one
     known = inspect.signature(encode).parameters if encode else {}
     if encode is None or "pixel_values_videos" not in known:
         on_progress(1, 1)
