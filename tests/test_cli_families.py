@@ -1,11 +1,11 @@
 """`fftriton run --model` on a checkpoint of every family, through the family's own processor."""
 
-import importlib
 import json
 
 import pytest
 from checkpoints import PARTS, save_checkpoint
 from families import FAMILIES
+from testing_helpers import needs_torchvision
 from typer.testing import CliRunner
 
 import fftriton.cli
@@ -14,18 +14,6 @@ from fftriton.processing import HubProcessor
 from fftriton.shipped import NEEDLE
 from fftriton.video import read_video
 
-
-def torchvision_works():
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-needs_torchvision = pytest.mark.skipif(
-    not torchvision_works(), reason="Hugging Face's video processors need torchvision"
-)
 EVERY_FAMILY = pytest.mark.parametrize("name", PARTS)
 
 

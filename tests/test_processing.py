@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from testing_helpers import needs_torchvision
 
 import fftriton.processing as processing
 from fftriton.processing import HubProcessor, QwenPixels, QwenProcessor, load_processor, smart_resize, unknown_words
@@ -28,19 +28,6 @@ ASSETS = Path(processing.__file__).parent / "assets"
 MODEL = ASSETS / "needle-qwen2vl"
 PROCESSOR_CLASSES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
 QUESTION = "Which digit is on the red box?"
-
-
-def torchvision_works() -> bool:
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-needs_torchvision = pytest.mark.skipif(
-    not torchvision_works(), reason="no torchvision on PyPI imports beside a CPU build of torch"
-)
 
 
 def random_video(num_frames: int, height: int, width: int, fps: float = 10.0) -> Video:

@@ -1,12 +1,14 @@
 """What several test files share: inputs, shapes, and the rule that judges floating point errors."""
 
 import builtins
+import importlib
 import mmap
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +19,20 @@ SHAPES = [  # B, F, P, D
     (1, 5, 13, 129),  # D crosses a block edge
     (1, 1, 9, 64),  # one frame: no partner anywhere
 ]
+
+
+def torchvision_works() -> bool:
+    """Whether Hugging Face's video processors can be used."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+needs_torchvision = pytest.mark.skipif(
+    not torchvision_works(), reason="no torchvision on PyPI imports beside a CPU build of torch"
+)
 
 
 def make_video(B: int, F: int, P: int, D: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:

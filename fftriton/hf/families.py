@@ -34,7 +34,7 @@ def grid_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
     runs = _deal_out(
         model, arguments, model.config.video_token_id, [frames * patches for frames, patches in shapes], source
     )
-    return [VideoLayout(run.view(shapes[video]), sample) for video, sample, run in runs]
+    return [VideoLayout(run.view(shape), sample) for shape, (sample, run) in zip(shapes, runs, strict=False)]
 
 
 def llava_onevision_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -46,7 +46,7 @@ def llava_onevision_layout(model: Any, arguments: Mapping[str, Any]) -> list[Vid
     tokens = math.prod(shape)
     source = f"pixel_values_videos of shape {list(pixels.shape)}"
     runs = _deal_out(model, arguments, model.config.video_token_id, [tokens + 1] * len(pixels), source)
-    return [VideoLayout(run[:tokens].view(shape), sample) for _, sample, run in runs]
+    return [VideoLayout(run[:tokens].view(shape), sample) for sample, run in runs]
 
 
 def llava_next_video_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -57,7 +57,7 @@ def llava_next_video_layout(model: Any, arguments: Mapping[str, Any]) -> list[Vi
     shape = (pixels.shape[1], (_vision_side(model.config) // model.config.spatial_pool_stride) ** 2)
     source = f"pixel_values_videos of shape {list(pixels.shape)}"
     runs = _deal_out(model, arguments, model.config.video_token_id, [math.prod(shape)] * len(pixels), source)
-    return [VideoLayout(run.view(shape), sample) for _, sample, run in runs]
+    return [VideoLayout(run.view(shape), sample) for sample, run in runs]
 
 
 def internvl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -88,9 +88,9 @@ def video_llama_3_layout(model: Any, arguments: Mapping[str, Any]) -> list[Video
     source = f"video_grid_thw {grids.tolist()} with video_compression_mask"
     runs = _deal_out(model, arguments, model.config.video_token_id, [int(mask.sum()) for mask in masks], source)
     layouts = []
-    for video, sample, run in runs:
-        positions = torch.full((sizes[video],), -1).masked_scatter(masks[video], run)
-        layouts.append(VideoLayout(positions.view(shapes[video]), sample))
+    for shape, mask, (sample, run) in zip(shapes, masks, runs, strict=False):
+        positions = torch.full(mask.shape, -1).masked_scatter(mask, run)
+        layouts.append(VideoLayout(positions.view(shape), sample))
     return layouts
 
 
@@ -105,9 +105,7 @@ def minicpm_v_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayo
         return []
     sizes = [_minicpm_tokens(model.config, arguments, int(h), int(w)) for h, w in targets.tolist()]
     source = f"target_sizes_videos {targets.tolist()}"
-    units = [
-        (sample, run) for _, sample, run in _deal_out(model, arguments, model.config.video_token_id, sizes, source)
-    ]
+    units = _deal_out(model, arguments, model.config.video_token_id, sizes, source)
     layouts = []
     for sample, of_sample in itertools.groupby(units, key=lambda unit: unit[0]):
         prompt = _ids_or_embeddings(arguments)[sample].cpu()
@@ -197,32 +195,24 @@ def _vision_side(config: Any) -> int:
 
 def _deal_out(
     model: Any, arguments: Mapping[str, Any], token: int, sizes: Sequence[int], source: str
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Give each video its share of the places that hold `token`: (video, sample, positions [size]).
-
-    `generate` repeats the prompt's rows for beams and several return sequences, but not always what the encoder gets;
-    then each sample's videos are dealt out to all its copies.
+) -> Iterator[tuple[int, Tensor]]:
+    """Give each video its share of the places that hold `token`: (sample, positions [size]).
 
     Raises:
-        ValueError: the sizes, which `source` says, do not make up the prompt's tokens.
+        ValueError: the sizes, which `source` says, do not make up the prompt's tokens, sample by sample.
     """
     found = _find_tokens(model, arguments, token)
     if found is None or not bool(found.any()):
         return
-    total, expected = int(found.sum()), sum(sizes)
-    copies = max(1, total // max(1, expected))
-    if total != copies * expected or len(found) % copies:
-        raise ValueError(f"layout: {source} must describe the {total} video tokens of the prompt, but makes {expected}")
-    sample, position = found[::copies].nonzero(as_tuple=True)
-    first = 0
-    for video, size in enumerate(sizes):
-        share = slice(first, first + size)
-        owner = int(sample[first])
-        if bool((sample[share] != owner).any()):
+    sample, position = found.nonzero(as_tuple=True)
+    if len(position) != sum(sizes):
+        raise ValueError(
+            f"layout: {source} must describe the {len(position)} video tokens of the prompt, but makes {sum(sizes)}"
+        )
+    for owners, positions in zip(sample.split(list(sizes)), position.split(list(sizes)), strict=True):
+        if bool((owners != owners[0]).any()):
             raise ValueError(f"layout: {source} must not spread a video over two samples")
-        for copy in range(copies):
-            yield video, owner * copies + copy, position[share]
-        first += size
+        yield int(owners[0]), positions
 
 
 def _ids_or_embeddings(arguments: Mapping[str, Any]) -> Tensor:

@@ -1,5 +1,7 @@
 """Every model family: where its videos stand, and that it is reduced as a computation by hand says."""
 
+import copy
+import inspect
 from dataclasses import dataclass
 
 import pytest
@@ -100,3 +102,48 @@ def test_methods_meet_their_budgets(family, method):
         model(**inputs)
     report = reduction.report
     assert abs(report.budget_achieved - method.budget) <= 1 / report.num_video_tokens
+
+
+@torch.no_grad()
+def test_inputs_that_do_not_fit_the_prompt():
+    model, inputs = FAMILIES["qwen2_vl"].model(), FAMILIES["qwen2_vl"].inputs()
+    tall = inputs | {"video_grid_thw": torch.tensor([[4, 4, 6], [4, 4, 8]])}
+    two_rows = {name: value.view(2, -1) for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
+    for wrong, message in [
+        (tall, r"video_grid_thw .* must describe the 40 video tokens of the prompt, but makes 56"),
+        (inputs | two_rows, "must not spread a video over two samples"),
+    ]:
+        with fftriton.reduce(model, fftriton.KeepAll()), pytest.raises(ValueError, match=message):
+            model(**wrong)
+
+
+@torch.no_grad()
+def test_a_compression_mask_that_does_not_fit():
+    family = FAMILIES["video_llama_3"]
+    model, inputs = family.model(), family.inputs()
+    short = inputs | {"video_compression_mask": inputs["video_compression_mask"][:-1]}
+    with fftriton.reduce(model, fftriton.KeepAll()):
+        with pytest.raises(ValueError, match="video_compression_mask: must have 64 entries, .* got 63"):
+            model(**short)
+
+
+@torch.no_grad()
+def test_a_video_encoded_outside():
+    model, inputs = FAMILIES["qwen2_vl"].model(), FAMILIES["qwen2_vl"].inputs(image=False)
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this release of transformers takes no encoded video")
+    pixels, grids = inputs.pop("pixel_values_videos"), inputs.pop("video_grid_thw")
+    encoded = {"video": model.get_video_features(pixels, grids)}
+    with fftriton.reduce(model, fftriton.FrameFusion(0.5)) as reduction:
+        with pytest.raises(ValueError, match="video_grid_thw: must be known, but the video was encoded outside"):
+            model(**inputs, mm_encoder_outputs=encoded)
+        model(**inputs, mm_encoder_outputs=encoded, video_grid_thw=grids)
+    assert reduction.report.budget_achieved == 0.5
+
+
+def test_models_of_no_known_family():
+    model = copy.copy(FAMILIES["qwen2_vl"].model())
+    model.config = copy.copy(model.config)
+    model.config.model_type = "qwen9_vl"
+    with pytest.raises(TypeError, match="layout must be given for Qwen2VL.*found without for .* got 'qwen9_vl'"):
+        fftriton.reduce(model, fftriton.KeepAll())
