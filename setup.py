@@ -9,7 +9,15 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py").read_text())[1]
 
 EVAL = ["accelerate>=1.0", "scikit-learn>=1.2"]  # several processes; the handwritten digits of the needle task
-TEST = [*EVAL, "hypothesis", "kernels>=0.12,<0.18", "pytest>=8", "pytest-benchmark>=5", "setuptools>=70.1"]
+TEST = [
+    *EVAL,
+    "hypothesis",
+    "kernels>=0.12,<0.18",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.5",
+    "setuptools>=70.1",
+]
 LINT = ["mypy>=1.10", "pre-commit", "ruff>=0.6"]
 
 setup(

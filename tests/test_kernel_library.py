@@ -39,7 +39,7 @@ class Finder:
 
 sys.meta_path.insert(0, Finder)
 """
-# loads the folder in sys.argv[1] with Hugging Face's package and merges with it
+# loads the folder in sys.argv[1] with Hugging Face's package and merges with it, beside the one in sys.argv[2]
 LOAD = """
 import sys
 from inspect import signature
@@ -54,6 +54,11 @@ assert name not in sys.modules, "an absolute import"
 x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]])
 merged = loaded.merge_mean(x, loaded.merge_roots(loaded.strided_cosine_similarity(x, 2), 2, 0.9))
 assert merged.x.tolist() == [[[2.0, 0.0], [0.0, 1.0]]]
+sys.path.insert(0, sys.argv[2])
+import fftriton_kernels  # a second copy, broken: the first one does not notice
+fftriton_kernels.reference.group_mean = None
+again = loaded.merge_mean(x, loaded.merge_roots(loaded.strided_cosine_similarity(x, 2), 2, 0.9))
+assert torch.equal(again.x, merged.x)
 print(Path(kernels.__file__).resolve())
 print(Path(loaded.__file__).resolve())
 """
@@ -321,7 +326,7 @@ needs_hub = pytest.mark.skipif(HUB is None, reason="Hugging Face's package `kern
 def test_loads_as_a_hub_kernel(place, interpret, tmp_path):
     folder = hub_folder(tmp_path / "hub")
     cwd, path = (ROOT, str(ROOT)) if place == "root" else (tmp_path, None)
-    theirs, ours = run("-c", LOAD, folder, cwd=cwd, PYTHONPATH=path, TRITON_INTERPRET=interpret).split()
+    theirs, ours = run("-c", LOAD, folder, LIBRARY, cwd=cwd, PYTHONPATH=path, TRITON_INTERPRET=interpret).split()
     assert Path(theirs) == Path(HUB.locate_file("kernels/__init__.py")).resolve()
     assert Path(ours).is_relative_to(folder.resolve())
 

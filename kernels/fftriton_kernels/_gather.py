@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import runs_triton
+from ._ops import add_op_namespace_prefix
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TILE = 1024  # elements a program
@@ -109,7 +110,7 @@ def _launch(index: Tensor, tensors: list[Tensor], outs: list[Tensor], layout: _L
 
 
 @torch.library.custom_op(
-    "fftriton::gather_rows", mutates_args=(), schema="(Tensor index, Tensor[] tensors) -> Tensor[]"
+    add_op_namespace_prefix("gather_rows"), mutates_args=(), schema="(Tensor index, Tensor[] tensors) -> Tensor[]"
 )
 def gather(index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """index [B, K] int32 or int64 (-1: a row of zeros), tensors [B, N, ...] of any dtype -> [B, K, ...] contiguous.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import runs_triton
+from ._ops import add_op_namespace_prefix
 from ._radix import right_end, sum_before
 from .reference import Groups
 
@@ -257,7 +258,7 @@ def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int, capacity
 
 
 @torch.library.custom_op(
-    "fftriton::group_rows",
+    add_op_namespace_prefix("group_rows"),
     mutates_args=(),
     schema="(Tensor roots, Tensor? predecessor, SymInt stride, SymInt? capacity=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

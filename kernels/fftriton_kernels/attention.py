@@ -33,6 +33,7 @@ from ._dispatch import (
     check_shape,
     runs_triton,
 )
+from ._ops import add_op_namespace_prefix
 from ._tiles import lookup
 
 _UPCAST = tl.constexpr(INTERPRET)  # the interpreter's tl.dot multiplies the raw bits of a bf16
@@ -308,7 +309,7 @@ class _Packed(NamedTuple):
     keys: int
 
 
-@torch.library.custom_op("fftriton::attention_column_sum", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("attention_column_sum"), mutates_args=())
 def _attention_column_sum(
     q: Tensor, k: Tensor, scale: float, causal: bool, lse: Tensor | None, num_queries: int, begin: int, end: int
 ) -> Tensor:
@@ -327,7 +328,7 @@ def _(q, k, scale, causal, lse, num_queries, begin, end):
     return q.new_empty(q.shape[0], end - begin, dtype=torch.float32)
 
 
-@torch.library.custom_op("fftriton::attention_column_sum_packed", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("attention_column_sum_packed"), mutates_args=())
 def _attention_column_sum_packed(
     q: Tensor,
     k: Tensor,

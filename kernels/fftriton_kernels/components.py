@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import INDICES, check_at_least, check_dtype, check_shape, runs_triton
+from ._ops import add_op_namespace_prefix
 
 BLOCK = 256  # edges or nodes a program
 
@@ -71,7 +72,7 @@ def _flatten_kernel(parents_ptr, num_nodes, BLOCK_N: tl.constexpr):
     tl.store(parents_ptr + offs_n, _find(parents_ptr, offs_n, offs_n < num_nodes), mask=offs_n < num_nodes)
 
 
-@torch.library.custom_op("fftriton::connected_components", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("connected_components"), mutates_args=())
 def _connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     if not runs_triton(edges):
         return reference.connected_components(edges, num_nodes)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import FLOATS, INDICES, block, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
+from ._ops import add_op_namespace_prefix
 from ._packed import any_rows, check_cu_seqlens, rows_of
 from ._tiles import lookup
 
@@ -89,7 +90,7 @@ def _linked_cosine_kernel(
     tl.store(out_ptr + pid_b * stride_ob + pid_n * stride_on, similarity)
 
 
-@torch.library.custom_op("fftriton::strided_cosine_similarity", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("strided_cosine_similarity"), mutates_args=())
 def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
     batch, length, width = x.shape
     if not runs_triton(x):
@@ -107,7 +108,7 @@ def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
     return out
 
 
-@torch.library.custom_op("fftriton::linked_cosine_similarity", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linked_cosine_similarity"), mutates_args=())
 def _linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
     batch, length, width = x.shape
     if not runs_triton(x):

@@ -36,6 +36,7 @@ from ._dispatch import (
 )
 from ._gather import gather
 from ._groups import group_rows
+from ._ops import add_op_namespace_prefix
 from ._packed import any_rows, check_capacity, check_cu_seqlens, rows_of
 from ._radix import admitted, load_keys, sort_key, tally
 from ._tiles import lookup
@@ -228,7 +229,7 @@ def _launch_roots(
 
 
 @torch.library.custom_op(
-    "fftriton::merge_roots",
+    add_op_namespace_prefix("merge_roots"),
     mutates_args=(),
     schema="(Tensor similarity, Tensor? predecessor, SymInt stride, float threshold, Tensor? bounds, SymInt? bound,"
     " Tensor? cu_seqlens=None, SymInt? max_seqlen=None) -> Tensor",
@@ -259,7 +260,7 @@ def _(similarity, predecessor, stride, threshold, bounds, bound, cu_seqlens=None
     return similarity.new_empty(similarity.shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("fftriton::group_mean", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("group_mean"), mutates_args=())
 def _group_mean(x: Tensor, kept: Tensor, row: Tensor, starts: Tensor, sizes: Tensor, members: Tensor) -> Tensor:
     if not runs_triton(x):
         return reference.group_mean(x, Groups(kept, kept, kept, row, starts, sizes, members))

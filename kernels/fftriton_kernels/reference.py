@@ -8,7 +8,8 @@ With cu_seqlens tensors are packed: [T, ...] for [B, N, ...], and S sequences fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 NO_LINK = -2.0
 """Similarity of a token that has no partner: below every cosine, so it never reaches a threshold."""
 
-_ROWS = 128  # rows of x that are worked on at a time
+_BLOCK = 2**19  # elements of x that are worked on at a time
 _QUERY_BLOCK = 128  # rows of the attention matrix that exist at a time
 
 
@@ -71,14 +72,11 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tens
     """x [B, N, D], predecessor [B, N] (-1: none) -> [B, N]: cosine of each row with its predecessor."""
     if cu_seqlens is not None:
         return linked_cosine_similarity(x[None], predecessor[None])[0]
-    dot = x.new_empty(predecessor.shape, dtype=_accumulator(x))
-    square = torch.empty_like(dot)
     partner = predecessor.long().clamp_min(0)
-    for sample, low, high in _row_blocks(x):
-        rows = _accumulated(x[sample, low:high])
-        partners = _accumulated(x[sample].index_select(0, partner[sample, low:high]))
-        square[sample, low:high] = (rows * rows).sum(-1)
-        dot[sample, low:high] = (rows * partners).sum(-1)
+    products = [_row_products(rows, links) for rows, links in zip(x, partner, strict=True)]
+    square, dot = (
+        torch.stack(products).unbind(-1) if products else x.new_empty(2, *partner.shape, dtype=_accumulator(x))
+    )
     partner_square = square.gather(1, partner)
     cosine = dot / (square.sqrt() * partner_square.sqrt())
     safe = _is_safe(square) & _is_safe(partner_square)
@@ -87,6 +85,44 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tens
     if len(unsafe):  # rows that are zero, not finite, or so large or small that their squares are
         cosine[samples, unsafe] = _scaled_cosine(x[samples, unsafe], x[samples, partner[samples, unsafe]])
     return torch.where(linked, cosine, NO_LINK)
+
+
+def _row_products(x: Tensor, partner: Tensor) -> Tensor:
+    """x [N, D], partner [N] -> [N, 2]: each row times itself, and times its partner."""
+    place = torch.arange(len(x), device=x.device)
+    if x.device.type != "cpu" or not x.numel() or len(x) == 1:
+        rows = _accumulated(x)
+        return torch.stack(((rows * rows).sum(-1), (rows * rows[partner]).sum(-1)), 1)
+    if x.dtype == _accumulator(x) and x.is_contiguous():
+        return _sampled_products(_pattern(torch.stack((place, partner), 1), x), x, x)
+    block = min(_block_rows(x), len(x))
+    out = x.new_empty(len(x), 2, dtype=_accumulator(x))
+    pool = torch.zeros(2 * block, x.shape[1], dtype=out.dtype)  # a block's rows, then their partners
+    pattern = _pattern(torch.stack((place[:block], place[:block] + block), 1), pool)
+    for low in range(0, len(x), block):
+        links = partner[low : low + block]
+        rows, first = len(links), int(links[0])
+        in_order = torch.equal(links, place[first : first + rows])  # as before the first merge: nothing to gather
+        pool[:rows] = x[low : low + rows]
+        pool[block : block + rows] = x[first : first + rows] if in_order else x.index_select(0, links)
+        out[low : low + rows] = _sampled_products(pattern, pool[:block], pool)[:rows]
+    return out
+
+
+def _pattern(columns: Tensor, y: Tensor) -> Tensor:
+    """columns [n, c] -> a sparse [n, len(y)] matrix with room for those columns of each row."""
+    rows, count = columns.shape
+    crow = torch.arange(0, rows * count + 1, count)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return torch.sparse_csr_tensor(
+            crow, columns.flatten(), y.new_zeros(rows * count), size=(rows, len(y)), check_invariants=False
+        )
+
+
+def _sampled_products(pattern: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """x [n, D], y [m, D] -> [n, c]: each row of x times the rows of y that the pattern names, none of them copied."""
+    return torch.sparse.sampled_addmm(pattern, x, y.mT, beta=0.0).values().view(len(x), -1)
 
 
 def _scaled_cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -126,7 +162,7 @@ def merge_roots(
     earlier = (links >= 0) & (links < position)
     joins = earlier & (similarity >= threshold) & (similarity > NO_LINK)  # False for NaN
     if max_merges is not None:
-        rank = rank_descending(similarity.masked_fill(~joins, float("nan")), cu_seqlens=cu_seqlens)
+        rank = rank_descending(similarity.masked_fill(~joins, float("-inf")), cu_seqlens=cu_seqlens)
         joins &= rank < _per_row(max_merges, similarity, cu_seqlens)
     roots = torch.where(joins, links, position)
     while not torch.equal(further := roots.gather(1, roots), roots):  # each round doubles the distance covered
@@ -217,25 +253,24 @@ def group_mean(x: Tensor, groups: Groups) -> Tensor:
         members = members[: int(sizes.sum())]
         members = members[sizes[groups.row[sample, members]] > 1]
         if len(crowded):
-            mean[sample, crowded] = _bag_means(x[sample], members, sizes[crowded])
+            _put_bag_means(mean[sample], crowded, x[sample], members, sizes[crowded])
     return mean
 
 
-def _bag_means(x: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
-    """x [N, D], members [m] bag after bag, sizes [R] of the bags -> [R, D] means."""
+def _put_bag_means(out: Tensor, rows: Tensor, x: Tensor, members: Tensor, sizes: Tensor) -> None:
+    """out[rows] = means of x [N, D] over the bags: members [m] bag after bag, sizes [R] of the bags."""
     ends = sizes.cumsum(0)
-    if x.dtype == _accumulator(x):
-        return F.embedding_bag(members, x, ends - sizes, mode="sum") / sizes[:, None]
-    out = x.new_empty(len(sizes), x.shape[1])
+    place = torch.arange(len(members), device=x.device)
+    divisor = sizes.to(_accumulator(x))[:, None]  # dividing by integers is several times slower
     low = first = 0
-    lasts = torch.unique_consecutive((ends - 1) // _ROWS, return_counts=True)[1].cumsum(0)
+    lasts = torch.unique_consecutive((ends - 1) // _block_rows(x), return_counts=True)[1].cumsum(0)
     for last, high in zip(lasts.tolist(), ends[lasts - 1].tolist(), strict=True):
-        rows = x.index_select(0, members[low:high]).float()
-        starts = ends[first:last] - sizes[first:last] - low
-        total = F.embedding_bag(torch.arange(high - low, device=x.device), rows, starts, mode="sum")
-        out[first:last] = total / sizes[first:last, None]
+        starts, index, table = ends[first:last] - sizes[first:last] - low, members[low:high], x
+        if x.dtype != _accumulator(x):
+            index, table = place[: high - low], _accumulated(x.index_select(0, index))
+        total = F.embedding_bag(index, table, starts, mode="sum")
+        out[rows[first:last]] = total.div_(divisor[first:last]).to(x.dtype)
         low, first = high, last
-    return out
 
 
 def attention_column_sum(
@@ -368,7 +403,8 @@ def rank_descending(scores: Tensor, candidates: Tensor | None = None, cu_seqlens
     if candidates is not None:
         last = torch.where(candidates, last, 2)
     order = torch.argsort(scores.masked_fill(scores.isnan(), 0), dim=1, descending=True, stable=True)
-    order = order.gather(1, torch.argsort(last.gather(1, order), dim=1, stable=True))
+    if last.any():
+        order = order.gather(1, torch.argsort(last.gather(1, order), dim=1, stable=True))
     position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     if cu_seqlens is not None:
         sequence = sequence_of(cu_seqlens, scores.shape[1])
@@ -410,11 +446,9 @@ def _accumulated(x: Tensor) -> Tensor:
     return x.to(_accumulator(x))
 
 
-def _row_blocks(x: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(sample, first row, end) of blocks of x [B, N, D] small enough to stay in the cache while they are worked on."""
-    for sample in range(x.shape[0]):
-        for low in range(0, x.shape[1], _ROWS):
-            yield sample, low, min(low + _ROWS, x.shape[1])
+def _block_rows(x: Tensor) -> int:
+    """How many rows of x [N, D] to work on at a time, so that they stay in the cache."""
+    return max(1, _BLOCK // max(1, x.shape[1]))
 
 
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _radix, reference
 from ._dispatch import FLOATS, INDICES, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
 from ._gather import gather
+from ._ops import add_op_namespace_prefix
 from ._packed import any_rows, check_capacity, check_cu_seqlens, rows_of
 
 _BLOCK = 1024  # tokens a program
@@ -68,7 +69,7 @@ def _segment_keep_kernel(
 
 
 @torch.library.custom_op(
-    "fftriton::topk_keep",
+    add_op_namespace_prefix("topk_keep"),
     mutates_args=(),
     schema="(Tensor scores, SymInt bound, Tensor? bounds, Tensor? candidates, Tensor? cu_seqlens=None,"
     " SymInt? max_seqlen=None, SymInt? capacity=None) -> Tensor",
@@ -111,7 +112,7 @@ def _(scores, bound, bounds, candidates, cu_seqlens=None, max_seqlen=None, capac
 
 
 @torch.library.custom_op(
-    "fftriton::segmented_topk_keep",
+    add_op_namespace_prefix("segmented_topk_keep"),
     mutates_args=(),
     schema="(Tensor scores, Tensor segments, Tensor counts, SymInt? capacity=None) -> Tensor",
 )

@@ -298,7 +298,7 @@ def test_any_shape(group, kv_heads, queries, more, d, causal, seed):
 
 def test_opcheck(device):
     q, k = make_heads(2, 4, 2, 5, 9, 16, device=device)
-    op = torch.ops.fftriton.attention_column_sum.default
+    op = torch.ops.fftriton_kernels.attention_column_sum.default
     torch.library.opcheck(op, (q, k, 0.25, True, None, 5, 0, 9))
     torch.library.opcheck(op, (q, k, 0.25, False, log_sum_exp(q, k, False), 2, 3, 7))
 

@@ -161,7 +161,7 @@ def test_empty(num_queries, lengths, op, device):
 
 def test_opcheck(device):
     q, k, bounds = make_packed([(5, 9), (0, 0), (6, 6)], device=device)
-    op = torch.ops.fftriton.attention_column_sum_packed.default
+    op = torch.ops.fftriton_kernels.attention_column_sum_packed.default
     torch.library.opcheck(op, (q, k, 0.25, True, None, None, *bounds.values(), None, None))
     lse = log_sum_exp(q, k, bounds, False)
     torch.library.opcheck(op, (q, k, 0.25, False, lse, 2, *bounds.values(), 6, 9))

@@ -172,7 +172,7 @@ def test_fake_tensors():
 
 def test_opcheck(device):
     x, scores, cu_seqlens, counts = packed_inputs(device)
-    ops = torch.ops.fftriton
+    ops = torch.ops.fftriton_kernels
     links = torch.arange(N, device=device) - P
     for bounds, bound, capacity in ((counts, None, None), (None, 2, N)):
         arguments = scores, links, 0, 0.1, bounds, bound, cu_seqlens, N

@@ -107,7 +107,7 @@ def test_the_edges_are_left_alone(device):
 
 def test_opcheck(device):
     edges, num_nodes = graph("sparse")
-    torch.library.opcheck(torch.ops.fftriton.connected_components.default, (edges.to(device), num_nodes))
+    torch.library.opcheck(torch.ops.fftriton_kernels.connected_components.default, (edges.to(device), num_nodes))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,20 @@ def test_linked_matches_fp64(library, dtype, index, device):
     assert_no_worse_than_torch(out, plain_cosine(x.float(), predecessor), plain_cosine(x.double(), predecessor))
 
 
+@dtypes
+@pytest.mark.parametrize("arrange", [torch.Tensor.contiguous, make_strided], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("order", ["stride", "random"])
+def test_the_reference_works_in_blocks(order, arrange, dtype, monkeypatch):
+    monkeypatch.setattr(reference, "_BLOCK", 8 * 65)  # 21 rows: two blocks and a shorter one
+    x = arrange(make_video(2, 3, 7, 65, dtype, "cpu"))
+    torch.manual_seed(0)
+    predecessor = (
+        reference.strided_predecessor(2, 21, 7, x.device) if order == "stride" else random_predecessor(2, 21, "cpu")
+    )
+    out = reference.linked_cosine_similarity(x, predecessor)
+    assert_no_worse_than_torch(out, plain_cosine(x.float(), predecessor), plain_cosine(x.double(), predecessor))
+
+
 @libraries
 @dtypes
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), float("-inf")])
@@ -128,8 +142,8 @@ def test_scaling_a_row_by_a_power_of_two_changes_no_bit(F, P, D, seed, exponents
 def test_opcheck(device):
     x = make_video(2, 2, 3, 8, torch.float32, device)
     predecessor = random_predecessor(2, 6, device)
-    torch.library.opcheck(torch.ops.fftriton.strided_cosine_similarity.default, (x, 3))
-    torch.library.opcheck(torch.ops.fftriton.linked_cosine_similarity.default, (x, predecessor))
+    torch.library.opcheck(torch.ops.fftriton_kernels.strided_cosine_similarity.default, (x, 3))
+    torch.library.opcheck(torch.ops.fftriton_kernels.linked_cosine_similarity.default, (x, predecessor))
 
 
 @pytest.mark.parametrize(

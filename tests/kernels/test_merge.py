@@ -281,6 +281,14 @@ def test_groups_longer_than_a_block(device):
         assert torch.equal(merge_mean(x, given_roots).x.cpu(), reference.merge_mean(x.cpu(), given_roots.cpu()).x)
 
 
+@dtypes
+def test_the_reference_adds_groups_up_in_blocks(dtype, monkeypatch):
+    x, roots = make_video(2, 1, 200, 65, dtype, "cpu"), random_roots(2, 200, "cpu")
+    whole = reference.merge_mean(x, roots).x
+    monkeypatch.setattr(reference, "_BLOCK", 16 * 65)  # 16 members a block, and groups of more
+    assert torch.equal(reference.merge_mean(x, roots).x, whole)
+
+
 @libraries
 def test_rows_that_are_not_finite_spoil_their_own_group_only(library, device):
     x = torch.ones(1, 6, 4, device=device)
@@ -480,13 +488,13 @@ def test_opcheck_roots(bound, device):
     similarity, links = torch.rand(2, 9, device=device), random_links(2, 9, device)
     bounds = torch.tensor([2, 5], device=device) if bound == "tensor" else None
     bound = bound if isinstance(bound, int) else None
-    torch.library.opcheck(torch.ops.fftriton.merge_roots.default, (similarity, links, 0, 0.4, bounds, bound))
+    torch.library.opcheck(torch.ops.fftriton_kernels.merge_roots.default, (similarity, links, 0, 0.4, bounds, bound))
 
 
 def test_opcheck_mean(device):
     roots = torch.tensor([[0, 0, 2, 2, 4], [0, 1, 2, 3, 4]], device=device)
     for stride in (0, 1):
-        torch.library.opcheck(torch.ops.fftriton.group_rows.default, (roots, None, stride))
+        torch.library.opcheck(torch.ops.fftriton_kernels.group_rows.default, (roots, None, stride))
     groups = reference.group_rows(roots)
     x = torch.randn(2, 5, 4, device=device, requires_grad=True)
     parts = (groups.kept, groups.row, groups.starts, groups.sizes, groups.members)

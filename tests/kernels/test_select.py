@@ -309,15 +309,15 @@ def test_empty(library, device):
 def test_opcheck(device):
     scores = make_scores(2, 30, device=device)
     candidates, k = scores > 0, torch.tensor([3, 8], device=device)
-    topk = torch.ops.fftriton.topk_keep.default
+    topk = torch.ops.fftriton_kernels.topk_keep.default
     for bound, bounds, mask in ((5, None, None), (5, None, candidates), (0, k, None)):
         torch.library.opcheck(topk, (scores, bound, bounds, mask))
     segments = torch.arange(30, device=device).expand(2, -1) // 10
     counts = torch.tensor([[1, 2, 3], [4, 0, 0]], device=device)
-    torch.library.opcheck(torch.ops.fftriton.segmented_topk_keep.default, (scores, segments, counts))
+    torch.library.opcheck(torch.ops.fftriton_kernels.segmented_topk_keep.default, (scores, segments, counts))
     kept = torch.tensor([[-1, 3], [4, 5]], device=device)
     rows = [scores.clone().requires_grad_(), torch.randn(2, 30, 4, device=device)]
-    torch.library.opcheck(torch.ops.fftriton.gather_rows.default, (kept, rows))
+    torch.library.opcheck(torch.ops.fftriton_kernels.gather_rows.default, (kept, rows))
 
 
 def test_compiles_in_one_graph(device):
