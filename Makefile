@@ -8,13 +8,26 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint .ci/cpu-constra
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: demo test lint format bench bench-save bench-compare gpu clean
+.PHONY: demo test test-oldest lint format bench bench-save bench-compare gpu clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
 
 test: $(INSTALLED)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
 	$(BIN)/pytest --numprocesses auto
+
+test-oldest: test-transformers-4.57  ## the integration tests against the oldest supported transformers
+
+# An overlay: only what differs from $(VENV), in a folder in front of it.
+test-transformers-%: $(VENV)/overlays/%/.installed  ## the integration tests against another transformers: 4.57 or 5.17
+	PYTHONPATH=$(abspath $(<D))$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/pytest tests/hf
+
+$(VENV)/overlays/%/.installed: .ci/transformers-%.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	touch $@
+
+.PRECIOUS: $(VENV)/overlays/%/.installed
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
