@@ -8,7 +8,7 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint .ci/cpu-constra
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: demo test test-oldest lint format bench bench-save bench-compare gpu clean
+.PHONY: demo test test-oldest features lint format bench bench-save bench-compare gpu clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -28,6 +28,10 @@ $(VENV)/overlays/%/.installed: .ci/transformers-%.txt $(INSTALLED)
 	touch $@
 
 .PRECIOUS: $(VENV)/overlays/%/.installed
+
+features: $(INSTALLED)  ## the README's table of families and features, from the results of their tests
+	-$(BIN)/pytest --numprocesses auto -m feature --junitxml=build/features.xml
+	$(BIN)/python tests/feature_table.py build/features.xml
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .

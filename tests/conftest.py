@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from feature_table import spoken_for
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fftriton_kernels is imported, so before any test module
@@ -24,6 +25,8 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.user_properties += [("feature", f"{family}: {feature}") for family, feature in spoken_for(item)]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -29,6 +29,7 @@ def offsets(samples, side):
     return [longest - length_of(sample) if side == "left" else 0 for sample in samples]
 
 
+@pytest.mark.feature("batches")
 @EVERY_FAMILY
 @METHODS
 @pytest.mark.parametrize("side", ["left", "right"])

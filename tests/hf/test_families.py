@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from attention_backends import BACKENDS, attention
 from by_hand import check_by_hand, decoder_of, generate, see_prompt
 from families import FAMILIES
 
@@ -38,6 +39,7 @@ def video_features(model, inputs):
     return features[inputs["video_compression_mask"]] if family == "video_llama_3" else features
 
 
+@pytest.mark.feature("videos found")
 @EVERY_FAMILY
 @pytest.mark.parametrize("way", ["forward", "generate"])
 @torch.no_grad()
@@ -51,11 +53,13 @@ def test_the_layout_is_where_the_video_features_are(family, way):
     assert {len(layout.positions) for layout in layouts} == ({8} if family.name == "internvl" else {4})
 
 
+@pytest.mark.feature("equals computation by hand")
 @EVERY_FAMILY
 def test_equals_a_recomputation_by_hand(family):
     check_by_hand(family.model(), family.inputs())
 
 
+@pytest.mark.feature("keep-all bit-identical")
 @EVERY_FAMILY
 def test_keep_all_is_bit_identical(family):
     model, inputs = family.model(), family.inputs()
@@ -67,6 +71,7 @@ def test_keep_all_is_bit_identical(family):
     assert reduction.report.budget_achieved == 1.0
 
 
+@pytest.mark.feature("attention scores")
 @EVERY_FAMILY
 @pytest.mark.parametrize("queries", [None, 4])
 @torch.no_grad()
@@ -93,6 +98,7 @@ def test_attention_is_what_eager_computes(family, queries):
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.feature("budgets")
 @EVERY_FAMILY
 @pytest.mark.parametrize("method", [fftriton.FrameFusion(0.5), fftriton.FastV(0.6)], ids=["framefusion", "fastv"])
 @torch.no_grad()
@@ -102,6 +108,20 @@ def test_methods_meet_their_budgets(family, method):
         model(**inputs)
     report = reduction.report
     assert abs(report.budget_achieved - method.budget) <= 1 / report.num_video_tokens
+
+
+@pytest.mark.feature("attention back ends")
+@EVERY_FAMILY
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@torch.no_grad()
+def test_every_attention_back_end_equals_sdpa(family, backend):
+    model, inputs, method = family.model(), family.inputs(), fftriton.FrameFusion(0.5, similarity_threshold=0.98)
+    with fftriton.reduce(model, method) as expected:
+        expected_logits = model(**inputs).logits
+    with attention(model, backend), fftriton.reduce(model, method) as reduction:
+        logits = model(**inputs).logits
+    assert all(map(torch.equal, reduction.report.kept_positions, expected.report.kept_positions))
+    assert (logits - expected_logits).abs().max() < 1e-4
 
 
 @torch.no_grad()
