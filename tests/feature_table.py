@@ -4,7 +4,6 @@ A test with `@pytest.mark.feature("beams")` speaks for the feature and for the f
 that has no such parameter names the families: `@pytest.mark.feature("beams", "qwen2")`.
 """
 
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -79,7 +78,13 @@ def pairs_in(text):
 
 def between(text):
     """What stands between the markers."""
-    return re.search(f"{re.escape(BEGIN)}\n(.*?){re.escape(END)}", text, re.DOTALL)[1]
+    return text.split(BEGIN)[1].split(END)[0]
+
+
+def updated(text, new):
+    """The text with `new` between the markers."""
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
 
 
 def main(report):
@@ -90,7 +95,7 @@ def main(report):
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     legend = f"yes: every test passes ({versions}); -: not in this release; blank: not tested."
     text = README.read_text(encoding="utf-8")
-    README.write_text(text.replace(between(text), f"\n{table(found)}\n\n{legend}\n"), encoding="utf-8")
+    README.write_text(updated(text, f"{table(found)}\n\n{legend}"), encoding="utf-8")
 
 
 if __name__ == "__main__":

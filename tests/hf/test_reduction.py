@@ -30,12 +30,14 @@ FAMILIES = pytest.mark.parametrize("family", [qwen2, qwen2_vl, qwen2_5_vl])
 BACKENDS = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
+@pytest.mark.feature("equals computation by hand")
 @BACKENDS
 @FAMILIES
 def test_equals_a_recomputation_by_hand(family, attention):
     check_by_hand(*family(attention))
 
 
+@pytest.mark.feature("keep-all bit-identical")
 @BACKENDS
 @FAMILIES
 def test_keep_all_is_bit_identical(family, attention):
@@ -214,6 +216,7 @@ def test_report(family):
         assert torch.equal(embeddings, before)  # the caller's tensor is not written to
 
 
+@pytest.mark.feature("attention scores")
 @FAMILIES
 @pytest.mark.parametrize("queries", [None, 1, 4])
 def test_attention_is_what_eager_computes(family, queries):
