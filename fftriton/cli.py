@@ -80,7 +80,7 @@ def evaluate(
     task: Annotated[str, typer.Option(help="What to ask: needle.")] = "needle",
     methods: Annotated[
         str, typer.Option(help=f"Separated by commas: {', '.join(NAMES)}; NAME:PARAMETER=VALUE sets a parameter.")
-    ] = "keep-all,framefusion,fastv,uniformframes,randomtokens",
+    ] = "keep-all,framefusion,fastv,streamingllm,uniformframes,randomtokens",
     budgets: Annotated[str, typer.Option(help="Vision tokens to keep, separated by commas.")] = "0.7,0.5,0.3,0.2,0.1",
     samples: Annotated[int, typer.Option(help="Questions to ask, each about a video of its own.")] = 500,
     seed: Annotated[int, typer.Option(help="Picks videos and digits, none of which training saw.")] = 0,

@@ -9,7 +9,7 @@ import fftriton
 from fftriton.layout import VideoLayout, patch_ids, previous_of_patch
 from fftriton.methods.base import Prompt, VideoTokens
 
-METHODS = [fftriton.FrameFusion, fftriton.FastV, fftriton.UniformFrames, fftriton.RandomTokens]
+METHODS = [fftriton.FrameFusion, fftriton.FastV, fftriton.StreamingLLM, fftriton.UniformFrames, fftriton.RandomTokens]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,6 +56,11 @@ def test_stages_out_of_range():
         fftriton.FrameFusion(stages=("prune", "prune"))
     with pytest.raises(ValueError, match="start_layer must be at least 0, got -1"):
         fftriton.FrameFusion(start_layer=-1)
+
+
+def test_sinks_out_of_range():
+    with pytest.raises(ValueError, match="StreamingLLM: sinks must be at least 0, got -1"):
+        fftriton.StreamingLLM(0.3, sinks=-1)
 
 
 def test_seed_out_of_range():

@@ -139,7 +139,7 @@ class Answerer:
             sample.answer,
             is_right(answer, sample.answer),
             report.budget_achieved,
-            prefill_flops(self.config, report.tokens_per_layer, report.tokens_per_layer),
+            prefill_flops(self.config, report.rows_per_layer, report.tokens_per_layer),
             prefill_flops(self.config, all_tokens, all_tokens),
             report.seconds["prefill"],
             peak,

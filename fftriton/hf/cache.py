@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .compat import RecurrentLayer
+from .window import Windows
 
 
 class Permit:
@@ -36,7 +37,11 @@ class ReducedLayer(DynamicLayer):
         fixed: the sequence's length up to which it cannot be cropped.
         valid: [B, rows] bool, False for padding; None: no padding, or nothing known while `reduced` is False.
         permit: a reduced layer can be used while it is active.
+        window: all else is forgotten as soon as no later token can attend to it; None: nothing is.
     """
+
+    keys: Any
+    values: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,6 +51,7 @@ class ReducedLayer(DynamicLayer):
     def _forget(self) -> None:
         self.reduced, self.missing, self.fixed = False, 0, 0
         self.valid: Tensor | None = None
+        self.window: Windows | None = None
 
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> ReducedLayer:
@@ -68,7 +74,22 @@ class ReducedLayer(DynamicLayer):
                 "the KV cache holds a reduced prompt, which only a model that is being reduced can read: use it inside "
                 "`with fftriton.reduce(...)`"
             )
-        return super().update(*args, **kwargs)
+        keys, values = super().update(*args, **kwargs)
+        if self.window is not None:
+            self._forget_unseen(self.window)
+        return keys, values
+
+    def _forget_unseen(self, window: Windows) -> None:
+        """Keep what the next token may attend to. This forward has got all."""
+        kept = window.kept(self.valid, self.rows)
+        if kept is None:
+            return
+        index, self.valid = kept
+        self.missing += self.rows - index.shape[1]
+        index = index.to(self.keys.device)[:, None, :, None]
+        self.keys = self.keys.gather(2, index.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
+        self.values = self.values.gather(2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
+        self.fixed = self.get_seq_length()
 
     def append_valid(self, past: int, new: int, valid: Tensor | None) -> None:
         """Note which of `new` rows [B, new] behind `past` ones are no padding. None: all."""
@@ -91,33 +112,39 @@ class ReducedLayer(DynamicLayer):
                 f"crop: length must stay at or behind {self.fixed}, the end of the reduced video, got {end}"
             )
         rows = self.rows - (logical - end)
-        self.keys: Tensor = self.keys[..., :rows, :]
-        self.values: Tensor = self.values[..., :rows, :]
+        self.keys = self.keys[..., :rows, :]
+        self.values = self.values[..., :rows, :]
         self.valid = None if self.valid is None else self.valid[:, :rows]
 
     def reset(self) -> None:
-        self.keys = self.values = None  # type: ignore[assignment]  # as a new layer has them
+        self.keys = self.values = None  # as a new layer has them
         self.is_initialized = False
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.valid is not None:
-            self.valid = self.valid.repeat_interleave(repeats, 0)
+        known = self.valid if self.valid is not None else None if self.window is None else self.window.sinks
+        if known is not None:
+            self._select(torch.arange(len(known)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
+        self._select(indices)
+
+    def _select(self, samples: Tensor) -> None:
         if self.valid is not None:
-            self.valid = self.valid[indices]
+            self.valid = self.valid[samples.to(self.valid.device)]
+        if self.window is not None:
+            self.window = self.window[samples]
 
 
 class Checkpoint:
-    """What the layers of a cache held, so that a forward that fails can be taken back. Holds no keys or values."""
+    """What the layers of a cache held, so that a forward that fails can be taken back. Holds keys and values of layers
+    that forget some, and of no others."""
 
     def __init__(self, layers: Iterable[ReducedLayer]) -> None:
         self._states = [(layer, layer.rows, _notes(layer)) for layer in layers]
@@ -133,7 +160,10 @@ class Checkpoint:
 
 
 def _notes(layer: ReducedLayer) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in ("reduced", "missing", "fixed", "valid")}
+    names = ("reduced", "missing", "fixed", "valid", "window") + (
+        ("keys", "values") if layer.window is not None else ()
+    )
+    return {name: getattr(layer, name) for name in names}
 
 
 def prepare(cache: Any, num_layers: int, permit: Permit) -> list[ReducedLayer | None] | None:

@@ -19,15 +19,18 @@ RecurrentLayer: type | None = getattr(cache_utils, "LinearAttentionLayer", None)
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 
 
-def causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, past: int) -> Any:
+def causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, past: int, sees: Callable | None = None) -> Any:
     """The mask for `hidden` [B, n, D] behind `past` cached rows, in the form that the attention back end wants.
 
     valid: [B, past + n] bool, False for padding; None when nothing is padded.
+    sees: which keys a query may attend to, causality aside: a function of indices of sample, head, query and key.
     """
     arguments: dict[str, Any] = {"config": config, "attention_mask": valid, "past_key_values": _CachedRows(past)}
     arguments["inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"] = hidden  # renamed in 5.x
     if "cache_position" in _MASK_PARAMETERS:  # until 5.x
         arguments["cache_position"] = torch.arange(past, past + hidden.shape[1], device=hidden.device)
+    if sees is not None:
+        arguments["and_mask_function"] = sees
     return create_causal_mask(**arguments)
 
 

@@ -21,6 +21,7 @@ from .cache import Checkpoint, ReducedLayer
 from .compat import causal_mask
 from .importance import Attention, AttentionTap
 from .report import BatchReport, MergeStep, Report, Stopwatch
+from .window import Windows
 
 CacheLayers = Sequence[ReducedLayer | None] | None
 """A KV cache's layers, None for a recurrent one; None without a cache."""
@@ -41,6 +42,7 @@ class Continuation:
         self.batch, self.length = source.shape[:2]
         self.valid, self.cache_layers = valid, cache_layers
         self.packed = False  # whether the rows are other than the tokens that the decoder got
+        self.window: Windows | None = None  # what the tokens of this forward may attend to
         self.free_tail = 0  # so many tokens at the end are the last rows of every sample: a crop can remove them
         self._masks: dict[tuple, tuple] = {}
         self._flags: dict[tuple, tuple] = {}
@@ -53,7 +55,8 @@ class Continuation:
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """The layer's keyword arguments that differ from what the decoder gave, and the cache's bookkeeping."""
         cached = None if self.cache_layers is None else self.cache_layers[index]
-        if not self.packed and (cached is None or not cached.reduced):
+        window = self.window if cached is None else cached.window
+        if not self.packed and window is None and (cached is None or not cached.reduced):
             return {}
         past, rows = (0 if cached is None else cached.rows), hidden.shape[1]
         valid = self.valid
@@ -64,8 +67,9 @@ class Continuation:
             if self.packed:
                 cached.fixed = past + rows + cached.missing - self.free_tail
         changed: dict[str, Any] = {}
-        if given.get("attention_mask") is not None or valid is not None or (rows > 1 and past > 0):
-            changed["attention_mask"] = self._mask(config, hidden, valid, past)
+        narrow = window if rows > 1 else None  # for one token the cache holds no more than it may attend to
+        if given.get("attention_mask") is not None or valid is not None or (rows > 1 and past > 0) or narrow:
+            changed["attention_mask"] = self._mask(config, hidden, valid, past, narrow)
         return changed
 
     def _append_flags(self, cached: ReducedLayer, past: int, rows: int) -> Tensor | None:
@@ -79,12 +83,19 @@ class Continuation:
             self._flags[key] = before, cached.valid
         return cached.valid
 
-    def _mask(self, config: Any, hidden: Tensor, valid: Tensor | None, past: int) -> Any:
-        key = (id(valid), past, hidden.shape[1], hidden.device)
+    def _mask(self, config: Any, hidden: Tensor, valid: Tensor | None, past: int, window: Windows | None) -> Any:
+        key = (id(valid), past, hidden.shape[1], hidden.device, id(window))
         if key not in self._masks:
             flags = None if valid is None else valid.to(hidden.device)
-            self._masks = {key: (valid, causal_mask(config, hidden, flags, past))}
-        return self._masks[key][1]
+            sees = None if window is None else window.mask(flags, past + hidden.shape[1], hidden.device)
+            mask = causal_mask(config, hidden, flags, past, sees)
+            if window is not None and (mask is None or (isinstance(mask, Tensor) and mask.ndim < 4)):
+                raise ValueError(
+                    "reduce: attn_implementation must be one that takes a mask of queries and keys, such as sdpa or "
+                    f"eager, for a method that restricts attention; got {config._attn_implementation!r}"
+                )
+            self._masks = {key: (valid, window, mask)}
+        return self._masks[key][-1]
 
 
 class Sample:
@@ -94,12 +105,23 @@ class Sample:
         rows: where its tokens stand in the batch's hidden states.
         later: how many text tokens at the end are continuations of the prompt (candidates of assisted decoding, an
             answer to be scored): their attention does not count.
+        past: tokens before those of this forward.
     """
 
     def __init__(
         self, calls: Method | None, report: Report, rows: slice | Tensor, tokens: VideoTokens, later: int
     ) -> None:
         self.calls, self.report, self.rows, self.tokens, self.later = calls, report, rows, tokens, later
+        self.past = 0
+
+    def seen(self) -> tuple[Tensor, int]:
+        """The positions [n] that the last token attends to, and how many of them are video."""
+        position, window = self.tokens.position[0], self.report.window
+        if window is None:
+            return position, self.tokens.num_video
+        order = self.past + torch.arange(len(position), device=position.device)
+        seen = (order < window.sinks) | (order >= self.past + len(position) - window.recent)
+        return position[seen], int((self.tokens.patch[0, seen] >= 0).sum())
 
     def ask(self, stage: str, index: int, before: VideoTokens) -> VideoTokens:
         """What the method leaves of the tokens; `before` itself where it changes nothing."""
@@ -181,10 +203,25 @@ class Prefill(Continuation):
     def before_attention(self, index: int, hidden: Tensor) -> Tensor:
         """The rows [B, M, D] that the layer is to see."""
         hidden = self._reduce("before_attention", index, hidden, None)
+        if index == 0:
+            self._restrict()
         for sample in self.samples:
-            sample.report.kept_positions.append(sample.tokens.position[0])
-            sample.report.vision_tokens_per_layer.append(sample.tokens.num_video)
+            position, count = sample.seen()
+            sample.report.kept_positions.append(position)
+            sample.report.vision_tokens_per_layer.append(count)
+            sample.report.rows_per_layer.append(sample.tokens.length)
         return hidden
+
+    def _restrict(self) -> None:
+        """Ask the method about every sample's window."""
+        layers = [layer for layer in self.cache_layers or () if layer is not None]
+        past = layers[0].get_seq_length() if layers else 0
+        for sample in self.samples:
+            if sample.calls is not None:
+                sample.past, sample.report.window = past, sample.calls.window(past + sample.tokens.length)
+        self.window = Windows.of([sample.report.window for sample in self.samples])
+        for layer in layers:
+            layer.window = self.window
 
     def after_attention(self, index: int, hidden: Tensor, tap: AttentionTap) -> Tensor | None:
         """The rows [B, M, D] that the feed-forward block is to see; None where nothing changed."""

@@ -228,7 +228,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         self.report = forward.finish()
         reports = self.report.samples if isinstance(self.report, BatchReport) else [self.report]
         for report in reports:
-            if report.budget_achieved > report.budget + 1 / max(report.num_video_tokens, 1):
+            if report.window is None and report.budget_achieved > report.budget + 1 / max(report.num_video_tokens, 1):
                 self._warn_once(
                     "budget",
                     f"fftriton: the budget {report.budget:g} cannot be reached on this prompt; the least possible is "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import VideoLayout
-from ..methods.base import Merge
+from ..methods.base import Merge, Window
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,13 @@ class Report:
         layouts: where the videos stood in the prompt.
         num_tokens, num_video_tokens: lengths of the prompt, without padding.
         kept_positions: for each layer, the positions in the prompt of the rows in its attention, so of the entries
-            that its KV cache got: int64 [n], ascending.
+            that its KV cache got: int64 [n], ascending. Under a window, those that the last token attends to.
         vision_tokens_per_layer: for each layer, how many of them are video tokens.
+        rows_per_layer: for each layer, the rows that it computes; under a window more than in the last one's attention.
         merge_steps: the merges, in order, those that merged nothing included.
         prune_layer: the last layer that pruned, behind its attention or, layer 0, before it; None where none did.
         least_budget: the lowest budget that this prompt would have allowed.
+        window: which tokens each token may attend to; None: to all in the layer.
     """
 
     method: str
@@ -99,15 +101,17 @@ class Report:
     num_video_tokens: int
     kept_positions: list[Tensor] = field(default_factory=list)
     vision_tokens_per_layer: list[int] = field(default_factory=list)
+    rows_per_layer: list[int] = field(default_factory=list)
     merge_steps: list[MergeStep] = field(default_factory=list)
     prune_layer: int | None = None
     least_budget: float = 1.0
+    window: Window | None = None
     _prunings: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)  # positions [n] before and behind
     _stopwatch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")), repr=False)
 
     @property
     def tokens_per_layer(self) -> list[int]:
-        """For each layer, the rows in its attention."""
+        """For each layer, the tokens that a token attends to at most: the rows in its attention, or its window's."""
         return [len(kept) for kept in self.kept_positions]
 
     @property
@@ -174,6 +178,11 @@ class BatchReport:
     def vision_tokens_per_layer(self) -> list[int]:
         """For each layer, how many of them are video tokens."""
         return _sum_layers([report.vision_tokens_per_layer for report in self.samples])
+
+    @property
+    def rows_per_layer(self) -> list[int]:
+        """For each layer, the rows that it computes, without padding."""
+        return _sum_layers([report.rows_per_layer for report in self.samples])
 
     @property
     def merge_steps(self) -> list[list[MergeStep]]:

@@ -1,6 +1,6 @@
 """The methods: what to keep. One file each, without Hugging Face."""
 
-from .base import Method, Prompt, VideoTokens
+from .base import Method, Prompt, VideoTokens, Window
 from .chain import Chain
 from .fastv import FastV
 from .frame_budgets import frame_budgets
@@ -10,6 +10,7 @@ from .kvtp import KVTP, FrameContext
 from .names import NAMES, make_method
 from .pruners import PRUNERS, PruMerge, Pruner, RandomPruner, ToMe, TopKPruner
 from .random_tokens import RandomTokens
+from .streaming_llm import StreamingLLM
 from .uniform_frames import UniformFrames
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "Pruner",
     "RandomPruner",
     "RandomTokens",
+    "StreamingLLM",
     "ToMe",
     "TopKPruner",
     "UniformFrames",
     "VideoTokens",
+    "Window",
     "frame_budgets",
     "make_method",
 ]

@@ -52,6 +52,19 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Which tokens of its past a token may attend to.
+
+    Args:
+        sinks: so many of the first.
+        recent: so many of the most recent ones, itself included, at least 1.
+    """
+
+    sinks: int
+    recent: int
+
+
+@dataclass(frozen=True)
 class Merge:
     """Which tokens one merge took together, in positions of the prompt."""
 
@@ -163,6 +176,13 @@ class Method:
     def least_budget(self) -> float:
         """The lowest budget that the prefill could have met; of what `begin` returned, after the prefill."""
         return self.budget
+
+    def window(self, length: int) -> Window | None:
+        """Which of `length` tokens, those of the prompt and all before it, a token may attend to; None: to all.
+
+        Asked behind `before_attention` of layer 0. It holds in every layer, and for what comes behind the prompt.
+        """
+        return None
 
     def wants_attention(self, layer: int) -> bool:
         """Whether `after_attention` of this layer may ask for attention scores; a layer without attention has none."""

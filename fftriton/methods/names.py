@@ -12,12 +12,14 @@ from .fastv import FastV
 from .framefusion import FrameFusion
 from .keep_all import KeepAll
 from .random_tokens import RandomTokens
+from .streaming_llm import StreamingLLM
 from .uniform_frames import UniformFrames
 
 NAMES: dict[str, Callable[..., Method]] = {
     "keep-all": KeepAll,
     "framefusion": FrameFusion,
     "fastv": FastV,
+    "streamingllm": StreamingLLM,
     "uniformframes": UniformFrames,
     "randomtokens": RandomTokens,
     "merge-only": partial(FrameFusion, stages=("merge",)),

@@ -9,7 +9,9 @@ import fftriton
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 METHODS = pytest.mark.parametrize(
-    "method", [Scripted(), fftriton.FrameFusion(0.5, 0.9, importance_queries=3)], ids=["scripted", "framefusion"]
+    "method",
+    [Scripted(), fftriton.FrameFusion(0.5, 0.9, importance_queries=3), fftriton.StreamingLLM(0.4, sinks=2)],
+    ids=["scripted", "framefusion", "streamingllm"],
 )
 
 

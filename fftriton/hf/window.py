@@ -1,0 +1,76 @@
+"""Attention that is restricted to the first and the most recent tokens: masks, and a KV cache that forgets the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Window
+
+_EVERYTHING = Window(0, 2**62)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The window of each sample of a batch, over the rows of a KV cache and those of the forward behind it.
+
+    Rows are counted from a sample's first one that is no padding. Those that a cache has forgotten do not matter: they
+    lay between the sinks and the window, and no later window reaches back to them.
+
+    Args:
+        sinks, recent: [B] int64 on the CPU: `Window.sinks` and `Window.recent`.
+    """
+
+    sinks: Tensor
+    recent: Tensor
+
+    @classmethod
+    def of(cls, windows: Sequence[Window | None]) -> Windows | None:
+        """Of the samples' windows, None for one without; None where no sample has one."""
+        if not any(windows):
+            return None
+        found = [window or _EVERYTHING for window in windows]
+        return cls(torch.tensor([window.sinks for window in found]), torch.tensor([window.recent for window in found]))
+
+    def __getitem__(self, samples: Tensor) -> Windows:
+        """Those of these samples, [n] int64."""
+        return Windows(self.sinks[samples.cpu()], self.recent[samples.cpu()])
+
+    def mask(self, valid: Tensor | None, rows: int, device: torch.device) -> Callable[..., Tensor]:
+        """The function of sample, head, query and key that transformers makes masks from, over all `rows`.
+
+        valid: [B, rows] bool, False for padding; None: no padding.
+        """
+        order = self._order(valid, rows).to(device)
+        sinks, recent = self.sinks.to(device), self.recent.to(device)
+
+        def sees(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            near = order[sample, query] - order[sample, key] < recent[sample]
+            return near | (order[sample, key] < sinks[sample])
+
+        return sees
+
+    def kept(self, valid: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None] | None:
+        """What the next token may attend to, of `rows` rows: their indices [B, M] int64, left-padded, and which of them
+        are no padding (None: all); None where it is everything."""
+        order = self._order(valid, rows)
+        count = order[:, -1:] + 1
+        sinks, recent = (part.to(order.device)[:, None] for part in (self.sinks, self.recent))
+        keep = (order < sinks) | (order >= count + 1 - recent)
+        if valid is not None:
+            keep &= valid
+        lengths = keep.sum(1)
+        most = int(lengths.max())
+        if most == rows:
+            return None
+        index = keep.int().argsort(dim=1, stable=True)[:, rows - most :]
+        return index, None if bool((lengths == most).all()) else keep.gather(1, index)
+
+    def _order(self, valid: Tensor | None, rows: int) -> Tensor:
+        """[B, rows] int64: the number of each row among its sample's, without padding."""
+        if valid is None:
+            return torch.arange(rows).expand(len(self.sinks), -1)
+        return valid.long().cumsum(1) - 1
