@@ -136,6 +136,39 @@ def test_a_second_turn(turn):
 
 
 @torch.no_grad()
+def test_samples_picked_from_a_batch_keep_their_windows():
+    model = tiny_qwen2()
+    samples = [video_embeddings(frames, 8, seed=frames) for frames in (6, 3)]
+    layout = [
+        fftriton.VideoLayout(samples[0][1][0].positions),
+        fftriton.VideoLayout(samples[1][1][0].positions + 24, 1),
+    ]
+    padded = torch.nn.functional.pad(samples[1][0], (0, 0, 24, 0))
+    mask = torch.ones(2, padded.shape[1], dtype=torch.int64)
+    mask[1, :24] = 0
+    token, method = torch.tensor([[7]]), fftriton.StreamingLLM(0.4, sinks=2)
+
+    def next_logits(embeddings, mask, layout, pick):
+        cache = DynamicCache()
+        with fftriton.reduce(model, method, layout):
+            model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache)
+            pick(cache)
+            for _ in range(2):
+                mask = torch.nn.functional.pad(mask[-1:], (0, 1), value=1)
+                logits = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+        return logits
+
+    alone = next_logits(samples[1][0], mask[1:, 24:], samples[1][1], lambda cache: None)
+    for pick in (
+        lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        lambda cache: (cache.batch_repeat_interleave(2), cache.batch_select_indices(torch.tensor([2]))),
+        lambda cache: (cache.reorder_cache(torch.tensor([1, 0])), cache.batch_select_indices(torch.tensor([0]))),
+    ):
+        picked = next_logits(torch.cat([samples[0][0], padded]), mask, layout, pick)
+        assert (picked - alone).abs().max() < 1e-4
+
+
+@torch.no_grad()
 def test_padded_samples_of_a_batch_and_beams():
     model, inputs, _ = qwen2_vl()
     short = video_prompt(grids=((2, 4, 4),), image=False)
