@@ -55,7 +55,8 @@ class Windows:
 
     def kept(self, valid: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None] | None:
         """What the next token may attend to, of `rows` rows: their indices [B, M] int64, left-padded, and which of them
-        are no padding (None: all); None where it is everything."""
+        are no padding (None: all; never where `valid` is known, as the caller's masks are then padded, too); None where
+        it is everything."""
         order = self._order(valid, rows)
         count = order[:, -1:] + 1
         sinks, recent = (part.to(order.device)[:, None] for part in (self.sinks, self.recent))
@@ -67,7 +68,8 @@ class Windows:
         if most == rows:
             return None
         index = keep.int().argsort(dim=1, stable=True)[:, rows - most :]
-        return index, None if bool((lengths == most).all()) else keep.gather(1, index)
+        equal = valid is None and bool((lengths == most).all())
+        return index, None if equal else keep.gather(1, index)
 
     def _order(self, valid: Tensor | None, rows: int) -> Tensor:
         """[B, rows] int64: the number of each row among its sample's, without padding."""
