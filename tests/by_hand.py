@@ -99,7 +99,8 @@ class ByHand:
                 reduce(self.merge(position))
             elif index in script.drop_after:
                 reduce(self.drop(position))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            fed = layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = hidden + (fed[0] if isinstance(fed, tuple) else fed)  # experts come with their routing in 4.x
             if index < len(additions):
                 hidden = hidden + additions[index]
         return self.model.lm_head(self.decoder.norm(hidden)[0, -1])

@@ -28,6 +28,11 @@ QWEN3_5 = TEXT | rope(rope_theta=1e4, mrope_section=[1, 1, 0], mrope_interleaved
     "linear_conv_kernel_dim": 4,
 }  # fmt: skip
 
+QWEN3_VISION = VISION | {
+    "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "num_position_embeddings": 64,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
 
 class Writer:
     """The ids of one sample, written from left to right, and the encoder's arguments."""
@@ -177,22 +182,30 @@ def minicpm_prompt(videos, image, seed):
     return writer.finish()
 
 
-def qwen3_vl(attention):
-    text = TEXT | rope(rope_theta=1e4, mrope_section=[2, 3, 3], mrope_interleaved=True)
-    vision = VISION | {
-        "depth": 4, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1, 2],
-    }  # fmt: skip
-    config = transformers.Qwen3VLConfig(
-        text_config=text | {"num_hidden_layers": 5, "head_dim": 16}, vision_config=vision, **TOKENS
+def qwen3_vl(attention, kind="Qwen3VL", **text):
+    text |= TEXT | rope(rope_theta=1e4, mrope_section=[2, 3, 3], mrope_interleaved=True)
+    vision = QWEN3_VISION | {"depth": 4, "deepstack_visual_indexes": [0, 1, 2]}
+    return qwen3(attention, kind, text | {"num_hidden_layers": 5, "head_dim": 16}, vision)
+
+
+def qwen3_5(attention, kind="Qwen3_5", **text):
+    return qwen3(attention, kind, QWEN3_5 | text, QWEN3_VISION)
+
+
+def qwen3(attention, kind, text, vision):
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **TOKENS)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")
+    return model._from_config(config, attn_implementation=attention)
+
+
+def qwen3_vl_moe(attention):
+    return qwen3_vl(attention, "Qwen3VLMoe", **EXPERTS)
+
+
+def qwen3_5_moe(attention):
+    return qwen3_5(
+        attention, "Qwen3_5Moe", **EXPERTS, model_type="qwen3_5_moe_text", shared_expert_intermediate_size=32
     )
-    return transformers.Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=attention)
-
-
-def qwen3_5(attention):
-    vision = VISION | {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "num_position_embeddings": 64}
-    config = transformers.Qwen3_5Config(text_config=QWEN3_5, vision_config=vision, **TOKENS)
-    return transformers.Qwen3_5ForConditionalGeneration._from_config(config, attn_implementation=attention)
 
 
 def llava_onevision(attention):
@@ -277,17 +290,28 @@ qwen3_prompt = functools.partial(qwen_prompt, timestamps=True)
 onevision_prompt = functools.partial(llava_prompt, newline=1)
 next_video_prompt = functools.partial(llava_prompt, newline=0)
 
-FAMILIES = {
-    name: Family(name, f"{prefix}ForConditionalGeneration", build, prompt)
-    for name, prefix, build, prompt in [
-        ("qwen2_vl", "Qwen2VL", _tiny(tiny_qwen2_vl), qwen_prompt),
-        ("qwen2_5_vl", "Qwen2_5_VL", _tiny(tiny_qwen2_5_vl), qwen_prompt),
-        ("qwen3_vl", "Qwen3VL", qwen3_vl, qwen3_prompt),
-        ("qwen3_5", "Qwen3_5", qwen3_5, qwen3_prompt),
-        ("llava_onevision", "LlavaOnevision", llava_onevision, onevision_prompt),
-        ("llava_next_video", "LlavaNextVideo", llava_next_video, next_video_prompt),
-        ("internvl", "InternVL", internvl, internvl_prompt),
-        ("video_llama_3", "VideoLlama3", video_llama_3, video_llama_3_prompt),
-        ("minicpmv4_6", "MiniCPMV4_6", minicpm_v, minicpm_prompt),
-    ]
-}
+
+def _families(*rows):
+    return {
+        name: Family(name, f"{prefix}ForConditionalGeneration", build, prompt) for name, prefix, build, prompt in rows
+    }
+
+
+FAMILIES = _families(
+    ("qwen2_vl", "Qwen2VL", _tiny(tiny_qwen2_vl), qwen_prompt),
+    ("qwen2_5_vl", "Qwen2_5_VL", _tiny(tiny_qwen2_5_vl), qwen_prompt),
+    ("qwen3_vl", "Qwen3VL", qwen3_vl, qwen3_prompt),
+    ("qwen3_5", "Qwen3_5", qwen3_5, qwen3_prompt),
+    ("llava_onevision", "LlavaOnevision", llava_onevision, onevision_prompt),
+    ("llava_next_video", "LlavaNextVideo", llava_next_video, next_video_prompt),
+    ("internvl", "InternVL", internvl, internvl_prompt),
+    ("video_llama_3", "VideoLlama3", video_llama_3, video_llama_3_prompt),
+    ("minicpmv4_6", "MiniCPMV4_6", minicpm_v, minicpm_prompt),
+)
+"""Every family whose layout is found."""
+
+EXPERTS_OF_FAMILIES = _families(
+    ("qwen3_vl_moe", "Qwen3VLMoe", qwen3_vl_moe, qwen3_prompt),
+    ("qwen3_5_moe", "Qwen3_5Moe", qwen3_5_moe, qwen3_prompt),
+)
+"""The same with mixtures of experts."""

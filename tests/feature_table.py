@@ -14,6 +14,7 @@ BEGIN, END = "<!-- made by make features -->", "<!-- end -->"
 TITLES = {
     "qwen2": "Qwen2 with `inputs_embeds`", "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL",
     "qwen3_5": "Qwen3.5", "llava_onevision": "LLaVA-OneVision", "llava_next_video": "LLaVA-NeXT-Video",
+    "qwen3_vl_moe": "Qwen3-VL, mixture of experts", "qwen3_5_moe": "Qwen3.5, mixture of experts",
     "internvl": "InternVL", "video_llama_3": "VideoLLaMA3", "minicpmv4_6": "MiniCPM-V 4.6",
 }  # fmt: skip
 

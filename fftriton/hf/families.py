@@ -151,7 +151,9 @@ RULES: dict[str, LayoutRule] = {
     "qwen2_5_vl": grid_layout,
     "qwen2_vl": grid_layout,
     "qwen3_5": grid_layout,
+    "qwen3_5_moe": grid_layout,
     "qwen3_vl": grid_layout,
+    "qwen3_vl_moe": grid_layout,
     "video_llama_3": video_llama_3_layout,
 }
 """The rule of each config.model_type."""

@@ -266,11 +266,12 @@ class Reduction(AbstractContextManager["Reduction"]):
         left = prefill.after_attention(index, args[0], self._tap)
         return None if left is None else (left,)
 
-    def _after_feed_forward(self, prefill: Prefill, mlp: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _after_feed_forward(self, prefill: Prefill, mlp: nn.Module, args: tuple, output: Any) -> Tensor | None:
         if prefill.residual is None:
             return None
-        prefill.layer_output, prefill.residual = prefill.residual + output, None
-        return output.new_zeros(1)
+        added = first_of(output)  # a mixture of experts may return its routing, too
+        prefill.layer_output, prefill.residual = prefill.residual + added, None
+        return added.new_zeros(1)
 
     def _after_layer(self, prefill: Prefill, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
         given = first_of(output)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_backends import BACKENDS, attention
 from by_hand import check_by_hand, decoder_of, generate, see_prompt
-from families import FAMILIES
+from families import EXPERTS_OF_FAMILIES, FAMILIES
 
 import fftriton
 
@@ -56,6 +56,12 @@ def test_the_layout_is_where_the_video_features_are(family, way):
 @pytest.mark.feature("equals computation by hand")
 @EVERY_FAMILY
 def test_equals_a_recomputation_by_hand(family):
+    check_by_hand(family.model(), family.inputs())
+
+
+@pytest.mark.feature("equals computation by hand")
+@pytest.mark.parametrize("family", EXPERTS_OF_FAMILIES.values(), ids=EXPERTS_OF_FAMILIES)
+def test_mixtures_of_experts_equal_a_recomputation_by_hand(family):
     check_by_hand(family.model(), family.inputs())
 
 
