@@ -3,19 +3,23 @@
 from dataclasses import dataclass, field
 
 import torch
+from transformers import DynamicCache
 
 import fftriton
 from fftriton_kernels import merge_roots
 
 STEPS = 12
+WORDS, VOCABULARY = 150, 160
+SPECIAL = [*range(WORDS, VOCABULARY)]  # ids that stand for images and videos
 
 
 @torch.no_grad()
 def generate(model, inputs, **arguments):
-    """Greedy tokens [steps] and logits [steps, V]."""
+    """Greedy words [steps] and logits [steps, V]."""
     out = model.generate(
-        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True, **arguments
-    )
+        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        suppress_tokens=SPECIAL, **arguments,
+    )  # fmt: skip
     return out.sequences[0, -STEPS:], torch.cat(out.logits)
 
 
@@ -55,34 +59,52 @@ def places(tokens):
 
 
 class ByHand:
-    """The scripted reduction, every layer run on its rows from the first token on."""
+    """The scripted reduction, every layer run on its rows from the first token on.
 
-    def __init__(self, model, patch):
-        self.model, self.decoder, self.patch = model, decoder_of(model), patch
+    Args:
+        model: whose layers run.
+        patch: of each position, as `patches` has it.
+        starts: where a prompt begins that is reduced on its own: the turns of a conversation, the chunks of a prompt.
+    """
+
+    def __init__(self, model, patch, starts=(0,)):
+        self.model, self.decoder, self.patch, self.starts = model, decoder_of(model), patch, starts
 
     def merge(self, position):
         """Groups of rows: row t joins the row before it of the same patch where its position is odd."""
         group, last = {}, {}
         for row, place in enumerate(position):
-            before = last.get(self.patch_of(place)) if self.patch_of(place) >= 0 else None
-            last[self.patch_of(place)] = row
-            joins = before is not None and place % 2 == 1
+            of_patch = (self.start_of(place), self.patch_of(place))
+            before = last.get(of_patch) if self.patch_of(place) >= 0 else None
+            last[of_patch] = row
+            joins = before is not None and (place - self.start_of(place)) % 2 == 1
             group[row] = group[before] if joins else row
         return [[row for row in group if group[row] == root] for root in sorted(set(group.values()))]
 
     def drop(self, position):
-        """Groups of one row: all but the two video rows that go first, positions that 3 divides, the last first."""
-        video = [place for place in position if self.patch_of(place) >= 0]
-        order = sorted(video, key=lambda place: (place % 3 == 0, place))
-        return [[row] for row, place in enumerate(position) if place not in order[len(video) - 2 :]]
+        """Groups of one row: in each prompt all but the two video rows that go first, positions that 3 divides, the
+        last first."""
+        dropped = []
+        for start in self.starts:
+            video = [place for place in position if self.patch_of(place) >= 0 and self.start_of(place) == start]
+            order = sorted(video, key=lambda place: ((place - self.start_of(place)) % 3 == 0, place))
+            dropped += order[-2:]
+        return [[row] for row, place in enumerate(position) if place not in dropped]
 
     def patch_of(self, place):
         return self.patch[place] if place < len(self.patch) else -1
 
+    def start_of(self, place):
+        return max(start for start in self.starts if start <= place)
+
     def __call__(self, embeddings, position_ids, script, additions=()):
-        """[1, N, D] -> logits [V] of the last row. additions: [1, N, D] each, added behind the first layers."""
+        """[1, N, D] -> the hidden states [1, n, D] before each layer and behind the last, and their positions.
+
+        additions: [1, N, D] each, added behind the first layers.
+        """
         hidden, position, additions = embeddings, list(range(embeddings.shape[1])), list(additions)
         rotary = self.decoder.rotary_emb(embeddings, position_ids)
+        states = [hidden]
 
         def reduce(groups):
             nonlocal hidden, position, additions
@@ -103,7 +125,21 @@ class ByHand:
             hidden = hidden + (fed[0] if isinstance(fed, tuple) else fed)  # experts come with their routing in 4.x
             if index < len(additions):
                 hidden = hidden + additions[index]
-        return self.model.lm_head(self.decoder.norm(hidden)[0, -1])
+            states.append(hidden)
+        return states, position
+
+    def logits(self, prompt, script, tokens=()):
+        """[1 + steps, V]: of the prompt's last token, and of each of `tokens` behind it."""
+        steps = len(tokens)
+        more = self.decoder.embed_tokens(torch.as_tensor(tokens, dtype=torch.int64))[None]
+        later = prompt.position_ids[..., -1:].max() + 1 + torch.arange(steps)
+        states, _ = self(
+            torch.cat([prompt.embeddings, more], 1),
+            torch.cat([prompt.position_ids, later.expand(*prompt.position_ids.shape[:-1], -1)], -1),
+            script,
+            [torch.cat([part, torch.zeros_like(more)], 1) for part in prompt.additions],
+        )
+        return self.model.lm_head(self.decoder.norm(states[-1][0, -1 - steps :]))
 
     def mix(self, layer, hidden, position, rotary):
         """Attention, or what the layer has in its place."""
@@ -116,16 +152,10 @@ class ByHand:
 
     @torch.no_grad()
     def check(self, prompt, script, tokens, logits):
-        """That these greedy tokens [steps] and logits [steps, V] are what comes out by hand."""
-        embeddings, position_ids, additions = prompt.embeddings, prompt.position_ids, prompt.additions
-        last = position_ids[..., -1:].max()
-        for step, token in enumerate(tokens):
-            expected = self(embeddings, position_ids, script, additions)
-            assert (logits[step] - expected).abs().max() < 1e-4
-            assert int(expected.argmax()) == int(token)
-            embeddings = torch.cat([embeddings, self.decoder.embed_tokens(token)[None, None]], 1)
-            position_ids = torch.cat([position_ids, (last + 1 + step).expand_as(position_ids[..., :1])], -1)
-            additions = [torch.cat([part, torch.zeros_like(part[:, :1])], 1) for part in additions]
+        """That these greedy words [steps] and logits [steps, V] are what comes out by hand."""
+        expected = self.logits(prompt, script, tokens[:-1])
+        assert (logits - expected).abs().max() < 1e-4
+        assert torch.equal(expected[:, :WORDS].argmax(-1), tokens)
 
 
 @torch.no_grad()
@@ -151,24 +181,38 @@ class SeenPrompt:
 
 
 @torch.no_grad()
-def see_prompt(model, inputs):
-    """Run the model as it is and note what its decoder gets."""
-    decoder, seen = decoder_of(model), {}
+def see_prompt(model, *turns):
+    """Run the model as it is and note what its decoder gets, of several turns on one cache everything together."""
+    decoder, parts = decoder_of(model), []
     hooks = [
-        decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True),
+        decoder.register_forward_pre_hook(lambda _, args, kwargs: parts.append(dict(kwargs)), with_kwargs=True),
         decoder.rotary_emb.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.update(rotary=kwargs.get("position_ids", args[-1])), with_kwargs=True
+            lambda _, args, kwargs: parts[-1].update(rotary=kwargs.get("position_ids", args[-1])), with_kwargs=True
         ),
     ]
-    model(**inputs)
+    cache = DynamicCache(config=decoder.config) if len(turns) > 1 else None
+    for inputs in turns:
+        model(**inputs, past_key_values=cache)
     for hook in hooks:
         hook.remove()
-    embeddings = seen["inputs_embeds"]
-    additions = []
-    for features in seen.get("deepstack_visual_embeds") or ():
-        additions.append(torch.zeros_like(embeddings))
-        additions[-1][seen["visual_pos_masks"]] = features
-    return SeenPrompt(embeddings, seen["rotary"], tuple(additions))
+    for part in parts:
+        if part.get("inputs_embeds") is None:
+            part["inputs_embeds"] = decoder.embed_tokens(part["input_ids"])
+    depth = max(len(part.get("deepstack_visual_embeds") or ()) for part in parts)
+    additions = zip(*(_full_length(part, depth) for part in parts), strict=True)
+    return SeenPrompt(
+        torch.cat([part["inputs_embeds"] for part in parts], 1),
+        torch.cat([part["rotary"] for part in parts], -1),
+        tuple(torch.cat(level, 1) for level in additions),
+    )
+
+
+def _full_length(arguments, depth):
+    """Deepstack features [n, D] of one call -> `depth` times [1, N, D], zero elsewhere."""
+    full = [torch.zeros_like(arguments["inputs_embeds"]) for _ in range(depth)]
+    for level, features in zip(full, arguments.get("deepstack_visual_embeds") or (), strict=False):
+        level[arguments["visual_pos_masks"]] = features
+    return full
 
 
 def patches(layouts, length):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +13,13 @@ from ..layout import VideoLayout, check_layouts
 from .families import RULES, LayoutRule
 
 _ENCODERS = ("get_image_features", "get_video_features")
+
+
+class Video(NamedTuple):
+    """A video of a forward, and how many come before it in the whole batch, copies of beams left out."""
+
+    layout: VideoLayout
+    number: int
 
 
 class LayoutFinder:
@@ -42,7 +49,7 @@ class LayoutFinder:
         else:
             listed = self._listed = list(layout)
             self._rule = lambda model, arguments: listed
-        self._of_prompt: list[VideoLayout] | None = None  # of the prompt that generate is at work on
+        self._of_prompt: list[Video] | None = None  # of the prompt that generate is at work on
         self._encoded: dict[str, Any] = {}  # arguments of the vision encoders' last calls
 
     def install(self, undo: list[Callable[[], object]]) -> None:
@@ -53,7 +60,7 @@ class LayoutFinder:
         _wrap(self.model, "generate", self._within_generate, undo)
         _wrap(self.model, "_expand_inputs_for_generation", self._before_expansion, undo)
 
-    def find(self, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    def find(self, arguments: Mapping[str, Any]) -> list[Video]:
         """The videos among the tokens of a forward with these arguments, counted from its first token.
 
         Raises:
@@ -62,12 +69,14 @@ class LayoutFinder:
         tokens = tokens_of(arguments)
         if tokens is None or tokens.shape[1] == 1:  # decoding: no time to lose
             return []
-        known = self._listed if self._of_prompt is None else self._of_prompt
+        known = self._of_prompt
+        if known is None and self._listed is not None:
+            known = _numbered(self._listed)
         if known is None:
-            found = self._rule(self.model, self._with_encoded(arguments))
+            found = _numbered(self._rule(self.model, self._with_encoded(arguments)))
         else:
             found = _lying_in(known, _past(arguments), tokens.shape[1])
-        check_layouts(found, *tokens.shape[:2])
+        check_layouts([video.layout for video in found], *tokens.shape[:2])
         return found
 
     def _with_encoded(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -99,10 +108,9 @@ class LayoutFinder:
         """`generate` repeats the rows of its prompt here: it has all arguments together, and still as they were."""
 
         def announced(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-            found = self._find_in_prompt(kwargs)
             self._of_prompt = [
-                VideoLayout(layout.positions, layout.sample * expand_size + copy)
-                for layout in found
+                Video(VideoLayout(layout.positions, layout.sample * expand_size + copy), number)
+                for layout, number in _numbered(self._find_in_prompt(kwargs))
                 for copy in range(expand_size)
             ]
             return expand(expand_size, *args, **kwargs)
@@ -116,8 +124,7 @@ class LayoutFinder:
         tokens, past = tokens_of(arguments), _past(arguments)
         if tokens is None or tokens.shape[1] == 0:
             return []
-        mask = arguments.get("attention_mask")
-        if past > 0 and (mask is None or mask.shape[1] == tokens.shape[1]):  # the earlier turns are in it again
+        if past > 0 and _sequence_length(arguments) == tokens.shape[1]:  # the earlier turns are in it again
             whole = {name: arguments.get(name) for name in ("input_ids", "inputs_embeds")}
             new = {name: part[:, past:] for name, part in whole.items() if part is not None}
             arguments = {**arguments, **new}
@@ -131,16 +138,30 @@ def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
     return arguments.get("input_ids") if embeddings is None else embeddings
 
 
+def _sequence_length(arguments: Mapping[str, Any]) -> int | None:
+    """Length of the whole sequence, which generate's mask and positions have, and its tokens may have."""
+    for name in ("attention_mask", "position_ids"):  # a mask of ones may have been dropped
+        if arguments.get(name) is not None:
+            return arguments[name].shape[-1]
+    tokens = tokens_of(arguments)
+    return None if tokens is None else tokens.shape[1]
+
+
 def _past(arguments: Mapping[str, Any]) -> int:
     """How many tokens of the sequence the cache stands for."""
     cache = arguments.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _lying_in(layouts: Sequence[VideoLayout], first: int, length: int) -> list[VideoLayout]:
-    """The layouts in [first, first + length) of the sequence, counted from there."""
+def _numbered(layouts: Sequence[VideoLayout]) -> list[Video]:
+    """The videos in the order of their samples."""
+    return [Video(layout, number) for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.sample))]
+
+
+def _lying_in(videos: Sequence[Video], first: int, length: int) -> list[Video]:
+    """The videos in [first, first + length) of the sequence, counted from there."""
     found = []
-    for layout in layouts:
+    for layout, number in videos:
         low, high = layout.span
         if high < first or low >= first + length:
             continue
@@ -150,7 +171,7 @@ def _lying_in(layouts: Sequence[VideoLayout], first: int, length: int) -> list[V
                 f"{first + length - 1} of the sequence, and the video has {low} to {high}; use a prefill_chunk_size, "
                 "or chunks of your own, that cut no video"
             )
-        found.append(_moved(layout, -first))
+        found.append(Video(_moved(layout, -first), number))
     return found
 
 

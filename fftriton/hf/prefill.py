@@ -19,6 +19,7 @@ from ..layout import VideoLayout, patch_ids
 from ..methods.base import Method, Prompt, VideoTokens
 from .cache import Checkpoint, ReducedLayer
 from .compat import causal_mask
+from .finder import Video
 from .importance import Attention, AttentionTap
 from .report import BatchReport, MergeStep, Report, Stopwatch
 from .window import Windows
@@ -74,13 +75,13 @@ class Continuation:
 
     def _append_flags(self, cached: ReducedLayer, past: int, rows: int) -> Tensor | None:
         """The flags of all rows of a layer; layers that share them go on to do so."""
-        key = (id(cached.valid), past, rows)
+        key = (id(cached.valid), id(self.valid), past)
         if key in self._flags:
-            _, cached.valid = self._flags[key]
+            *_, cached.valid = self._flags[key]
         else:
             before = cached.valid
             cached.append_valid(past, rows, self.valid)
-            self._flags[key] = before, cached.valid
+            self._flags[key] = before, self.valid, cached.valid  # alive, so that their ids stay theirs
         return cached.valid
 
     def _mask(self, config: Any, hidden: Tensor, valid: Tensor | None, past: int, window: Windows | None) -> Any:
@@ -146,7 +147,7 @@ class Prefill(Continuation):
 
     Args:
         source, valid, cache_layers: as for Continuation.
-        method, layouts: what to keep of which videos.
+        method, videos: what to keep of what.
         attends: for each layer, whether it has attention; else it is recurrent.
         additions: [B, N, D] each, what the decoder would have added to the outputs of its first layers.
         later: how many tokens at the end are continuations of the prompt.
@@ -154,14 +155,15 @@ class Prefill(Continuation):
 
     def __init__(
         self, source: Tensor, valid: Tensor | None, cache_layers: CacheLayers,
-        method: Method, layouts: list[VideoLayout], attends: Sequence[bool], additions: Sequence[Tensor], later: int,
+        method: Method, videos: Sequence[Video], attends: Sequence[bool], additions: Sequence[Tensor], later: int,
     ) -> None:  # fmt: skip
         super().__init__(source, valid, cache_layers)
-        self.method, self.layouts, self.attends, self.later = method, layouts, attends, later
+        self.method, self.videos, self.attends, self.later = method, videos, attends, later
         self._additions = additions
         self.samples: list[Sample] = []
         self.residual: Tensor | None = None  # [B, M, D] rows kept, waiting for their feed-forward output
         self.layer_output: Tensor | None = None  # [B, M, D] what the layer is to return
+        self.states: list[Tensor] | None = None  # what went into the first layer and came out of each, where asked for
         self._rotary_like: Sequence[Tensor] = ()
         self._stopwatch = Stopwatch(source.device)
 
@@ -170,20 +172,22 @@ class Prefill(Continuation):
         self._started = self._stopwatch.now()
         self._rotary_like = rotary or ()
         companions = [_rows_first(part, self.batch) for part in self._rotary_like]
-        patch = patch_ids(self.layouts, self.batch, self.length, hidden.device)
+        patch = patch_ids([video.layout for video in self.videos], self.batch, self.length, hidden.device)
         position = torch.arange(self.length, device=hidden.device)[None]
         for index in range(self.batch):
             rows = _real_rows(self.valid, index, self.length)
-            layouts = [layout for layout in self.layouts if layout.sample == index]
+            videos = [video for video in self.videos if video.layout.sample == index]
+            layouts = [video.layout for video in videos]
             own, count = slice(index, index + 1), sum(len(layout.tokens) for layout in layouts)
             tokens = VideoTokens(
                 hidden.new_empty(0), position[:, rows], patch[own][:, rows], count,
                 tuple(part[own][:, rows] for part in companions),
                 additions=tuple(part[own][:, rows].to(hidden.device) for part in self._additions),
             )  # fmt: skip
-            earlier = sum(layout.sample < index for layout in self.layouts)
-            prompt = Prompt(len(self.attends), self.length, layouts, self.attends, earlier)
-            calls = self.method.begin(prompt) if layouts else None
+            calls = None
+            if videos:
+                prompt = Prompt(len(self.attends), self.length, layouts, self.attends, videos[0].number)
+                calls = self.method.begin(prompt)
             report = Report(
                 str(self.method), self.method.budget, layouts, tokens.length, count, _stopwatch=self._stopwatch
             )
@@ -250,6 +254,11 @@ class Prefill(Continuation):
             sample.tokens = replace(sample.tokens, additions=sample.tokens.additions[1:])
         return hidden + first.to(hidden.device, hidden.dtype)
 
+    def note_state(self, hidden: Tensor) -> None:
+        """Keep [B, M, D] hidden states, where they are asked for."""
+        if self.states is not None:
+            self.states.append(hidden)
+
     def restore(self, hidden: Tensor) -> Tensor:
         """[B, M, D] -> [B, N, D]: every row back in its place in the prompt, zeros elsewhere."""
         full = hidden.new_zeros(self.batch, self.length, hidden.shape[-1])
@@ -306,8 +315,9 @@ class Prefill(Continuation):
         longest = max(lengths)
         for sample, length in zip(self.samples, lengths, strict=True):
             sample.rows = slice(longest - length, longest)
+        padded = self.valid is not None or min(lengths) < longest
         self.packed, self.valid = True, None
-        if min(lengths) < longest:
+        if padded:  # where the padding is gone, too: the decoder goes on to make masks for it
             starts = torch.tensor([longest - length for length in lengths])
             self.valid = (torch.arange(longest) >= starts[:, None]).to(parts[0].device)
         companions = zip(*(sample.tokens.companions for sample in self.samples), strict=True)

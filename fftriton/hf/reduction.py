@@ -30,7 +30,7 @@ from ..methods.base import Method
 from .cache import Permit, ReducedLayer, prepare
 from .compat import causal_mask, first_of, with_first
 from .families import LayoutRule, take_deepstack
-from .finder import LayoutFinder, tokens_of
+from .finder import LayoutFinder, Video, tokens_of
 from .importance import AttentionTap
 from .prefill import Continuation, Prefill
 from .report import BatchReport, Report
@@ -55,7 +55,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         self.report: Report | BatchReport | None = None
         self._finder = LayoutFinder(model, layout)
         self._signature = inspect.signature(model.forward)
-        self._layouts: list[VideoLayout] = []  # of the forward that begins
+        self._videos: list[Video] = []  # of the forward that begins
         self._later = 0  # how many of its last tokens are no part of the prompt
         self._targets: list[tuple[Tensor, int]] = []  # its labels [B, N], and how far ahead of their logits they are
         self._forward: Continuation | None = None
@@ -144,10 +144,10 @@ class Reduction(AbstractContextManager["Reduction"]):
     def _before_model(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         bound = self._signature.bind_partial(*args, **kwargs)
         given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
-        self._layouts, self._targets = self._finder.find(given), []
+        self._videos, self._targets = self._finder.find(given), []
         keep = given.get("logits_to_keep")
         self._later = max(keep - 1, 0) if isinstance(keep, int) else 0
-        if not self._layouts or (given.get("labels") is None and given.get("shift_labels") is None):
+        if not self._videos or (given.get("labels") is None and given.get("shift_labels") is None):
             return None
         return self._with_own_targets(bound)
 
@@ -161,7 +161,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         return bound.args, bound.kwargs
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        layouts, self._layouts = self._layouts, []
+        videos, self._videos = self._videos, []
         self._abandon()
         cache = kwargs.get("past_key_values")
         use_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
@@ -174,27 +174,28 @@ class Reduction(AbstractContextManager["Reduction"]):
         if reason is not None:
             if reduced:
                 raise ValueError(f"reduce: nothing can follow the reduced prompt in the KV cache, because {reason}")
-            if layouts:
+            if videos:
                 self._warn_once("unreduced", f"fftriton: running without reduction, because {reason}")
             return args, kwargs
         source = args[0] if args else tokens_of(kwargs)
         assert source is not None  # the decoder would refuse it
-        if not layouts and not (reduced and self._needs_masks(reducible, source)):
+        if not videos and not (reduced and self._needs_masks(reducible, source)):
             return args, kwargs
         length = source.shape[1]
         past_valid, valid = _padding(kwargs.get("attention_mask"), length)
-        _check_visible(layouts, valid)
+        _check_visible(videos, valid)
         for layer in reducible:
             if not layer.reduced and length > 1:
                 layer.valid = past_valid
-        if layouts:
-            attends = [*map(has_attention, decoder.layers)]
-            additions = take_deepstack(kwargs)
-            self._open(
-                Prefill(source, valid, cache_layers, self.method, layouts, attends, additions, later=self._later)
-            )
-        else:
+        if not videos:
             self._open(Continuation(source, valid, cache_layers))
+            return args, kwargs
+        attends, additions = [*map(has_attention, decoder.layers)], take_deepstack(kwargs)
+        prefill = Prefill(source, valid, cache_layers, self.method, videos, attends, additions, later=self._later)
+        wanted = kwargs.get("output_hidden_states")
+        if decoder.config.output_hidden_states if wanted is None else wanted:
+            prefill.states = []
+        self._open(prefill)
         return args, kwargs
 
     def _needs_masks(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
@@ -217,12 +218,12 @@ class Reduction(AbstractContextManager["Reduction"]):
             return "attention_mask is not the two-dimensional padding mask"
         return None
 
-    def _after_decoder(self, decoder: Any, args: tuple, output: Any) -> None:
+    def _after_decoder(self, decoder: Any, args: tuple, output: Any) -> Any:
         if output is None:  # an exception on its way
             return self._abandon()
         forward = self._close()
         if not isinstance(forward, Prefill):
-            return
+            return None
         for targets, shift in self._targets:
             forward.hide_targets(targets, shift)
         self.report = forward.finish()
@@ -234,6 +235,11 @@ class Reduction(AbstractContextManager["Reduction"]):
                     f"fftriton: the budget {report.budget:g} cannot be reached on this prompt; the least possible is "
                     f"{report.least_budget:.4g}, and {report.budget_achieved:.4g} of the video tokens were kept",
                 )
+        if forward.states is not None:
+            *inner, last = output.hidden_states  # the last one has gone through the final norm
+            own = [None if given is None else state for given, state in zip(inner, forward.states, strict=False)]
+            output.hidden_states = (*own, last)
+        return output
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -249,6 +255,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         if isinstance(forward, Prefill):
             if index == 0:
                 forward.begin(hidden, kwargs.get("position_embeddings"))
+                forward.note_state(hidden)
             hidden = forward.before_attention(index, hidden)
         kwargs.update(forward.layer_arguments(index, hidden, kwargs, self.decoder.config))
         if args:
@@ -277,6 +284,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         given = first_of(output)
         hidden, prefill.layer_output = given if prefill.layer_output is None else prefill.layer_output, None
         hidden = prefill.after_layer(hidden)
+        prefill.note_state(hidden)
         if index == len(self.decoder.layers) - 1 and prefill.packed:
             hidden = prefill.restore(hidden)
         return None if hidden is given else with_first(output, hidden)
@@ -306,12 +314,12 @@ def _is_decoder_layer(layer: nn.Module) -> bool:
     return mixes and all(hasattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm", "mlp"))
 
 
-def _check_visible(layouts: list[VideoLayout], valid: Tensor | None) -> None:
+def _check_visible(videos: Sequence[Video], valid: Tensor | None) -> None:
     """Raise a ValueError where padding covers a video token."""
     if valid is None:
         return
     hidden = ~valid.cpu()
-    for layout in layouts:
+    for layout, _ in videos:
         if bool(hidden[layout.sample, layout.tokens.cpu()].any()):
             raise ValueError(f"attention_mask: must not hide video tokens, but does in sample {layout.sample}")
 
