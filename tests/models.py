@@ -14,6 +14,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fftriton
 
@@ -159,3 +160,13 @@ def video_embeddings(frames, patches, kind="mixed", before=3, after=4, seed=0):
     row = torch.cat([text[0, :before], video.flatten(0, 1), text[1, :after]])
     positions = torch.arange(before, before + frames * patches).view(frames, patches)
     return row[None], [fftriton.VideoLayout(positions)]
+
+
+def snapshot(model):
+    """All that a reduction touches, by module: attributes and hooks; and transformers' registry of attentions."""
+    state = {"registry": sorted(ALL_ATTENTION_FUNCTIONS)}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key != "rope_deltas":  # the models' own note of their last prompt
+                state[name, key] = list(value) if "hook" in key and isinstance(value, dict) else id(value)
+    return state

@@ -7,7 +7,6 @@ of a batch stand at the right end of their rows, behind padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ class ReducedLayer(DynamicLayer):
         missing: how many more tokens the sequence has than there are rows.
         fixed: the sequence's length up to which it cannot be cropped.
         valid: [B, rows] bool, False for padding; None: no padding, or nothing known while `reduced` is False.
+        broken: whether a forward failed in the middle and could not be taken back.
         permit: a reduced layer can be used while it is active.
         window: all else is forgotten as soon as no later token can attend to it; None: nothing is.
     """
@@ -49,7 +49,7 @@ class ReducedLayer(DynamicLayer):
         self.permit = Permit()
 
     def _forget(self) -> None:
-        self.reduced, self.missing, self.fixed = False, 0, 0
+        self.reduced, self.missing, self.fixed, self.broken = False, 0, 0, False
         self.valid: Tensor | None = None
         self.window: Windows | None = None
 
@@ -69,6 +69,8 @@ class ReducedLayer(DynamicLayer):
         return super().get_seq_length() + self.missing
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
+        if self.broken:
+            raise RuntimeError("the KV cache is from a forward that failed in the middle: reset it, or take a new one")
         if self.reduced and not self.permit.active:
             raise RuntimeError(
                 "the KV cache holds a reduced prompt, which only a model that is being reduced can read: use it inside "
@@ -143,20 +145,31 @@ class ReducedLayer(DynamicLayer):
 
 
 class Checkpoint:
-    """What the layers of a cache held, so that a forward that fails can be taken back. Holds keys and values of layers
-    that forget some, and of no others."""
+    """What a cache held before a forward, so that one that fails can be taken back. Holds keys and values of layers that
+    forget some, and of no others.
 
-    def __init__(self, layers: Iterable[ReducedLayer]) -> None:
-        self._states = [(layer, layer.rows, _notes(layer)) for layer in layers]
+    What recurrent layers held, and layers that only now have come to forget, cannot be taken back: such a cache is
+    emptied where it was empty, else it cannot be used any more until it is reset.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        layers = [] if cache is None else cache.layers
+        self._states = [(layer, layer.rows, _notes(layer)) for layer in layers if isinstance(layer, ReducedLayer)]
+        self._recurrent = [layer for layer in layers if not isinstance(layer, ReducedLayer)]
 
     def restore(self) -> None:
         """Take out of each layer what has come since."""
+        was_empty = all(rows == 0 for _, rows, _ in self._states)
+        forgotten = any(layer.window is not None and notes["window"] is None for layer, _, notes in self._states)
+        broken = not was_empty and (forgotten or bool(self._recurrent))
         for layer, rows, notes in self._states:
             if rows == 0:
                 layer.reset()
             elif layer.rows > rows:
                 layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
-            layer.__dict__.update(notes)
+            layer.__dict__.update(notes, broken=broken)
+        for recurrent in self._recurrent:
+            recurrent.reset()
 
 
 def _notes(layer: ReducedLayer) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..layout import VideoLayout, patch_ids
 from ..methods.base import Method, Prompt, VideoTokens
-from .cache import Checkpoint, ReducedLayer
+from .cache import ReducedLayer
 from .compat import causal_mask
 from .finder import Video
 from .importance import Attention, AttentionTap
@@ -47,11 +47,6 @@ class Continuation:
         self.free_tail = 0  # so many tokens at the end are the last rows of every sample: a crop can remove them
         self._masks: dict[tuple, tuple] = {}
         self._flags: dict[tuple, tuple] = {}
-        self._checkpoint = Checkpoint(filter(None, cache_layers or ()))
-
-    def abandon(self) -> None:
-        """Take back what the forward has put into the cache."""
-        self._checkpoint.restore()
 
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """The layer's keyword arguments that differ from what the decoder gave, and the cache's bookkeeping."""

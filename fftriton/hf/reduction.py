@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..layout import VideoLayout
 from ..methods.base import Method
-from .cache import Permit, ReducedLayer, prepare
+from .cache import Checkpoint, Permit, ReducedLayer, prepare
 from .compat import causal_mask, first_of, with_first
 from .families import LayoutRule, take_deepstack
 from .finder import LayoutFinder, Video, tokens_of
@@ -59,6 +59,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._later = 0  # how many of its last tokens are no part of the prompt
         self._targets: list[tuple[Tensor, int]] = []  # its labels [B, N], and how far ahead of their logits they are
         self._forward: Continuation | None = None
+        self._checkpoint = Checkpoint(None)
         self._permit = Permit()
         self._tap = AttentionTap()
         self._undo: list[Callable[[], object]] = []
@@ -91,12 +92,12 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._undo.append(self._tap.remove)
         self._finder.install(self._undo)
         self._permit.active = True
-        for handle in (
-            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            self.decoder.register_forward_hook(self._after_decoder, always_call=True),
-        ):
-            self._undo.append(handle.remove)
+        self._keep(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._keep(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        self._keep(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
+
+    def _keep(self, handle: RemovableHandle) -> None:
+        self._undo.append(handle.remove)
 
     def remove(self) -> None:
         """Take everything out again: the model is as it was before. Harmless when nothing is installed."""
@@ -135,9 +136,8 @@ class Reduction(AbstractContextManager["Reduction"]):
 
     def _abandon(self) -> None:
         """End a forward that did not come to its end: the KV cache, too, is as it was before it."""
-        forward = self._close()
-        if forward is not None:
-            forward.abandon()
+        if self._close() is not None:
+            self._checkpoint.restore()
 
     # ---- the model and its decoder
 
@@ -177,6 +177,8 @@ class Reduction(AbstractContextManager["Reduction"]):
             if videos:
                 self._warn_once("unreduced", f"fftriton: running without reduction, because {reason}")
             return args, kwargs
+        if videos and decoder.training and torch.is_grad_enabled() and decoder.is_gradient_checkpointing:
+            raise ValueError("reduce: gradient checkpointing must be off: it runs layers again without their reduction")
         source = args[0] if args else tokens_of(kwargs)
         assert source is not None  # the decoder would refuse it
         if not videos and not (reduced and self._needs_masks(reducible, source)):
@@ -187,6 +189,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         for layer in reducible:
             if not layer.reduced and length > 1:
                 layer.valid = past_valid
+        self._checkpoint = Checkpoint(cache)
         if not videos:
             self._open(Continuation(source, valid, cache_layers))
             return args, kwargs
@@ -221,12 +224,24 @@ class Reduction(AbstractContextManager["Reduction"]):
     def _after_decoder(self, decoder: Any, args: tuple, output: Any) -> Any:
         if output is None:  # an exception on its way
             return self._abandon()
-        forward = self._close()
-        if not isinstance(forward, Prefill):
-            return None
+        try:
+            if isinstance(self._forward, Prefill):
+                self._finish(self._forward, output)
+        except BaseException:
+            self._abandon()
+            raise
+        self._close()
+        return output
+
+    def _finish(self, prefill: Prefill, output: Any) -> None:
+        """Make the report, and see to what else depends on what has been kept."""
         for targets, shift in self._targets:
-            forward.hide_targets(targets, shift)
-        self.report = forward.finish()
+            prefill.hide_targets(targets, shift)
+        if prefill.states is not None:
+            *inner, last = output.hidden_states  # the last one has gone through the final norm
+            own = [None if given is None else state for given, state in zip(inner, prefill.states, strict=False)]
+            output.hidden_states = (*own, last)
+        self.report = prefill.finish()
         reports = self.report.samples if isinstance(self.report, BatchReport) else [self.report]
         for report in reports:
             if report.window is None and report.budget_achieved > report.budget + 1 / max(report.num_video_tokens, 1):
@@ -235,11 +250,6 @@ class Reduction(AbstractContextManager["Reduction"]):
                     f"fftriton: the budget {report.budget:g} cannot be reached on this prompt; the least possible is "
                     f"{report.least_budget:.4g}, and {report.budget_achieved:.4g} of the video tokens were kept",
                 )
-        if forward.states is not None:
-            *inner, last = output.hidden_states  # the last one has gone through the final norm
-            own = [None if given is None else state for given, state in zip(inner, forward.states, strict=False)]
-            output.hidden_states = (*own, last)
-        return output
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:

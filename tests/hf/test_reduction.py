@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from by_hand import Scripted, check_by_hand, decoder_of, generate
-from models import tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
+from models import snapshot, tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -67,16 +67,6 @@ def test_without_cache_as_with_it(family):
         again, slow = generate(model, inputs, use_cache=False)
     assert torch.equal(tokens, again)
     assert (logits - slow).abs().max() < 1e-4
-
-
-def snapshot(model):
-    """All that a reduction touches, by module: attributes and hooks; and transformers' registry of attentions."""
-    state = {"registry": sorted(ALL_ATTENTION_FUNCTIONS)}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key != "rope_deltas":  # the models' own note of their last prompt
-                state[name, key] = list(value) if "hook" in key and isinstance(value, dict) else id(value)
-    return state
 
 
 class Interrupted(BaseException):

@@ -1,0 +1,245 @@
+"""What can go wrong: the model is as it was, the cache is as it was or says that it is not, and nobody else notices."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from by_hand import ByHand, Scripted, SeenPrompt, decoder_of, generate, patches
+from families import FAMILIES
+from models import snapshot, tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
+from transformers import DynamicCache
+
+import fftriton
+from fftriton.hf import importance, prefill
+from fftriton.methods import fastv
+
+METHOD = fftriton.FastV(0.6)
+SCRIPT = Scripted()
+
+
+def place_of(name, model):
+    """What to break, and under which name it is called."""
+    layer = decoder_of(model).layers[1]
+    return {
+        "attention": (layer.self_attn.o_proj, "forward"),
+        "norm": (layer.post_attention_layernorm, "forward"),
+        "feed-forward": (layer.mlp.down_proj, "forward"),
+        "last norm": (decoder_of(model).norm, "forward"),
+        "importance": (importance, "attention_column_sum"),
+        "method": (fastv._Pruning, "after_attention"),
+        "packing": (prefill.Prefill, "_pack"),
+        "report": (prefill.Prefill, "finish"),
+    }[name]
+
+
+def break_off(model, place, error, arguments):
+    """Run a forward that fails there."""
+
+    def broken(*args, **kwargs):
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(error):
+        patch.setattr(*place_of(place, model), broken)
+        model(**arguments)
+
+
+@pytest.mark.parametrize(
+    "place", ["attention", "norm", "feed-forward", "last norm", "importance", "method", "packing", "report"]
+)
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("turn", ["first", "second"])
+@torch.no_grad()
+def test_a_forward_that_fails_can_be_repeated(place, error, turn):
+    model, (video, layout) = tiny_qwen2(), video_embeddings(4, 5)
+    words = torch.tensor([[3, 4, 5]])
+    turns = [{"input_ids": words}] if turn == "second" else []
+    before, dense = snapshot(model), model(inputs_embeds=video).logits
+    with fftriton.reduce(
+        model, METHOD, lambda _, arguments: layout if "inputs_embeds" in arguments else []
+    ) as reduction:
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        for cache in caches:
+            for arguments in turns:
+                model(**arguments, past_key_values=cache)
+        expected = model(inputs_embeds=video, past_key_values=caches[0]).logits
+        report = reduction.report
+        lengths = [layer.get_seq_length() for layer in caches[1].layers]
+        break_off(model, place, error, {"inputs_embeds": video, "past_key_values": caches[1]})
+        if error is not KeyboardInterrupt:  # behind which torch calls no hook: the next forward sees to it
+            assert [layer.get_seq_length() for layer in caches[1].layers] == lengths
+        assert reduction.report is report
+        assert torch.equal(model(inputs_embeds=video, past_key_values=caches[1]).logits, expected)
+        break_off(model, place, error, {"inputs_embeds": video})
+    assert snapshot(model) == before
+    assert torch.equal(model(inputs_embeds=video).logits, dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.feature("exceptions")
+@torch.no_grad()
+def test_every_family_is_as_before(family, error):
+    model, inputs = family.model(), family.inputs()
+    dense, before = model(**inputs).logits, snapshot(model)
+    with fftriton.reduce(model, SCRIPT):
+        expected = model(**inputs).logits
+        break_off(model, "feed-forward", error, inputs)
+        assert torch.equal(model(**inputs).logits, expected)
+    with pytest.raises(error), fftriton.reduce(model, SCRIPT):
+        break_off(model, "last norm", error, inputs)
+        raise error
+    assert snapshot(model) == before
+    assert torch.equal(model(**inputs).logits, dense)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "minicpmv4_6"])
+@torch.no_grad()
+def test_recurrent_states_that_cannot_be_taken_back_are_refused(family):
+    family = FAMILIES[family]
+    model, inputs, words = family.model(), family.inputs(), torch.tensor([[3, 4, 5]])
+    cache = DynamicCache(config=model.config.get_text_config())
+    with fftriton.reduce(model, SCRIPT):
+        break_off(model, "last norm", RuntimeError, inputs | {"past_key_values": cache})
+        expected = model(**inputs).logits
+        assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)  # it was empty, and is again
+        break_off(model, "last norm", RuntimeError, {"input_ids": words, "past_key_values": cache})
+        with pytest.raises(RuntimeError, match="from a forward that failed in the middle: reset it"):
+            model(input_ids=words, past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)
+
+
+def test_an_installation_that_fails_is_taken_back(monkeypatch):
+    model, inputs = tiny_qwen2_vl(), video_prompt()
+    before = snapshot(model)
+
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(decoder_of(model)), "register_forward_hook", broken)
+        fftriton.apply(model, METHOD)
+    assert snapshot(model) == before
+    with torch.no_grad(), fftriton.reduce(model, METHOD) as reduction:
+        model(**inputs)
+    assert reduction.report.budget_achieved < 0.7
+
+
+def test_two_threads_reduce_two_models():
+    """Each gets what it gets alone, forward after forward."""
+    jobs = [
+        (tiny_qwen2_vl(), video_prompt(), fftriton.FrameFusion(0.4, 0.9)),
+        (tiny_qwen2_5_vl(), video_prompt(seed=3), fftriton.FastV(0.6)),
+    ]
+    alone = []
+    for model, inputs, method in jobs:
+        with fftriton.reduce(model, method) as reduction:
+            alone.append((*generate(model, inputs), reduction.report.kept_positions))
+    results, start = {}, threading.Barrier(2)
+
+    def run(index):
+        model, inputs, method = jobs[index]
+        start.wait()
+        for _ in range(4):
+            with fftriton.reduce(model, method) as reduction:
+                tokens, logits = generate(model, inputs)
+            results.setdefault(index, []).append((tokens, logits, reduction.report.kept_positions))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    before = [snapshot(model) for model, _, _ in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [snapshot(model) for model, _, _ in jobs] == before
+    for index, (tokens, logits, kept) in enumerate(alone):
+        assert len(results[index]) == 4
+        for result in results[index]:
+            assert torch.equal(result[0], tokens)
+            assert torch.equal(result[1], logits)
+            assert all(map(torch.equal, result[2], kept))
+
+
+def test_one_model_is_reduced_once_at_a_time():
+    """Nested, from another thread, and through another module that has the same decoder."""
+    model, inputs = tiny_qwen2_vl(), video_prompt()
+    before, errors = snapshot(model), []
+
+    def enter(same):
+        try:
+            fftriton.apply(same, fftriton.KeepAll())
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with torch.no_grad(), fftriton.reduce(model, METHOD) as reduction:
+        thread = threading.Thread(target=enter, args=(model,))
+        thread.start()
+        thread.join()
+        enter(model)
+        with pytest.raises(RuntimeError, match="being reduced already"):
+            reduction.install()
+        model(**inputs)
+        assert reduction.report.budget_achieved < 0.7
+    assert len(errors) == 2
+    assert all("the model is being reduced already" in error for error in errors)
+    assert snapshot(model) == before
+
+
+# ---- what cannot be right is refused
+
+
+@torch.no_grad()
+def test_a_reduced_cache_is_refused_outside():
+    model, (video, layout) = tiny_qwen2(), video_embeddings(4, 5)
+    with fftriton.reduce(model, SCRIPT, layout):
+        cache = model(inputs_embeds=video).past_key_values
+        shared = copy.deepcopy(cache)
+        expected = model(input_ids=torch.tensor([[3]]), past_key_values=copy.deepcopy(cache)).logits
+    for held in (cache, shared):
+        with pytest.raises(RuntimeError, match="the KV cache holds a reduced prompt, which only a model that is being"):
+            model(input_ids=torch.tensor([[3]]), past_key_values=held)
+    with fftriton.reduce(model, fftriton.KeepAll(), []):  # any reduction reads it
+        assert torch.equal(model(input_ids=torch.tensor([[3]]), past_key_values=cache).logits, expected)
+    cache.reset()
+    assert torch.equal(model(inputs_embeds=video, past_key_values=cache).logits, model(inputs_embeds=video).logits)
+
+
+@torch.no_grad()
+def test_masks_that_do_not_fit():
+    model, (video, layout) = tiny_qwen2(), video_embeddings(4, 5)
+    length = video.shape[1]
+    before = snapshot(model)
+    with fftriton.reduce(model, SCRIPT, layout):
+        hiding = torch.ones(1, length, dtype=torch.int64)
+        hiding[0, 5] = 0
+        with pytest.raises(ValueError, match="attention_mask: must not hide video tokens, but does in sample 0"):
+            model(inputs_embeds=video, attention_mask=hiding)
+        cache = model(inputs_embeds=video).past_key_values
+        square = torch.zeros(1, 1, 2, length + 2)
+        with pytest.raises(
+            ValueError, match="nothing can follow the reduced prompt .* attention_mask is not the two-dim"
+        ):
+            model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache, attention_mask=square)
+    assert snapshot(model) == before
+
+
+def test_gradient_checkpointing_is_refused():
+    model, (video, layout) = copy.deepcopy(tiny_qwen2()).train(), video_embeddings(4, 5)
+    model.gradient_checkpointing_enable()
+    with fftriton.reduce(model, SCRIPT, layout):
+        with pytest.raises(ValueError, match="gradient checkpointing must be off"):
+            model(inputs_embeds=video, use_cache=False)
+        model.gradient_checkpointing_disable()
+        model(inputs_embeds=video)
+
+
+def test_gradients_go_through_what_is_left():
+    model, (video, layout) = tiny_qwen2(), video_embeddings(4, 5)
+    given, by_hand = (video.clone().requires_grad_() for _ in range(2))
+    with fftriton.reduce(model, SCRIPT, layout):
+        model(inputs_embeds=given).logits[0, -1].logsumexp(0).backward()
+    prompt = SeenPrompt(by_hand, torch.arange(video.shape[1])[None], ())
+    ByHand(model, patches(layout, video.shape[1])).logits(prompt, SCRIPT)[-1].logsumexp(0).backward()
+    assert by_hand.grad.abs().min() > 0
+    torch.testing.assert_close(given.grad, by_hand.grad, atol=1e-5, rtol=1e-4)
