@@ -177,7 +177,7 @@ class Reduction(AbstractContextManager["Reduction"]):
             if videos:
                 self._warn_once("unreduced", f"fftriton: running without reduction, because {reason}")
             return args, kwargs
-        if videos and decoder.training and torch.is_grad_enabled() and decoder.is_gradient_checkpointing:
+        if videos and torch.is_grad_enabled() and any(map(_runs_again, decoder.layers)):
             raise ValueError("reduce: gradient checkpointing must be off: it runs layers again without their reduction")
         source = args[0] if args else tokens_of(kwargs)
         assert source is not None  # the decoder would refuse it
@@ -317,6 +317,10 @@ def find_decoder(model: Any) -> Any:
 def has_attention(layer: nn.Module) -> bool:
     """Whether the decoder layer has softmax attention; Qwen3.5 has layers with linear attention instead."""
     return hasattr(layer, "self_attn")
+
+
+def _runs_again(layer: nn.Module) -> bool:
+    return layer.training and getattr(layer, "gradient_checkpointing", False)
 
 
 def _is_decoder_layer(layer: nn.Module) -> bool:
