@@ -145,8 +145,8 @@ class ReducedLayer(DynamicLayer):
 
 
 class Checkpoint:
-    """What a cache held before a forward, so that one that fails can be taken back. Holds keys and values of layers that
-    forget some, and of no others.
+    """What a cache held before a forward, so that one that fails can be taken back. Holds keys and values of layers
+    that forget some, and of no others.
 
     What recurrent layers held, and layers that only now have come to forget, cannot be taken back: such a cache is
     emptied where it was empty, else it cannot be used any more until it is reset.

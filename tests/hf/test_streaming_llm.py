@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from attention_backends import attention
-from by_hand import STEPS, decoder_of, generate
+from by_hand import SPECIAL, STEPS, decoder_of, generate
 from models import tiny_qwen2, tiny_qwen2_vl, video_embeddings, video_prompt
 from transformers import DynamicCache
 
@@ -184,8 +184,9 @@ def test_padded_samples_of_a_batch_and_beams():
         alone = [generate(model, sample) for sample in (inputs, short)]
         beams = [model.generate(**sample, max_new_tokens=STEPS, num_beams=3) for sample in (inputs, short)]
         together = model.generate(
-            **batch, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+            **batch, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            suppress_tokens=SPECIAL,
+        )  # fmt: skip
         searched = model.generate(**batch, max_new_tokens=STEPS, num_beams=3)
     for row, (tokens, logits) in enumerate(alone):
         assert together.sequences[row, -STEPS:].tolist() == tokens.tolist()
