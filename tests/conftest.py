@@ -1,6 +1,9 @@
 """Without a GPU the kernel tests run in Triton's interpreter; all other tests run the plain PyTorch path."""
 
+import importlib
 import os
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +25,20 @@ def device() -> str:
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the PyTorch path; tests/kernels overrides this."""
     monkeypatch.setattr("fftriton_kernels._dispatch.INTERPRET", False)
+
+
+class Scripts:
+    """The scripts of the needle task, as attributes."""
+
+    def __getattr__(self, name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
+    """What lies in bench/needle."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench" / "needle"))
+    return Scripts()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -19,18 +17,10 @@ from fftriton.needle.needles import Appearance, Needle, blended, covered, draw_n
 from fftriton.needle.samples import RECIPES, ask, draw_video
 from fftriton.needle.scenes import SIDE
 from fftriton.needle.vocabulary import IDS, UNKNOWN, VIDEO, VISION_START
-from fftriton.processing import QwenPixels
 from fftriton.shipped import MODEL, NEEDLE
 from fftriton.video import read_video
 
-BENCH = Path(__file__).parents[1] / "bench" / "needle"
 STYLES = (covered, blended, faded_in, moved)
-
-
-@pytest.fixture
-def make_assets(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("make_assets")
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -41,19 +31,18 @@ def box(start: int, corners: tuple[tuple[int, int], ...], opacity: tuple[float, 
     return Needle(digit, colour, Appearance(start, corners, opacity))
 
 
-def digest(split: str, index: int) -> str:
-    sample = generate_sample(split, seed=5, index=index, num_frames=8)
-    return f"{hashlib.sha256(sample.frames.tobytes()).hexdigest()} {sample.question} {sample.answer}"
-
-
 def test_a_sample_is_the_same_in_any_order_and_process():
     wanted = [(split, index) for split in SPLITS for index in (0, 7)]
-    here = {which: digest(*which) for which in wanted}
-    code = f"from test_needle import digest\nfor which in {wanted[::-1]}:\n    print(digest(*which))"
-    there = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert there == [here[which] for which in wanted[::-1]]
+    here = [generate_sample(split, 5, index, num_frames=8) for split, index in wanted]
+    code = f"""
+from zlib import crc32
+from fftriton.needle import generate_sample
+for split, index in {wanted[::-1]}:
+    sample = generate_sample(split, 5, index, num_frames=8)
+    print(crc32(sample.frames), sample.question, sample.answer)
+"""
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert there[::-1] == [f"{crc32(sample.frames)} {sample.question} {sample.answer}" for sample in here]
 
 
 def test_seed_index_split_and_held_out_each_change_the_video():
@@ -190,46 +179,29 @@ def test_the_tokenizer_knows_every_question_and_answer_by_its_own_token():
             assert tokenizer.decode([IDS[sample.answer]]) == sample.answer
 
 
-def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine between patches of pixels as the model sees them: [..., n] each, 0 to 255, channels last."""
-    pixels = QwenPixels()
-    centre = 255 * np.array(pixels.mean)
-    a, b = ((x.reshape(*x.shape[:-3], -1, 3) - centre).reshape(*x.shape[:-3], -1) for x in (a, b))
-    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-
-
-def onset_similarities(split: str, count: int = 60) -> np.ndarray:
-    """How much each needle resembles, in its first frame, what it covers."""
-    recipe, found = RECIPES[split], []
-    for seed in range(count):
-        (needle,) = draw_needles(1, recipe.styles, 16, rng(seed))
-        frame, (top, left) = needle.appearance.start, needle.appearance.corners[0]
-        with_needle, without = (draw_video(recipe, 16, needles, True, rng(seed))[frame] for needles in ([needle], []))
-        patch = slice(top, top + PATCH), slice(left, left + PATCH)
-        found.append(similarity(with_needle[patch], without[patch]))
-    return np.array(found)
-
-
-def test_blended_needles_resemble_what_they_cover_and_easy_ones_do_not():
-    easy, blend = onset_similarities("easy"), onset_similarities("blended")
+def test_blended_needles_resemble_what_they_cover_and_easy_ones_do_not(scripts):
+    easy, blend = (scripts.show.onset_similarities(split, 60) for split in ("easy", "blended"))
     assert np.median(easy) < 0.3
     assert np.median(blend) > np.median(easy) + 0.2
     assert (blend > 0.6).mean() > 2 * (easy > 0.6).mean() + 0.1
 
 
-def temporal_similarity(split: str, count: int = 20) -> float:
-    """How many patches resemble the same patch one frame earlier by .9 or more."""
-    similar = []
-    for index in range(count):
-        frames = generate_sample(split, 0, index).frames
-        grid = SIDE // PATCH
-        patches = frames.reshape(-1, grid, PATCH, grid, PATCH, 3).swapaxes(2, 3)  # [F, 4, 4, 16, 16, 3]
-        similar.append((similarity(patches[1:], patches[:-1]) > 0.9).mean())
-    return float(np.mean(similar))
+def test_hard_videos_change_more_from_frame_to_frame(scripts):
+    assert scripts.show.share_unchanged("hard", 20) < scripts.show.share_unchanged("easy", 20) - 0.2
 
 
-def test_hard_videos_change_more_from_frame_to_frame():
-    assert temporal_similarity("hard") < temporal_similarity("easy") - 0.2
+def test_similarity_is_the_cosine_of_centred_pixels(scripts):
+    grey = np.array([0.48145466, 0.4578275, 0.40821073]) * 255  # the processor's own
+    patch = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3))
+    found = scripts.show.similarity(patch[:2], np.stack([patch[0], 2 * grey - patch[1]]))
+    np.testing.assert_allclose(found, [1, -1])
+
+
+def test_show_draws_and_measures_every_split(scripts, tmp_path):
+    scripts.show.main(tmp_path, count=1)
+    rows = (tmp_path / "needle-splits.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["split", *SPLITS]
+    assert (tmp_path / "needle-splits.jpg").stat().st_size > 10_000
 
 
 def test_real_backgrounds_come_from_the_clips_given(tmp_path):
@@ -252,17 +224,17 @@ def test_a_written_sample_reads_back(tmp_path):
     assert np.abs(small - sample.frames).mean() < 4  # of 255: the encoder's loss
 
 
-def test_shipped_processor_is_what_the_script_makes(make_assets, tmp_path):
-    make_assets.write_processor(tmp_path)
+def test_shipped_processor_is_what_the_script_makes(scripts, tmp_path):
+    scripts.make_assets.write_processor(tmp_path)
     for made in tmp_path.iterdir():
         assert made.read_text() == (MODEL / made.name).read_text(), made.name
 
 
-def test_shipped_clip_is_what_the_script_makes(make_assets):
-    drawn = make_assets.needle_frames()
+def test_shipped_clip_is_what_the_script_makes(scripts):
+    drawn = scripts.make_assets.needle_frames()
     shipped = read_video(NEEDLE.path, len(drawn)).frames.reshape(16, SIDE, 4, SIDE, 4, 3).mean((2, 4))
     assert np.abs(shipped - drawn).mean() < 4  # of 255: the encoder's loss
-    assert make_assets.NEEDLE.digit == int(NEEDLE.answer)
+    assert scripts.make_assets.NEEDLE.digit == int(NEEDLE.answer)
 
 
 def test_vocabulary_fits_the_model():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib
 from math import comb
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,21 +16,7 @@ from fftriton.needle.digits import digit_images
 from fftriton.processing import load_processor
 from fftriton.shipped import MODEL
 
-BENCH = Path(__file__).parents[1] / "bench" / "needle"
 RESUME_AFTER = "time" if transformers.__version__ < "5" else "space"
-
-
-class Scripts:
-    """The scripts in bench/needle."""
-
-    def __getattr__(self, name):
-        return importlib.import_module(name)
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return Scripts()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +30,7 @@ def tiny_phases(scripts):
     lengths = (batches.Length(4, 2),)
     return (
         train.Phase("see", 3, lambda seed, phase: batches.AlignmentBatches(seed, 4), train.align, sees=True),
-        train.Phase("find", 3, train._asking((train._BUSY,), lengths, ("space", "time")), train.answer, warm_up=2),
+        train.Phase("find", 3, train.asking((train.BUSY,), lengths, ("space", "time")), train.answer, warm_up=2),
     )
 
 
@@ -83,8 +67,8 @@ def test_a_phase_trains_its_own_part(scripts, tmp_path):
     changed = []
     for _ in range(2):
         before = weights(trainer)
-        trainer._run_phase(trainer._phases[trainer._phase])
-        trainer._phase, trainer._step = 1, 0
+        trainer._run_phase(trainer._phases[trainer.phase])
+        trainer.phase, trainer._step = 1, 0
         changed.append({name for name, value in weights(trainer).items() if not torch.equal(value, before[name])})
     vision, decoder = ({name for name in before if part in name} for part in (".visual.", ".layers."))
     assert vision <= changed[0]
@@ -111,7 +95,7 @@ def test_the_rate_warms_up_holds_and_falls(scripts):
 
 def test_batches_follow_from_seed_phase_and_step(scripts):
     def pixels(seed, phase, step):
-        data = scripts.train._asking((scripts.train._BUSY,), (scripts.batches.Length(4, 2),), ("space",))(seed, phase)
+        data = scripts.train.asking((scripts.train.BUSY,), (scripts.batches.Length(4, 2),), ("space",))(seed, phase)
         return data[step].pixels
 
     assert torch.equal(pixels(0, 1, 5), pixels(0, 1, 5))

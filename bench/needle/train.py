@@ -42,9 +42,9 @@ from fftriton.processing import Processor, load_processor
 _CHECKPOINT_EVERY = 50  # steps
 _SAMPLES_AT_ONCE = len(KINDS)  # samples of a split are equally long as long as a kind has not come up again
 
-_BUSY = Recipe(speed=(0.0, 3.0), flashes=(0, 12))
+BUSY = Recipe(speed=(0.0, 3.0), flashes=(0, 12))
 _MIXED = (
-    _BUSY,
+    BUSY,
     RECIPES["hard"],
     Recipe(styles=(covered, blended, faded_in, moved), speed=(0.0, 3.0), flashes=(0, 12)),
 )
@@ -125,7 +125,8 @@ def question_logits(model: Qwen2VLForConditionalGeneration, batch: Questions) ->
     return model.lm_head(hidden[:, batch.asked_at]).float()
 
 
-def _asking(recipes: tuple[Recipe, ...], lengths: tuple[Length, ...], resume_after: tuple[str, ...]) -> Callable:
+def asking(recipes: tuple[Recipe, ...], lengths: tuple[Length, ...], resume_after: tuple[str, ...]) -> Callable:
+    """Makes the batches of a phase that asks eight questions a video; the parameters are those of QuestionBatches."""
     return lambda seed, phase: QuestionBatches(seed, phase, recipes, lengths, 8, resume_after)
 
 
@@ -144,15 +145,15 @@ PHASES = (
     Phase(
         "Find it in 4 frames",
         300,
-        _asking((Recipe(needles=(2, 3), speed=(0.0, 3.0)),), (Length(4, 32),), ("space",)),
+        asking((Recipe(needles=(2, 3), speed=(0.0, 3.0)),), (Length(4, 32),), ("space",)),
         answer,
         hold=1.0,
     ),
-    Phase("Find it in 16 frames", 1150, _asking((_BUSY,), (Length(16, 16),), ("space",)), answer, warm_up=20, hold=0.1),
+    Phase("Find it in 16 frames", 1150, asking((BUSY,), (Length(16, 16),), ("space",)), answer, warm_up=20, hold=0.1),
     Phase(
         "Find it anywhere",
         1200,
-        _asking(_MIXED, (Length(16, 16, 0.45), Length(32, 8, 0.3), Length(64, 4, 0.25)), ("space", "time")),
+        asking(_MIXED, (Length(16, 16, 0.45), Length(32, 8, 0.3), Length(64, 4, 0.25)), ("space", "time")),
         answer,
         rate=7e-4,
     ),
@@ -173,6 +174,7 @@ class Trainer:
 
     Attributes:
         model: as trained so far.
+        phase: the number of the phase to go on with.
         log: a row every few steps.
     """
 
@@ -192,7 +194,7 @@ class Trainer:
         self.model = make_model(seed).to(self._device).train()
         batch_frames(self.model)
         self.log: list[dict[str, Any]] = []
-        self._phase = self._step = 0
+        self.phase = self._step = 0
         self._seconds = self._cpu_seconds = 0.0  # spent by earlier runs
         self._optimizer_state: dict[str, Any] | None = None
         self._start, self._cpu_start = time.monotonic(), _cpu_seconds()
@@ -205,9 +207,9 @@ class Trainer:
 
     def run(self) -> None:
         """Do what is left of the phases."""
-        while self._phase < len(self._phases):
-            self._run_phase(self._phases[self._phase])
-            self._phase, self._step = self._phase + 1, 0
+        while self.phase < len(self._phases):
+            self._run_phase(self._phases[self.phase])
+            self.phase, self._step = self.phase + 1, 0
             self._save(None)
 
     def _run_phase(self, phase: Phase) -> None:
@@ -233,7 +235,7 @@ class Trainer:
             self._step += 1
             losses.append(loss.item())
             rights.append(right.float().mean().item())
-            self._on_step(self._phase, self._step, losses[-1], rights[-1])
+            self._on_step(self.phase, self._step, losses[-1], rights[-1])
             if self._step % self._checkpoint_every == 0 or self._step == phase.steps:
                 self._add_row(phase, fmean(losses), fmean(rights))
                 losses, rights = [], []
@@ -248,7 +250,7 @@ class Trainer:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _batches(self, phase: Phase) -> DataLoader:
-        data = phase.data(self._seed, self._phase)
+        data = phase.data(self._seed, self.phase)
         steps = range(self._step, phase.steps)
         return DataLoader(data, batch_size=None, sampler=steps, num_workers=self._workers)
 
@@ -266,7 +268,7 @@ class Trainer:
     def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
         content = {
             "seed": self._seed,
-            "phase": self._phase,
+            "phase": self.phase,
             "step": self._step,
             "spent": self._spent(),
             "log": self.log,
@@ -282,7 +284,7 @@ class Trainer:
         content = torch.load(self._checkpoint, map_location=self._device, weights_only=True)
         if content["seed"] != self._seed:
             raise ValueError(f"seed must be that of the checkpoint in {self._out}, {content['seed']}, got {self._seed}")
-        self._phase, self._step, self.log = content["phase"], content["step"], content["log"]
+        self.phase, self._step, self.log = content["phase"], content["step"], content["log"]
         self._seconds, self._cpu_seconds = content["spent"]
         self._optimizer_state = content["optimizer"]
         self.model.load_state_dict(content["model"])
@@ -356,6 +358,8 @@ def main(
             progress.update(bars[phase], completed=step, note=f"loss {loss:.3f}, right {right:.0%}")
 
         trainer = Trainer(out, PHASES, seed, device, workers, on_step=on_step)
+        for bar, phase in zip(bars[: trainer.phase], PHASES, strict=False):
+            progress.update(bar, completed=phase.steps)
         trainer.run()
         save_model(trainer.model, out / "model")
         rows = []
