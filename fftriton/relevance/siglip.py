@@ -90,6 +90,13 @@ class SiglipRelevance:
         if self.head is not None:
             self.head.save(Path(folder) / HEAD_FILE)
 
+    def to(self, device: torch.device | str) -> SiglipRelevance:
+        """Move model and head to a device."""
+        self.model.to(device)
+        if self.head is not None:
+            self.head.to(device)
+        return self
+
     def encode(self, frames: Frames, progress: bool = True) -> Tensor:
         """The features of a video's frames, which serve for any question.
 

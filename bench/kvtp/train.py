@@ -1,0 +1,261 @@
+"""Trains the relevance predictor of KVTP: a SigLIP, all of it, and its context fusion head.
+
+    python bench/kvtp/train.py triples.jsonl --checkpoint google/siglip-so400m-patch14-384 --out predictor
+
+The loss is the paper's. A clip's logit z_c is the mean of its frames' logits, weighted by their softmax; with y_c its
+relevance less the mean over the video's clips, the loss of a video is - sum over c of log sigmoid(z_c y_c). Adam, a
+learning rate of 1e-6, one epoch, gradients clipped to a norm of 1.
+
+`out` holds the last checkpoint, which `SiglipRelevance.from_pretrained` loads, and what training needs to go on from
+there: started again with the same arguments it goes on. `log.csv` has a row for every checkpoint.
+
+Source: KVTP, ICCV 2025, arXiv:2503.10742, section 3.2.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from triples import Triple, read_triples
+
+from fftriton.relevance import ContextFusion, SiglipRelevance
+
+STATE = "trainer.pt"
+LOG = "log.csv"
+
+
+class Head(str, Enum):
+    """Which context fusion head is trained."""
+
+    scaled = "scaled"
+    unscaled = "unscaled"
+    none = "none"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Args:
+        learning_rate: of Adam, constant.
+        epochs: passes over the triples.
+        batch_size: triples a step.
+        clip: frames of a clip.
+        max_norm: that gradients are clipped to.
+        seed: of the order of the triples.
+        save_every: steps from one checkpoint to the next.
+    """
+
+    learning_rate: float = 1e-6
+    epochs: int = 1
+    batch_size: int = 8
+    clip: int = 8
+    max_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 500
+
+
+def clip_logits(frames: Tensor, clip: int) -> Tensor:
+    """[C * clip] logits of frames -> [C] of clips: their means, weighted by their softmax."""
+    frames = frames.view(-1, clip)
+    return (frames.softmax(1) * frames).sum(1)
+
+
+def relevance_loss(clips: Tensor, relevance: Tensor) -> Tensor:
+    """[C] logits and labels of a video's clips -> the video's loss."""
+    return -F.logsigmoid(clips * (relevance - relevance.mean())).sum()
+
+
+def score_clips(relevance: SiglipRelevance, triple: Triple, clip: int) -> Tensor:
+    """[C] logits, with gradients where they are enabled."""
+    frames = triple.frames(clip)
+    parts = [frames[low : low + relevance.batch_size] for low in range(0, len(frames), relevance.batch_size)]
+    images = torch.cat([relevance.embed_images(relevance.pixels(part)) for part in parts])
+    texts = relevance.embed_texts(relevance.chunks(triple.question))
+    return clip_logits(relevance.logits(images, texts).amax(-1), clip)
+
+
+@torch.no_grad()
+def key_clip_auc(relevance: SiglipRelevance, triples: Sequence[Triple], clip: int) -> float:
+    """How often a clip above its video's mean relevance is scored above one that is not; ties count half."""
+    wins, pairs = 0.0, 0
+    for triple in triples:
+        scores, labels = score_clips(relevance, triple, clip).cpu(), torch.tensor(triple.relevance)
+        key = labels > labels.mean()
+        difference = scores[key][:, None] - scores[~key]
+        wins += float((difference > 0).sum() + 0.5 * (difference == 0).sum())
+        pairs += difference.numel()
+    if pairs == 0:
+        raise ValueError("eval data must hold a video whose clips differ in relevance, got none")
+    return wins / pairs
+
+
+class Trainer:
+    """Training that can stop anywhere and go on from its last checkpoint.
+
+    Args:
+        relevance: what to train.
+        triples: the data.
+        recipe: how.
+        out: folder of the checkpoint. One that is there already is gone on from.
+        held_out: triples whose AUC is measured at every checkpoint.
+
+    Raises:
+        ValueError: `out` holds a checkpoint of another recipe or of other data.
+    """
+
+    def __init__(
+        self, relevance: SiglipRelevance, triples: Sequence[Triple], recipe: Recipe, out: Path,
+        held_out: Sequence[Triple] = (),
+    ) -> None:  # fmt: skip
+        self.relevance, self.triples, self.recipe = relevance, triples, recipe
+        self.out, self.held_out = out, held_out
+        parts = [relevance.model] if relevance.head is None else [relevance.model, relevance.head]
+        self.modules = nn.ModuleList(parts)
+        self.optimizer = torch.optim.Adam(self.modules.parameters(), lr=recipe.learning_rate)
+        self.step, self.rows = 0, []
+        if (out / STATE).is_file():
+            self._resume()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.recipe.epochs * -(-len(self.triples) // self.recipe.batch_size)
+
+    def run(self, progress: Progress) -> list[dict[str, Any]]:
+        """Train to the end. Returns the rows of the log, one a checkpoint."""
+        task = progress.add_task("training", total=self.num_steps, completed=self.step)
+        total, count = 0.0, 0
+        if self.step == 0:
+            self._note(float("nan"))
+        while self.step < self.num_steps:
+            total, count = total + self.train_step(), count + 1
+            progress.update(task, completed=self.step, description=f"loss {total / count:.3f}")
+            if self.step % self.recipe.save_every == 0 or self.step == self.num_steps:
+                self._note(total / count)
+                self._save()
+                total, count = 0.0, 0
+        return self.rows
+
+    def train_step(self) -> float:
+        """One step of the optimiser; the mean loss of its triples."""
+        self.modules.train()
+        batch = self._batch(self.step)
+        total = 0.0
+        for triple in batch:
+            labels = torch.tensor(triple.relevance, device=self.relevance.model.device)
+            loss = relevance_loss(score_clips(self.relevance, triple, self.recipe.clip), labels) / len(batch)
+            loss.backward()
+            total += float(loss.detach())
+        nn.utils.clip_grad_norm_(self.modules.parameters(), self.recipe.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.modules.eval()
+        self.step += 1
+        return total
+
+    def _batch(self, step: int) -> list[Triple]:
+        """The triples of one step: the same ones whenever training was interrupted."""
+        per_epoch = self.num_steps // self.recipe.epochs
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(len(self.triples), generator=torch.Generator().manual_seed(self.recipe.seed + epoch))
+        size = self.recipe.batch_size
+        return [self.triples[i] for i in order[place * size : (place + 1) * size].tolist()]
+
+    def _note(self, loss: float) -> None:
+        auc = key_clip_auc(self.relevance, self.held_out, self.recipe.clip) if self.held_out else float("nan")
+        head = [] if self.relevance.head is None else self.relevance.head.log_temperature.tolist()
+        self.rows.append({"step": self.step, "loss": loss, "key_clip_auc": auc, "log_temperature": json.dumps(head)})
+
+    def _save(self) -> None:
+        """Write a checkpoint beside the last one, then put it in its place."""
+        new = self.out.with_name(self.out.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        self.relevance.save_pretrained(new)
+        torch.save(
+            {"step": self.step, "optimizer": self.optimizer.state_dict(), "rows": self.rows, "of": self._identity()},
+            new / STATE,
+        )
+        with open(new / LOG, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+        shutil.rmtree(self.out, ignore_errors=True)
+        new.rename(self.out)
+
+    def _resume(self) -> None:
+        state = torch.load(self.out / STATE, map_location=self.relevance.model.device, weights_only=True)
+        if state["of"] != self._identity():
+            raise ValueError(
+                f"out must be empty or hold a checkpoint of the same recipe and data, got one of {state['of']} in "
+                f"{self.out}"
+            )
+        saved = SiglipRelevance.from_pretrained(self.out)
+        self.relevance.model.load_state_dict(saved.model.state_dict())
+        if self.relevance.head is not None and saved.head is not None:
+            self.relevance.head.load_state_dict(saved.head.state_dict())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.rows = state["step"], state["rows"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What a training must share with the checkpoint that it goes on from."""
+        recipe = {name: value for name, value in asdict(self.recipe).items() if name != "save_every"}
+        head = None if self.relevance.head is None else self.relevance.head.extra_repr()
+        return recipe | {"triples": len(self.triples), "head": head}
+
+
+def progress_bar() -> Progress:
+    """On standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def main(
+    data: Annotated[Path, typer.Argument(help="Triples in JSONL.", exists=True, dir_okay=False)],
+    checkpoint: Annotated[str, typer.Option(help="The SigLIP to start from: a folder or a name on the hub.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result; training goes on from what it holds.")],
+    eval_data: Annotated[Path | None, typer.Option(help="Triples whose AUC is measured.", exists=True)] = None,
+    head: Annotated[Head, typer.Option(help="Context fusion: with 1/sqrt(d), without, or none.")] = Head.scaled,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = Recipe.learning_rate,
+    epochs: Annotated[int, typer.Option(min=1)] = Recipe.epochs,
+    batch_size: Annotated[int, typer.Option(min=1, help="Triples a step.")] = Recipe.batch_size,
+    clip: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = Recipe.clip,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = Recipe.save_every,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the triples.")] = 0,
+    device: Annotated[str | None, typer.Option(help="A torch device; the GPU where there is one.")] = None,
+) -> None:
+    """Train a SigLIP and its context fusion head to tell the clips that a question is about."""
+    fusion = None if head is Head.none else ContextFusion(clip, scaled=head is Head.scaled)
+    relevance = SiglipRelevance.from_pretrained(checkpoint, head=fusion)
+    if head is Head.none:
+        relevance.head = None
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    relevance.to(place)
+    recipe = Recipe(learning_rate, epochs, batch_size, clip, seed=seed, save_every=save_every)
+    held_out = read_triples(eval_data) if eval_data else []
+    try:
+        trainer = Trainer(relevance, read_triples(data), recipe, out, held_out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with progress_bar() as progress:
+        rows = trainer.run(progress)
+    Console().print(
+        f"step {rows[-1]['step']}: key-clip AUC {rows[0]['key_clip_auc']:.3f} -> {rows[-1]['key_clip_auc']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,96 @@
+"""Training data of the relevance predictor: (video, question, relevance of each clip) triples in JSONL.
+
+One line a triple, paths relative to the file:
+
+    {"video": "clips/0001.mp4", "question": "When does she open the door?", "relevance": [0, 0, 4, 5, 0, 1]}
+
+`relevance` has one number, 0 to 5, for each of as many equal stretches of the video. A video is a file that FFmpeg
+reads, or frames in a NumPy file: [T, H, W, 3] uint8.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fftriton.video import read_video
+
+
+@dataclass(frozen=True)
+class Triple:
+    """One question about one video, and what each clip of it has to do with it.
+
+    Args:
+        video: the file.
+        question: about it.
+        relevance: of each clip, higher for more.
+    """
+
+    video: Path
+    question: str
+    relevance: tuple[float, ...]
+
+    def frames(self, clip: int) -> np.ndarray:
+        """[clips * clip, H, W, 3] uint8: the same number of frames of each clip, evenly spaced.
+
+        Raises:
+            ValueError: a video that cannot be read, or none of [T, H, W, 3] uint8.
+        """
+        wanted = clip * len(self.relevance)
+        frames = np.load(self.video) if self.video.suffix == ".npy" else read_video(self.video, wanted).frames
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
+            raise ValueError(f"video must be [T, H, W, 3] uint8, got {frames.shape} of {frames.dtype} in {self.video}")
+        return frames[(np.arange(wanted) * 2 + 1) * len(frames) // (2 * wanted)]  # repeats those of a short video
+
+
+def read_triples(path: str | Path) -> list[Triple]:
+    """All triples of a JSONL file.
+
+    Raises:
+        ValueError: a line that is none, by its number. OSError: no such file.
+    """
+    path, triples = Path(path), []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            triples.append(_parse(line, path, number))
+    if not triples:
+        raise ValueError(f"data must hold at least one triple, got none in {path}")
+    return triples
+
+
+def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
+    """Write triples, with paths relative to the file's folder."""
+    path = Path(path)
+    lines = [
+        json.dumps(
+            {
+                "video": str(triple.video.relative_to(path.parent)),
+                "question": triple.question,
+                "relevance": triple.relevance,
+            }
+        )
+        for triple in triples
+    ]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _parse(line: str, path: Path, number: int) -> Triple:
+    where = f"line {number} of {path}"
+    try:
+        value = json.loads(line)
+        video, question, relevance = value["video"], value["question"], [float(label) for label in value["relevance"]]
+    except (ValueError, TypeError, KeyError) as error:
+        rule = 'data must hold {"video", "question", "relevance"} in each line'
+        raise ValueError(f"{rule}, got {error!r} in {where}") from None
+    if not relevance or not all(map(math.isfinite, relevance)):
+        raise ValueError(f"relevance must be finite numbers, one a clip, got {relevance} in {where}")
+    if not str(question).strip():
+        raise ValueError(f"question must not be empty, in {where}")
+    if not (path.parent / video).is_file():
+        raise ValueError(f"video must be a file, got '{video}' in {where}")
+    return Triple(path.parent / video, question, tuple(relevance))
