@@ -28,7 +28,7 @@ def cases(draw, ragged=False, longest=2000):
     patches = torch.randint(0, most + 1, (frames,), generator=generator) if ragged else most
     if ragged:
         patches[draw(st.integers(0, frames - 1))] = most
-    min_tokens = draw(st.integers(1, most))
+    min_tokens = draw(st.integers(0, most))
     total, floor = totals(patches, frames, min_tokens)
     count = draw(st.integers(floor, total))
     budget = count / total
@@ -151,6 +151,12 @@ def test_by_hand():
     assert frame_budgets(scores, torch.tensor([0, 4, 8, 8]), 0.5).tolist() == [0, 4, 3, 3]
 
 
+def test_hard_key_frames():
+    scores = torch.tensor([0.0, 3, 1, 0, 0, 2, 9, 1, 1, 1])
+    counts = frame_budgets(scores, 7, 0.33, temperature=1e-6, min_tokens=0)
+    assert counts.tolist() == [0, 7, 1, 0, 0, 7, 7, 1, 0, 0]  # 2 are left for four frames of one score
+
+
 def test_the_total_is_rounded_as_python_does():
     for frames, patches in ((299, 235), (7, 5), (3, 5), (9, 25), (11, 15)):
         for tenths in range(3, 11):
@@ -197,7 +203,7 @@ def test_is_fast_on_long_videos():
         ((torch.ones(4), 8, 0.5, 0), ValueError, r"temperature must be above 0, got 0"),
         ((torch.ones(4), 8, 0.5, math.nan), ValueError, r"temperature must be above 0, got nan"),
         ((torch.ones(4), 8, 0.5, "2"), TypeError, r"temperature must be a number above 0, got '2'"),
-        ((torch.ones(4), 8, 0.5, 2.0, 0), ValueError, r"min_tokens must be at least 1, got 0"),
+        ((torch.ones(4), 8, 0.5, 2.0, -1), ValueError, r"min_tokens must be at least 0, got -1"),
         (
             (torch.ones(4), 8, 0.2, 2.0, 2), ValueError,
             r"budget must leave min_tokens = 2 to each of 4 frames, so at least 8 of 32 tokens, got 0.2, which is 6",

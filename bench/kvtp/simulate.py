@@ -82,20 +82,12 @@ def simulate(setting: Setting, gap: float, trials: int, seed: int = 0) -> dict[s
 
 def allocations(setting: Setting, relevance: Tensor) -> dict[str, Tensor]:
     """[F] relevance -> the counts [F] int64 of each policy; all spend the same budget, to the token."""
+    patches, budget = setting.patches, setting.budget
     return {
-        "uniform": frame_budgets(relevance, setting.patches, setting.budget, math.inf),
-        "kvtp": frame_budgets(
-            relevance, setting.patches, setting.budget, setting.temperature, setting.min_tokens
-        ),
-        "hard": hard_key_frames(relevance, setting.patches, setting.budget),
-    }  # fmt: skip
-
-
-def hard_key_frames(relevance: Tensor, patches: int, budget: float) -> Tensor:
-    """[F] -> [F] int64: whole frames, the most relevant first; the last of them gets what is left."""
-    left = round(budget * len(relevance) * patches)
-    rank = relevance.argsort(descending=True, stable=True).argsort()
-    return (left - rank * patches).clamp(0, patches)
+        "uniform": frame_budgets(relevance, patches, budget, math.inf),
+        "kvtp": frame_budgets(relevance, patches, budget, setting.temperature, setting.min_tokens),
+        "hard": frame_budgets(relevance, patches, budget, temperature=1e-6, min_tokens=0),
+    }
 
 
 def keep(salience: Tensor, counts: Tensor) -> Tensor:

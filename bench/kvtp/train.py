@@ -93,7 +93,8 @@ def key_clip_auc(relevance: SiglipRelevance, triples: Sequence[Triple], clip: in
     """How often a clip above its video's mean relevance is scored above one that is not; ties count half."""
     wins, pairs = 0.0, 0
     for triple in triples:
-        scores, labels = score_clips(relevance, triple, clip).cpu(), torch.tensor(triple.relevance)
+        scores = score_clips(relevance, triple, clip).cpu()
+        labels = torch.tensor(triple.relevance, dtype=torch.float32)
         key = labels > labels.mean()
         difference = scores[key][:, None] - scores[~key]
         wins += float((difference > 0).sum() + 0.5 * (difference == 0).sum())
@@ -156,7 +157,7 @@ class Trainer:
         batch = self._batch(self.step)
         total = 0.0
         for triple in batch:
-            labels = torch.tensor(triple.relevance, device=self.relevance.model.device)
+            labels = torch.tensor(triple.relevance, dtype=torch.float32, device=self.relevance.model.device)
             loss = relevance_loss(score_clips(self.relevance, triple, self.recipe.clip), labels) / len(batch)
             loss.backward()
             total += float(loss.detach())
@@ -252,9 +253,8 @@ def main(
         raise typer.BadParameter(str(error)) from None
     with progress_bar() as progress:
         rows = trainer.run(progress)
-    Console().print(
-        f"step {rows[-1]['step']}: key-clip AUC {rows[0]['key_clip_auc']:.3f} -> {rows[-1]['key_clip_auc']:.3f}"
-    )
+    before, after = rows[0]["key_clip_auc"], rows[-1]["key_clip_auc"]
+    Console().print(f"{trainer.step} steps: key-clip AUC {before:.3f} -> {after:.3f}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def frame_budgets(
             `min_tokens` keeps all it has.
         budget: tokens to keep as a fraction of the video's, in (0, 1].
         temperature: above 0; low for the most relevant frames alone, `math.inf` for equal counts.
-        min_tokens: what each frame keeps at least, 1 or more.
+        min_tokens: what each frame keeps at least; 0 lets frames vanish.
 
     Returns:
         The tokens to keep of each frame, int64, in the shape of `scores`.
@@ -46,7 +46,7 @@ def frame_budgets(
     """
     check_budget("frame_budgets", "budget", budget)
     check_positive("frame_budgets", "temperature", temperature)
-    check_count("frame_budgets", "min_tokens", min_tokens, 1)
+    check_count("frame_budgets", "min_tokens", min_tokens, 0)
     _check_scores(scores)
     capacity = _capacities(patches, scores)
     least = capacity.clamp_max(min_tokens)

@@ -12,7 +12,7 @@ from ..checks import check_budget, check_choice, check_count, check_positive
 from .base import Prompt, VideoTokens
 from .chain import BeforeLayers
 from .frame_budgets import frame_budgets
-from .pruners import PRUNERS, Frames, Pruner
+from .pruners import PRUNERS, Frames, Pruner, ToMe
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class KVTP(BeforeLayers):
             tokens. None for the same count in every frame.
         pruner: how a frame is shortened: "random", "topk", "prumerge", "tome" or a Pruner.
         temperature: above 0, as for `frame_budgets`: low for the most relevant frames alone.
-        min_tokens: tokens that every frame keeps at least.
+        min_tokens: tokens that every frame keeps at least. With 0 and a temperature near 0 whole frames stay, the most
+            relevant first, and the others vanish: hard key frames.
 
     Raises:
         TypeError, ValueError: a parameter out of range. While it runs: ValueError for scores of the wrong number or not
@@ -77,9 +78,11 @@ class KVTP(BeforeLayers):
     def __post_init__(self) -> None:
         check_budget("KVTP", "budget", self.budget)
         check_positive("KVTP", "temperature", self.temperature)
-        check_count("KVTP", "min_tokens", self.min_tokens, 1)
+        check_count("KVTP", "min_tokens", self.min_tokens, 0)
         if not isinstance(self.pruner, Pruner):
             check_choice("KVTP", "pruner", self.pruner, tuple(PRUNERS))
+        if self.min_tokens == 0 and (self.pruner == "tome" or isinstance(self.pruner, ToMe)):
+            raise ValueError("KVTP: min_tokens must be at least 1 for ToMe, which merges and drops nothing, got 0")
         for relevance in self.relevances or ():
             if not callable(relevance):
                 _check_scores(relevance)

@@ -139,6 +139,16 @@ def test_without_relevance_all_frames_get_the_same():
     assert [int(torch.isin(frame, kept).sum()) for frame in layout[0].positions] == [2] * 6
 
 
+@pytest.mark.parametrize("pruner", ["random", "topk", "prumerge"])
+def test_hard_key_frames(pruner):
+    model, inputs, layout = qwen2()
+    method = KVTP(1 / 3, SCORES[:6], pruner, temperature=1e-6, min_tokens=0)
+    logits, report = forward(model, inputs, method, layout)
+    kept = report.kept_positions[0]
+    assert [int(torch.isin(frame, kept).sum()) for frame in layout[0].positions] == [0, 8, 0, 0, 8, 0]
+    assert bool(logits.isfinite().all())
+
+
 def test_a_function_sees_each_video_and_the_text():
     seen = []
 
@@ -244,5 +254,7 @@ def test_bad_parameters():
         KVTP(0)
     with pytest.raises(ValueError, match="KVTP: temperature must be above 0, got 0"):
         KVTP(0.2, temperature=0)
-    with pytest.raises(ValueError, match="KVTP: min_tokens must be at least 1, got 0"):
-        KVTP(0.2, min_tokens=0)
+    with pytest.raises(ValueError, match="KVTP: min_tokens must be at least 0, got -1"):
+        KVTP(0.2, min_tokens=-1)
+    with pytest.raises(ValueError, match="min_tokens must be at least 1 for ToMe, .* got 0"):
+        KVTP(0.2, pruner="tome", min_tokens=0)

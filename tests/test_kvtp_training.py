@@ -1,0 +1,160 @@
+"""Training of the relevance predictor: its loss, its data, that it learns, and that it goes on where it stopped."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fftriton.relevance import ContextFusion, SiglipRelevance
+from fftriton.video import write_video
+
+BENCH = Path(__file__).parents[1] / "bench" / "kvtp"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of bench/kvtp by name."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+@pytest.fixture
+def planted(bench, tmp_path):
+    """(train, held out) triples: three clips of two frames."""
+    write = bench("planted").write_planted
+    return write(tmp_path / "train.jsonl", 320, 3, 2, seed=0), write(tmp_path / "held.jsonl", 40, 3, 2, seed=1)
+
+
+def small(bench, head=None, **arguments):
+    planted = bench("planted")
+    return bench("small").small_siglip(planted.WORDS, head=head, **arguments)
+
+
+def test_loss_by_hand(bench):
+    train = bench("train")
+    frames = torch.tensor([1.0, 3.0, -2.0, -2.0])
+    clips = train.clip_logits(frames, 2)
+    weight = math.exp(3) / (math.exp(1) + math.exp(3))
+    assert clips.tolist() == pytest.approx([1 * (1 - weight) + 3 * weight, -2.0])
+    expected = -sum(math.log(1 / (1 + math.exp(-z * y))) for z, y in zip(clips.tolist(), (2.0, -2.0), strict=True))
+    assert float(train.relevance_loss(clips, torch.tensor([5.0, 1.0]))) == pytest.approx(expected)
+
+
+def test_auc_by_hand(bench, monkeypatch):
+    train = bench("train")
+    triples = [bench("triples").Triple(Path("x"), "q", labels) for labels in ((5.0, 0.0, 0.0), (1.0, 4.0))]
+    scores = iter([torch.tensor([2.0, 1.0, 2.0]), torch.tensor([0.0, 3.0])])
+    monkeypatch.setattr(train, "score_clips", lambda *_: next(scores))
+    assert train.key_clip_auc(None, triples, 1) == pytest.approx((1 + 0.5 + 1) / 3)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_learns_which_clip_is_asked_about(bench, planted, tmp_path, scaled):
+    train = bench("train")
+    relevance = small(bench, ContextFusion(2, scaled), width=32)
+    recipe = train.Recipe(learning_rate=3e-3, epochs=2, batch_size=8, clip=2, save_every=80)
+    with train.progress_bar() as progress:
+        rows = train.Trainer(relevance, planted[0], recipe, tmp_path / "out", planted[1]).run(progress)
+    assert abs(rows[0]["key_clip_auc"] - 0.5) < 0.1
+    assert rows[-1]["key_clip_auc"] > 0.9
+    loaded = SiglipRelevance.from_pretrained(tmp_path / "out")
+    assert loaded.head.scaled is scaled
+    assert loaded.head.log_temperature.abs().min() > 1e-4  # it learned, too
+    assert train.key_clip_auc(loaded, planted[1], 2) == rows[-1]["key_clip_auc"]
+
+
+def test_goes_on_where_it_stopped(bench, planted, tmp_path):
+    train = bench("train")
+    recipe = train.Recipe(learning_rate=1e-3, epochs=2, batch_size=8, clip=2, save_every=2)
+    triples, held_out = planted[0][:28], planted[1][:5]
+
+    def run(out, stop_at=None):
+        trainer = train.Trainer(small(bench, ContextFusion(2), width=16, depth=1), triples, recipe, out, held_out)
+        if stop_at is not None:
+            step = trainer.train_step
+            trainer.train_step = lambda: step() if trainer.step < stop_at else 1 / 0
+        with train.progress_bar() as progress:
+            return trainer.run(progress), trainer
+
+    rows, whole = run(tmp_path / "whole")
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "parts", stop_at=5)  # in the middle of the second epoch; the checkpoint is of step 4
+    again, resumed = run(tmp_path / "parts")
+    assert resumed.step == whole.step == 8
+    assert [row["step"] for row in again] == [row["step"] for row in rows] == [0, 2, 4, 6, 8]
+    assert [row["loss"] for row in again[1:]] == [row["loss"] for row in rows[1:]]
+    for name, weight in whole.modules.state_dict().items():
+        assert torch.equal(resumed.modules.state_dict()[name], weight), name
+    assert run(tmp_path / "parts")[1].step == 8  # nothing left to do
+    other = train.Recipe(learning_rate=2e-3, epochs=2, batch_size=8, clip=2)
+    with pytest.raises(ValueError, match="out must be empty or hold a checkpoint of the same recipe and data"):
+        train.Trainer(small(bench, ContextFusion(2), width=16, depth=1), triples, other, tmp_path / "parts")
+
+
+def test_triples_from_a_video_file(bench, tmp_path):
+    frames = np.repeat(np.arange(8, dtype=np.uint8) * 30, 16 * 16 * 3).reshape(8, 16, 16, 3)
+    write_video(tmp_path / "clip.mp4", frames, 4, crf=1)
+    np.save(tmp_path / "clip.npy", frames)
+    line = {"question": "when is it dark", "relevance": [5, 0]}
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(json.dumps(line | {"video": f"clip.{kind}"}) for kind in ("mp4", "npy"))
+    )
+    for triple in bench("triples").read_triples(tmp_path / "data.jsonl"):
+        assert [round(float(frame.mean()) / 30) for frame in triple.frames(2)] == [1, 3, 5, 7]
+        assert len(triple.frames(6)) == 12  # more than there are: some twice
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "data must hold at least one triple"),
+        ("{", r"data must hold .* in each line, got .* in line 1 of"),
+        ('{"video": "a.npy", "question": "q"}', r"got KeyError\('relevance'\) in line 1"),
+        (
+            '{"video": "a.npy", "question": "q", "relevance": []}',
+            r"relevance must be finite numbers, one a clip, got \[\]",
+        ),
+        ('{"video": "a.npy", "question": "q", "relevance": [NaN]}', r"relevance must be finite numbers"),
+        ('{"video": "a.npy", "question": " ", "relevance": [1]}', "question must not be empty"),
+        ('{"video": "a.npy", "question": "q", "relevance": [1]}', "video must be a file, got 'a.npy' in line 1"),
+    ],
+)
+def test_bad_data(bench, tmp_path, line, message):
+    (tmp_path / "data.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        bench("triples").read_triples(tmp_path / "data.jsonl")
+
+
+def test_command_line(bench, planted, tmp_path):
+    small(bench, width=16, depth=1).save_pretrained(tmp_path / "siglip")
+    train = bench("train")
+    app = train.typer.Typer()
+    app.command()(train.main)
+    arguments = [
+        str(tmp_path / "held.jsonl"), "--checkpoint", str(tmp_path / "siglip"), "--out", str(tmp_path / "out"),
+        "--eval-data", str(tmp_path / "held.jsonl"), "--clip", "2", "--head", "unscaled", "--device", "cpu",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "5 steps: key-clip AUC" in result.output
+    assert not SiglipRelevance.from_pretrained(tmp_path / "out").head.scaled
+    result = CliRunner().invoke(app, [*arguments, "--learning-rate", "0.1"])
+    assert result.exit_code == 2
+    assert "the same recipe" in result.output
+
+
+def test_needle_stills_and_samples(bench, tmp_path):
+    needle = bench("needle")
+    frames, questions, shows = needle.Stills(True, 0).draw(64)
+    assert frames.shape == (64, 64, 64, 3)
+    assert shows.shape == (64, len(questions)) == (64, 15)
+    assert bool((shows[:, :4].any(1) == shows[:, -1]).all())
+    triples = needle.write_samples(tmp_path / "needle.jsonl", 5, 2, held_out=True, seed=0)
+    assert all(len(triple.relevance) == 8 and max(triple.relevance) == 5 for triple in triples)
+    unknown = [w for triple in triples for w in triple.question.replace("?", " ?").split() if w not in needle.WORDS]
+    assert unknown == []
