@@ -192,9 +192,9 @@ def answered(monkeypatch):
     """The index of every sample that is answered, and the settings."""
     seen, answer = [], runner.Answerer.answer
 
-    def noted(self, sample, settings):
+    def noted(self, sample, settings, *told):
         seen.append((sample.index, len(settings)))
-        return answer(self, sample, settings)
+        return answer(self, sample, settings, *told)
 
     monkeypatch.setattr(runner.Answerer, "answer", noted)
     return seen

@@ -24,10 +24,13 @@ def bench(monkeypatch):
 
 
 @pytest.fixture
-def planted(bench, tmp_path):
-    """(train, held out) triples: three clips of two frames."""
-    write = bench("planted").write_planted
-    return write(tmp_path / "train.jsonl", 320, 3, 2, seed=0), write(tmp_path / "held.jsonl", 40, 3, 2, seed=1)
+def planted(bench, tmp_path, monkeypatch):
+    """(train, held out) triples: two clips of two frames, in one of which the square is asked about."""
+    planted = bench("planted")
+    two = {colour: planted.COLOURS[colour] for colour in ("red", "green")}
+    monkeypatch.setattr(planted, "COLOURS", two)  # six take a few hundred steps
+    write = planted.write_planted
+    return write(tmp_path / "train.jsonl", 240, 2, 2, seed=0), write(tmp_path / "held.jsonl", 40, 2, 2, seed=1)
 
 
 def small(bench, head=None, **arguments):
@@ -53,17 +56,15 @@ def test_auc_by_hand(bench, monkeypatch):
     assert train.key_clip_auc(None, triples, 1) == pytest.approx((1 + 0.5 + 1) / 3)
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_learns_which_clip_is_asked_about(bench, planted, tmp_path, scaled):
+def test_learns_which_clip_is_asked_about(bench, planted, tmp_path):
     train = bench("train")
-    relevance = small(bench, ContextFusion(2, scaled), width=32)
-    recipe = train.Recipe(learning_rate=3e-3, epochs=2, batch_size=8, clip=2, save_every=80)
+    relevance = small(bench, ContextFusion(2), width=32, depth=1)
+    recipe = train.Recipe(learning_rate=4e-3, epochs=2, batch_size=4, clip=2, save_every=60)
     with train.progress_bar() as progress:
         rows = train.Trainer(relevance, planted[0], recipe, tmp_path / "out", planted[1]).run(progress)
-    assert abs(rows[0]["key_clip_auc"] - 0.5) < 0.1
-    assert rows[-1]["key_clip_auc"] > 0.9
+    assert 0.3 < rows[0]["key_clip_auc"] < 0.7
+    assert rows[-1]["key_clip_auc"] > 0.95
     loaded = SiglipRelevance.from_pretrained(tmp_path / "out")
-    assert loaded.head.scaled is scaled
     assert loaded.head.log_temperature.abs().min() > 1e-4  # it learned, too
     assert train.key_clip_auc(loaded, planted[1], 2) == rows[-1]["key_clip_auc"]
 

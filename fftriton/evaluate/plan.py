@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checks import check_budget, check_choice, check_count
-from ..methods import NAMES, Method, make_method
+from ..methods import NAMES, BeforeLayers, Method, make_method
+from .relevance import UNRELATED, SampleRelevance, load_relevance
 
 TASKS = ("needle",)
 
@@ -20,7 +22,10 @@ class Setting:
     """One way of running the model: a method at a budget.
 
     Attributes:
-        name: the method's, with its parameters: "framefusion" or "framefusion:similarity_threshold=0.9".
+        name: the method's, with its parameters: "framefusion" or "framefusion:similarity_threshold=0.9". Two with a
+            plus between them are one after the other; the first keeps the square root of the budget, or its parameter
+            `budget`. For kvtp, `relevance` names the checkpoint of a SigLIP, and question='unrelated' tells it the
+            question of another sample.
         budget: fraction of the video tokens to keep, in (0, 1]; 1 for keep-all.
     """
 
@@ -33,11 +38,40 @@ class Setting:
         Raises:
             ValueError, TypeError: an unknown method or parameter, or one out of range.
         """
-        name, parameters = _parse(self.name)
+        *first, last = self._parts
+        method = self._make(*last, self.budget, index)
+        for name, parameters in first:
+            budget = parameters.pop("budget", math.sqrt(self.budget))
+            before = self._make(name, parameters, budget, index)
+            if not isinstance(before, BeforeLayers):
+                raise ValueError(f"methods: '{name}' cannot come first in '{self.name}': it works inside the layers")
+            method = before + method
+        return method
+
+    @property
+    def relevance(self) -> SampleRelevance | None:
+        """The predictor that is named; None where none is."""
+        named = [parameters["relevance"] for _, parameters in self._parts if "relevance" in parameters]
+        return load_relevance(named[0]) if named else None
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the method is to be told another sample's question."""
+        return any(parameters.get("question") == UNRELATED for _, parameters in self._parts)
+
+    @property
+    def _parts(self) -> list[tuple[str, dict[str, Any]]]:
+        return [_parse(part) for part in self.name.split("+")]
+
+    def _make(self, name: str, parameters: dict[str, Any], budget: float, index: int) -> Method:
         if name == "randomtokens" and "seed" not in parameters:
             parameters["seed"] = index
+        question = parameters.pop("question", UNRELATED)
+        check_choice("methods", "question", question, (UNRELATED,))
+        if "relevance" in parameters:
+            parameters["relevance"] = self.relevance
         try:
-            return make_method(name, self.budget, **parameters)
+            return make_method(name, budget, **parameters)
         except TypeError as error:
             raise TypeError(f"methods: '{self.name}' cannot be made: {error}") from None
 

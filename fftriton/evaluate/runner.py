@@ -19,11 +19,13 @@ from torch import Tensor
 from .. import __version__
 from ..hf import Report, reduce
 from ..measure import TokenClock, generate, memory_before, peak_memory
+from ..methods import Method
 from ..needle import KINDS, Sample, generate_sample
 from ..processing import Processor, load_processor
 from ..request import OpenBar, Options, load_model
 from ..run import answer_length, is_right, threads, to_model
 from ..video import Video
+from .digests import digest_of_weights
 from .flops import prefill_flops
 from .plan import Plan, Setting
 from .records import Record, RecordFolder
@@ -65,7 +67,8 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
             for count, index in enumerate(own, 1):
                 missing = {setting: key for setting, key in keys.items() if (key, index) not in done}
                 if missing:
-                    folder.append(answerer.answer(_sample(plan, index), missing))
+                    told = _other_question(plan, index) if any(setting.is_control for setting in missing) else ""
+                    folder.append(answerer.answer(_sample(plan, index), missing, told))
                 on_progress(count, len(own))
     wait()
     found = folder.read(keys.values())
@@ -88,28 +91,30 @@ class Answerer:
         self._longest = answer_length(model, max_new_tokens)
 
     @torch.no_grad()
-    def answer(self, sample: Sample, settings: dict[Setting, str]) -> list[Record]:
+    def answer(self, sample: Sample, settings: dict[Setting, str], other_question: str = "") -> list[Record]:
         """Ask about a sample in each of the settings; the video is encoded once.
 
         Args:
             sample: what to ask.
             settings: each with the key of its records.
+            other_question: what the methods of control settings are told.
         """
         frames = len(sample.frames)
         inputs = self.processor(Video(sample.frames, list(range(frames)), frames, sample.fps), sample.question)
         inputs = to_model(inputs, self.model)
         with encoded_once(self.model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fftriton: the budget")  # the rows say what was met
-            return [self._record(sample, inputs, setting, key) for setting, key in settings.items()]
+            records = []
+            for setting, key in settings.items():
+                told = other_question if setting.is_control else sample.question
+                method = setting.method(sample.index).about(sample.frames, told)
+                records.append(self._record(sample, inputs, method, key))
+            return records
 
     def describe(self) -> dict[str, Any]:
         """Everything about the model that an answer depends on."""
-        weights = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            part = parameter.detach().flatten()[:256].float().cpu().numpy().tobytes()  # all of a large model takes long
-            weights.update(f"{name} {tuple(parameter.shape)}".encode() + part)
         return {
-            "weights": weights.hexdigest(),
+            "weights": digest_of_weights(self.model),
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
             "attention": self.config._attn_implementation,
@@ -119,10 +124,10 @@ class Answerer:
             "transformers": transformers.__version__,
         }
 
-    def _record(self, sample: Sample, inputs: dict[str, Tensor], setting: Setting, key: str) -> Record:
+    def _record(self, sample: Sample, inputs: dict[str, Tensor], method: Method, key: str) -> Record:
         clock, device = TokenClock(), self.model.device
         memory = memory_before(device) if sample.index < _MEMORY_SAMPLES else None
-        with reduce(self.model, setting.method(sample.index)) as reduction:
+        with reduce(self.model, method) as reduction:
             tokens = generate(self.model, inputs, clock, self._longest)
         peak = None if memory is None else max(0, peak_memory(device) - memory)
         report = reduction.report
@@ -180,6 +185,11 @@ def _sample(plan: Plan, index: int) -> Sample:
     return generate_sample(plan.split, plan.seed, index, held_out=True, num_frames=frames)
 
 
+def _other_question(plan: Plan, index: int) -> str:
+    """The question of another sample."""
+    return _sample(plan, index + len(KINDS) + 1).question
+
+
 def _digest_of_samples(plan: Plan) -> str:
     """Of the first sample and all that picks the others."""
     first = _sample(plan, 0)
@@ -190,6 +200,8 @@ def _digest_of_samples(plan: Plan) -> str:
 def _key(origin: dict[str, Any], setting: Setting) -> str:
     """A digest of everything that the answers of this setting depend on."""
     everything = origin | {"method": str(setting.method()), "name": setting.name, "budget": setting.budget}
+    if setting.relevance is not None:
+        everything["relevance"] = setting.relevance.digest
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 

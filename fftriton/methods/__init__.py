@@ -1,7 +1,7 @@
 """The methods: what to keep. One file each, without Hugging Face."""
 
 from .base import Method, Prompt, VideoTokens, Window
-from .chain import Chain
+from .chain import BeforeLayers, Chain
 from .fastv import FastV
 from .frame_budgets import frame_budgets
 from .framefusion import FrameFusion
@@ -17,6 +17,7 @@ __all__ = [
     "KVTP",
     "NAMES",
     "PRUNERS",
+    "BeforeLayers",
     "Chain",
     "FastV",
     "FrameContext",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,6 +168,11 @@ class Method:
 
     def check(self, num_layers: int) -> None:
         """Raise a ValueError when the method cannot work on a decoder of `num_layers` layers."""
+
+    def about(self, frames: Any, question: str) -> Method:
+        """The method for one video, [T, H, W, 3] uint8 as the model gets it, and one question: itself unless it looks
+        at them before the model does."""
+        return self
 
     def begin(self, prompt: Prompt) -> Method:
         """What answers the calls of one prefill: the method itself unless it needs memory."""

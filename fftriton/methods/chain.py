@@ -61,6 +61,10 @@ class Chain(Method):
         self.first.check(num_layers)
         self._scaled(1 / self.first.budget).check(num_layers)
 
+    def about(self, frames: Any, question: str) -> Chain:
+        """Both of them for one video and one question."""
+        return Chain(self.first.about(frames, question), self.second.about(frames, question))  # type: ignore[arg-type]
+
     def begin(self, prompt: Prompt) -> Method:
         """The calls of one prefill."""
         return _Calls(self, prompt)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,12 @@ class FrameContext:
 Relevance = Tensor | Callable[[FrameContext], Tensor]
 
 
+class Unbound(Protocol):
+    """Relevance that asks for the video and the question, such as a SiglipRelevance."""
+
+    def bind(self, video: Any, question: str) -> Relevance: ...
+
+
 @dataclass(frozen=True, eq=False)
 class KVTP(BeforeLayers):
     """Give each frame a number of tokens by its relevance, shorten it to that, and run the model on what is left.
@@ -55,7 +62,8 @@ class KVTP(BeforeLayers):
         relevance: what each frame has to do with the question, higher for more. A tensor [F] of scores; a function
             that gets a FrameContext and returns [F], such as what `SiglipRelevance.bind` returns, and that is asked
             for every video; or a list of these, one for each video of the batch, sample by sample. F counts frames of
-            tokens. None for the same count in every frame.
+            tokens. A SiglipRelevance itself has to be told of the video and the question by `about`. None for the same
+            count in every frame.
         pruner: how a frame is shortened: "random", "topk", "prumerge", "tome" or a Pruner.
         temperature: above 0, as for `frame_budgets`: low for the most relevant frames alone.
         min_tokens: tokens that every frame keeps at least. With 0 and a temperature near 0 whole frames stay, the most
@@ -70,7 +78,7 @@ class KVTP(BeforeLayers):
     """
 
     budget: float = 0.2
-    relevance: Relevance | Sequence[Relevance] | None = field(default=None, repr=False)
+    relevance: Relevance | Unbound | Sequence[Relevance] | None = field(default=None, repr=False)
     pruner: str | Pruner = "topk"
     temperature: float = 2.0
     min_tokens: int = 1
@@ -83,12 +91,19 @@ class KVTP(BeforeLayers):
             check_choice("KVTP", "pruner", self.pruner, tuple(PRUNERS))
         if self.min_tokens == 0 and (self.pruner == "tome" or isinstance(self.pruner, ToMe)):
             raise ValueError("KVTP: min_tokens must be at least 1 for ToMe, which merges and drops nothing, got 0")
-        for relevance in self.relevances or ():
+        for relevance in () if hasattr(self.relevance, "bind") else self.relevances or ():
             if not callable(relevance):
                 _check_scores(relevance)
 
+    def about(self, frames: Any, question: str) -> KVTP:
+        """The method with the relevance of these frames to this question."""
+        bind = getattr(self.relevance, "bind", None)
+        return self if bind is None else replace(self, relevance=bind(frames, question))
+
     def begin(self, prompt: Prompt) -> _Frames:
         """The calls of one prefill."""
+        if hasattr(self.relevance, "bind"):
+            raise ValueError("KVTP: relevance must know the video and the question: bind them, or use `about`")
         return _Frames(self, prompt)
 
     @property
@@ -96,7 +111,7 @@ class KVTP(BeforeLayers):
         """As they were given, in a list."""
         if isinstance(self.relevance, Tensor) or callable(self.relevance):
             return [self.relevance]
-        return self.relevance
+        return self.relevance  # type: ignore[return-value]  # bound by now
 
     def relevance_of(self, video: int) -> Relevance:
         """That of one video of the batch. Raises a ValueError where none was given for it."""

@@ -11,6 +11,7 @@ from .base import Method
 from .fastv import FastV
 from .framefusion import FrameFusion
 from .keep_all import KeepAll
+from .kvtp import KVTP
 from .random_tokens import RandomTokens
 from .streaming_llm import StreamingLLM
 from .uniform_frames import UniformFrames
@@ -20,6 +21,7 @@ NAMES: dict[str, Callable[..., Method]] = {
     "framefusion": FrameFusion,
     "fastv": FastV,
     "streamingllm": StreamingLLM,
+    "kvtp": KVTP,
     "uniformframes": UniformFrames,
     "randomtokens": RandomTokens,
     "merge-only": partial(FrameFusion, stages=("merge",)),

@@ -1,0 +1,132 @@
+"""`fftriton eval` with KVTP: settings that name a predictor, the control, and two methods one after the other."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import fftriton
+from fftriton import KVTP
+from fftriton.evaluate import Plan, Setting, evaluate
+from fftriton.evaluate.relevance import SampleRelevance, load_relevance
+from fftriton.evaluate.runner import Answerer
+from fftriton.needle import generate_sample
+from fftriton.processing import load_processor
+from fftriton.relevance import BoundRelevance, SiglipRelevance
+from fftriton.request import Options, load_model
+from fftriton.shipped import MODEL
+from fftriton.video import Video
+
+BENCH = Path(__file__).parents[1] / "bench" / "kvtp"
+
+
+@pytest.fixture
+def predictor(monkeypatch, tmp_path):
+    """A predictor with random weights: its folder."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    needle, small = importlib.import_module("needle"), importlib.import_module("small")
+    relevance = small.small_siglip(needle.WORDS, side=64, patch=16, width=16, depth=1)
+    relevance.save_pretrained(tmp_path / "predictor")
+    yield tmp_path / "predictor"
+    load_relevance.cache_clear()
+
+
+def test_settings(predictor):
+    setting = Setting(f"kvtp:relevance='{predictor}':pruner='tome':temperature=3", 0.2)
+    method = setting.method()
+    assert (method.budget, method.pruner, method.temperature) == (0.2, "tome", 3)
+    assert method.relevance is setting.relevance is load_relevance(str(predictor))
+    assert not setting.is_control
+    assert Setting(f"kvtp:relevance='{predictor}':question='unrelated'", 0.2).is_control
+    chain = Setting("kvtp:pruner='random'+framefusion:similarity_threshold=0.9", 0.16).method()
+    assert (chain.first.budget, chain.first.pruner, chain.budget) == (0.4, "random", 0.16)
+    assert chain.second.similarity_threshold == 0.9
+    assert Setting("uniformframes:budget=0.5+fastv:layer=1", 0.3).method().first.budget == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("kvtp:relevance='/nowhere'", "relevance must be the checkpoint of a SigLIP, got '/nowhere'"),
+        ("kvtp:question='mine'", "question must be one of 'unrelated', got 'mine'"),
+        ("framefusion+kvtp", "'framefusion' cannot come first in 'framefusion[+]kvtp'"),
+        ("kvtp:budget=0.1+framefusion", "not be above that of first, 0.1; got 0.2"),
+    ],
+)
+def test_settings_that_cannot_be(name, message):
+    with pytest.raises(ValueError, match=message):
+        Setting(name, 0.2).method()
+
+
+class Noting(SampleRelevance):
+    """Scores that count the frames, and a note of every question."""
+
+    digest = "noting"
+
+    def __init__(self):
+        self.questions = []
+
+    def bind(self, frames, question):
+        self.questions.append(question)
+        return BoundRelevance(torch.arange(len(frames)).float())
+
+
+def test_the_control_is_told_another_question(monkeypatch, tmp_path):
+    noting = Noting()
+    monkeypatch.setattr("fftriton.evaluate.plan.load_relevance", lambda checkpoint: noting)
+    name = "kvtp:relevance='x'"
+    plan = Plan(methods=(name, f"{name}:question='unrelated'"), budgets=(0.2,), samples=2, out=tmp_path)
+    rows, _ = evaluate(plan, lambda description: _NoBar())
+    own = [generate_sample("easy", 0, index).question for index in range(2)]
+    other = [generate_sample("easy", 0, index + 6).question for index in range(2)]
+    assert noting.questions == [own[0], other[0], own[1], other[1]]
+    assert own[0] != other[0]
+    assert [row.budget_achieved for row in rows] == pytest.approx([51 / 256] * 2)
+
+
+class _NoBar:
+    def __enter__(self):
+        return lambda done, total: None
+
+    def __exit__(self, *exception):
+        pass
+
+
+def test_frames_are_encoded_once_and_answers_are_those_of_the_library(predictor, monkeypatch):
+    names = [f"kvtp:relevance='{predictor}':pruner='{pruner}'" for pruner in ("random", "topk")]
+    settings = {Setting(name, 0.2): name for name in names}
+    calls, encode = [], SiglipRelevance.encode
+    monkeypatch.setattr(SiglipRelevance, "encode", lambda *args, **named: calls.append(1) or encode(*args, **named))
+    answerer = Answerer(load_model(Options()), load_processor(MODEL))
+    sample = generate_sample("easy", 0, 1)
+    records = answerer.answer(sample, settings)
+    assert len(calls) == 1
+    bound = SiglipRelevance.from_pretrained(predictor).bind(sample.frames, sample.question)
+    with torch.no_grad(), fftriton.reduce(answerer.model, KVTP(0.2, bound, "topk")) as reduction:
+        token = answerer.model(**answerer.processor(video_of(sample), sample.question)).logits[0, -1].argmax()
+    assert records[1].answer == answerer.processor.tokenizer.decode(token)
+    assert records[1].vision_tokens == reduction.report.vision_tokens_per_layer
+
+
+def test_a_retrained_predictor_is_another_one(predictor):
+    before = load_relevance(str(predictor)).digest
+    relevance = SiglipRelevance.from_pretrained(predictor)
+    with torch.no_grad():
+        next(relevance.model.parameters()).add_(1e-3)
+    relevance.save_pretrained(predictor)
+    load_relevance.cache_clear()
+    assert load_relevance(str(predictor)).digest != before
+
+
+def test_an_unbound_predictor_is_refused(predictor):
+    relevance = SiglipRelevance.from_pretrained(predictor)
+    model = load_model(Options())
+    with pytest.raises(ValueError, match="relevance must know the video and the question"):
+        with torch.no_grad(), fftriton.reduce(model, KVTP(0.2, relevance)):
+            inputs = load_processor(MODEL)(video_of(generate_sample("easy", 0, 0)), "where is it")
+            model(**inputs)
+
+
+def video_of(sample):
+    return Video(sample.frames, list(range(len(sample.frames))), len(sample.frames), sample.fps)
