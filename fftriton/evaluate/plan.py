@@ -24,8 +24,8 @@ class Setting:
     Attributes:
         name: the method's, with its parameters: "framefusion" or "framefusion:similarity_threshold=0.9". Two with a
             plus between them are one after the other; the first keeps the square root of the budget, or its parameter
-            `budget`. For kvtp, `relevance` names the checkpoint of a SigLIP, and question='unrelated' tells it the
-            question of another sample.
+            `budget`. For kvtp, `relevance` names the checkpoint of a SigLIP, and question='unrelated' tells it a
+            question about another needle.
         budget: fraction of the video tokens to keep, in (0, 1]; 1 for keep-all.
     """
 
@@ -56,7 +56,7 @@ class Setting:
 
     @property
     def is_control(self) -> bool:
-        """Whether the method is to be told another sample's question."""
+        """Whether the method is to be told a question that has nothing to do with the sample's."""
         return any(parameters.get("question") == UNRELATED for _, parameters in self._parts)
 
     @property

@@ -9,7 +9,7 @@ from ..relevance import BoundRelevance, SiglipRelevance
 from .digests import digest_of_weights
 
 UNRELATED = "unrelated"
-"""What a setting's `question` is where the predictor is to get another sample's question: the control."""
+"""What a setting's `question` is where the predictor is to get one about another needle: the control."""
 
 
 class SampleRelevance:

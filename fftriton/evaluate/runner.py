@@ -21,6 +21,7 @@ from ..hf import Report, reduce
 from ..measure import TokenClock, generate, memory_before, peak_memory
 from ..methods import Method
 from ..needle import KINDS, Sample, generate_sample
+from ..needle.vocabulary import COLOURS, DIGITS
 from ..processing import Processor, load_processor
 from ..request import OpenBar, Options, load_model
 from ..run import answer_length, is_right, threads, to_model
@@ -186,8 +187,18 @@ def _sample(plan: Plan, index: int) -> Sample:
 
 
 def _other_question(plan: Plan, index: int) -> str:
-    """The question of another sample."""
-    return _sample(plan, index + len(KINDS) + 1).question
+    """A question that has nothing to do with the sample's: it names another needle."""
+    sample = _sample(plan, index)
+    named = _needles_named_in(f"{sample.question} {sample.answer}")
+    while True:
+        index += 1
+        other = _needles_named_in(question := _sample(plan, index).question)
+        if other and not other & named:
+            return question
+
+
+def _needles_named_in(text: str) -> set[str]:
+    return set(text.replace("?", " ").split()) & {*COLOURS, *DIGITS}
 
 
 def _digest_of_samples(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..layout import VideoLayout
-from .base import Method, Prompt, VideoTokens, Window, Window
+from .base import Method, Prompt, VideoTokens, Window
 
 
 class BeforeLayers(Method):
@@ -84,9 +84,6 @@ class _Calls(Method):
     @property
     def least_budget(self) -> float:
         return self.budget if self.second is None else self.second.least_budget * self.left
-
-    def window(self, length: int) -> Window | None:
-        return None if self.second is None else self.second.window(length)
 
     def window(self, length: int) -> Window | None:
         return None if self.second is None else self.second.window(length)
