@@ -132,3 +132,15 @@ def test_frames_of_a_prompt_by_hand():
     prompt = Prompt(num_layers=3, length=9, layouts=[first, second])
     assert prompt.num_video_tokens == 5
     assert prompt.frame.tolist() == [-1, 0, 0, -1, 1, -1, 2, 3, -1]
+
+
+def test_tokens_follow_their_hidden_states_to_another_device():
+    """The meta device stands in for the next layer's GPU."""
+    patch = torch.tensor([[-1, 0, 1, 0, 1]])
+    rows, rotary = torch.zeros(1, 5, 2), torch.zeros(1, 5, 4)
+    here = VideoTokens(rows, torch.arange(5)[None], patch, 4, (rotary,), additions=(rows,))
+    assert here.predecessor.tolist() == [[-1, -1, -1, 1, 2]]
+    assert here.at(rows, None).position is here.position
+    there = here.at(rows.to("meta"), None)
+    parts = (there.position, there.patch, there.predecessor, *there.companions, *there.additions)
+    assert {part.device.type for part in parts} == {"meta"}

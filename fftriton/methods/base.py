@@ -152,9 +152,22 @@ class VideoTokens:
         return VideoTokens(hidden, position, patch, num_video, tuple(companions), additions=tuple(additions))
 
     def at(self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None) -> VideoTokens:
-        """The same tokens at a later point, where nothing has changed but their hidden states."""
+        """The same tokens at a later point, where nothing has changed but their hidden states, and maybe their device."""
         links = self.__dict__.get("predecessor", self._links)
-        return replace(self, hidden=hidden, attention=attention, merge=None, _links=links)
+        there = replace(self, hidden=hidden, attention=attention, merge=None, _links=links)
+        return there if self.position.device == hidden.device else there._follow()
+
+    def _follow(self) -> VideoTokens:
+        """Everything on the device of the hidden states: the next layer may be on another one."""
+
+        def move(part: Tensor) -> Tensor:
+            return part.to(self.hidden.device)
+
+        return replace(
+            self, position=move(self.position), patch=move(self.patch),
+            companions=tuple(map(move, self.companions)), additions=tuple(map(move, self.additions)),
+            _links=None if self._links is None else move(self._links),
+        )  # fmt: skip
 
 
 class Method:

@@ -53,6 +53,15 @@ def test_the_layout_is_where_the_video_features_are(family, way):
     assert {len(layout.positions) for layout in layouts} == ({8} if family.name == "internvl" else {4})
 
 
+@torch.no_grad()
+def test_patches_that_are_compressed_away_are_holes():
+    model, inputs = FAMILIES["video_llama_3"].model(), FAMILIES["video_llama_3"].inputs()
+    with fftriton.reduce(model, fftriton.KeepAll()) as reduction:
+        model(**inputs)
+    there = torch.cat([layout.positions >= 0 for layout in reduction.report.layouts])
+    assert torch.equal(there.flatten(), inputs["video_compression_mask"])
+
+
 @pytest.mark.feature("equals computation by hand")
 @EVERY_FAMILY
 def test_equals_a_recomputation_by_hand(family):
