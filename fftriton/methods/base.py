@@ -152,7 +152,7 @@ class VideoTokens:
         return VideoTokens(hidden, position, patch, num_video, tuple(companions), additions=tuple(additions))
 
     def at(self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None) -> VideoTokens:
-        """The same tokens at a later point, where nothing has changed but their hidden states, and maybe their device."""
+        """The same tokens at a later point, where only their hidden states have changed, and maybe the device."""
         links = self.__dict__.get("predecessor", self._links)
         there = replace(self, hidden=hidden, attention=attention, merge=None, _links=links)
         return there if self.position.device == hidden.device else there._follow()

@@ -11,6 +11,7 @@ from by_hand import check_by_hand, decoder_of, generate, see_prompt
 from families import EXPERTS_OF_FAMILIES, FAMILIES
 
 import fftriton
+from fftriton.hf.families import RULES
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -51,6 +52,27 @@ def test_the_layout_is_where_the_video_features_are(family, way):
     places = torch.cat([layout.tokens for layout in layouts])
     assert torch.equal(see_prompt(model, inputs).embeddings[0, places], video_features(model, inputs))
     assert {len(layout.positions) for layout in layouts} == ({8} if family.name == "internvl" else {4})
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "video_llama_3", "minicpmv4_6"])
+@torch.no_grad()
+def test_videos_of_one_sample_are_kept_apart(name):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs(videos=(3, 2, 4))
+    layouts = RULES[name](model, inputs)
+    assert [len(layout.positions) for layout in layouts] == [3, 2, 4]
+
+
+def test_frames_of_two_sizes_in_one_video():
+    """MiniCPM-V stacks the frames between two frames into one of another size."""
+    model = FAMILIES["minicpmv4_6"].model()
+    unit = {4: [152, *[151] * 4, 153], 8: [152, *[151] * 8, 153]}
+    arguments = {
+        "input_ids": torch.tensor([[5, *unit[4], *unit[8], *unit[4], *unit[8], 6]]),
+        "target_sizes_videos": torch.tensor([[8, 8], [8, 16], [8, 8], [8, 16]]),
+    }
+    small, large = RULES["minicpmv4_6"](model, arguments)
+    assert small.positions.tolist() == [[2, 3, 4, 5], [18, 19, 20, 21]]
+    assert large.positions.tolist() == [list(range(8, 16)), list(range(24, 32))]
 
 
 @torch.no_grad()
