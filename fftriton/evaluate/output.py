@@ -83,16 +83,16 @@ def results_table(rows: Sequence[Row]) -> Table:
     """What a reader compares: prefill in milliseconds, peak memory above rest in MiB."""
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for heading in ("budget", "met", "accuracy", "95 %", "p", "FLOPs", "ms", "MiB"):
+    for heading in ("budget", "met", "right", "95 %", "p", "FLOPs", "ms", "MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        if row.accuracy is None:
+        if row.accuracy is None or row.accuracy_low is None or row.accuracy_high is None:
             table.add_row(escape(row.method), f"{row.budget:.0%}", "", "[dim]none[/dim]")
             continue
         table.add_row(
             escape(row.method), f"{row.budget:.0%}", f"{row.budget_achieved:.1%}", f"{row.accuracy:.1%}",
-            f"{100 * (row.accuracy_low or 0):.1f}-{100 * (row.accuracy_high or 0):.1f}",
-            "" if row.p_value is None else f"{row.p_value:.2g}", f"{row.relative_flops:.1%}", f"{row.prefill_ms:.1f}",
+            f"{100 * row.accuracy_low:.1f}-{100 * row.accuracy_high:.1f}",
+            "" if row.p_value is None else f"{row.p_value:.1g}", f"{row.relative_flops:.1%}", f"{row.prefill_ms:.1f}",
             "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
         )  # fmt: skip
     return table

@@ -45,13 +45,10 @@ class Windows:
         valid: [B, rows] bool, False for padding; None: no padding.
         """
         order = self._order(valid, rows).to(device)
-        sinks, recent = self.sinks.to(device), self.recent.to(device)
-
-        def sees(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            near = order[sample, query] - order[sample, key] < recent[sample]
-            return near | (order[sample, key] < sinks[sample])
-
-        return sees
+        sinks, recent = (part.to(device)[:, None, None] for part in (self.sinks, self.recent))
+        near = order[:, :, None] - order[:, None] < recent  # [B, query, key]
+        table = near | (order[:, None] < sinks)
+        return lambda sample, head, query, key: table[sample, query, key]
 
     def kept(self, valid: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None] | None:
         """What the next token may attend to, of `rows` rows: their indices [B, M] int64, left-padded, and which of them
