@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from models import tiny_qwen2, video_embeddings
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -351,3 +354,35 @@ def test_processes_share_the_samples(tmp_path, evaluated):
     assert (row["samples"], row["accuracy"]) == (3, sum(record.right for record in one_process) / 3)
     files = sorted(tmp_path.glob("records-*.jsonl"))
     assert [{json.loads(line)["index"] for line in file.open()} for file in files] == [{0, 2}, {1}]
+
+
+# ---- the paper's ablations
+
+
+@pytest.fixture
+def ablations(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench" / "needle"))
+    return importlib.import_module("ablations")
+
+
+def test_every_ablation_is_a_plan(ablations):
+    for table in ablations.TABLES:
+        plans = list(ablations.plans(table, Plan(), 0.9))
+        assert plans
+        for setting in (setting for plan in plans for setting in plan.settings):
+            method = setting.method()
+            assert setting.name == "keep-all" or method.similarity_threshold == 0.9
+
+
+def test_ablations_are_written_line_by_line(ablations, tmp_path):
+    app = typer.Typer()
+    app.command()(ablations.main)
+    out = tmp_path / "results.csv"
+    arguments = ["--tables", "3", "--splits", "easy", "--budgets", "0.5", "--thresholds", "0.9", "--samples", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    with out.open() as file:
+        lines = list(csv.DictReader(file))
+    names = ("framefusion", "merge-only", "prune-only", "prune-merge")
+    assert [line["method"] for line in lines] == [f"{name}:similarity_threshold=0.9" for name in names]
+    assert {(line["table"], line["split"], line["samples"]) for line in lines} == {("3", "easy", "1")}

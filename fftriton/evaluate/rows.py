@@ -141,9 +141,23 @@ def depth_cells(setting: Setting, records: Sequence[Record]) -> list[Cell]:
     ]
 
 
-def write_csv(path: Path, items: Iterable[Row | Cell], origin: Mapping[str, Any]) -> None:
-    """One line an item, each with where it comes from."""
-    lines = [{**_flat(asdict(item)), **origin} for item in items]
+def write_csv(
+    path: Path,
+    items: Sequence[Row | Cell],
+    origin: Mapping[str, Any],
+    first_columns: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """One line an item, each with where it comes from.
+
+    Args:
+        path: file to write.
+        items: the lines.
+        origin: columns behind, the same in every line.
+        first_columns: columns before, for each item.
+    """
+    firsts = first_columns or [{}] * len(items)
+    lines = [{**first, **_flat(asdict(item)), **origin} for first, item in zip(firsts, items, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
         writer.writeheader()
