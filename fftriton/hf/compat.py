@@ -34,6 +34,12 @@ def causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, past: int, se
     return create_causal_mask(**arguments)
 
 
+def has_axes(config: Any) -> bool:
+    """Whether a decoder's positions are times, heights and widths (M-RoPE) rather than single numbers."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}  # 5.x, 4.x
+    return "mrope_section" in rope
+
+
 def attention_function(attention: Any) -> Callable:
     """The function that this attention module would call on its queries, keys and values."""
     name = attention.config._attn_implementation

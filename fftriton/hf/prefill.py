@@ -123,18 +123,25 @@ class Sample:
         """What the method leaves of the tokens; `before` itself where it changes nothing."""
         if self.calls is None:
             return before
-        report, watch = self.report, self.report._stopwatch
+        watch = self.report._stopwatch
         start = watch.now()
         after = getattr(self.calls, stage)(index, before)
         if after is None:
             return before
         watch.spans.append(("prune" if after.merge is None else "merge", start, watch.now()))
-        if after.merge is None:
-            report.prune_layer = index
-            report._prunings.append((before.position[0], after.position[0]))
-        else:
-            report.merge_steps.append(MergeStep(index, stage, before.num_video, after.num_video, after.merge))
+        if after.between is not None:
+            self._note(stage, index, before, after.between)
+        self._note(stage, index, after.between or before, after)
         return after
+
+    def _note(self, stage: str, index: int, before: VideoTokens, after: VideoTokens) -> None:
+        """Put one step of a call into the report."""
+        if after.merge is None:
+            self.report.prune_layer = index
+            self.report._prunings.append((before.position[0], after.position[0]))
+        else:
+            step = MergeStep(index, stage, before.num_video, after.num_video, after.merge)
+            self.report.merge_steps.append(step)
 
 
 class Prefill(Continuation):

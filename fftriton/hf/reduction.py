@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache
 from ..layout import VideoLayout
 from ..methods.base import Method
 from .cache import Checkpoint, Permit, ReducedLayer, prepare
-from .compat import causal_mask, first_of, with_first
+from .compat import causal_mask, first_of, has_axes, with_first
 from .families import LayoutRule, take_deepstack
 from .finder import LayoutFinder, Video, tokens_of
 from .importance import AttentionTap
@@ -52,6 +52,10 @@ class Reduction(AbstractContextManager["Reduction"]):
         self.model, self.method = model, method
         self.decoder = find_decoder(model)
         method.check(len(self.decoder.layers))
+        if method.renumbers and has_axes(self.decoder.config):
+            raise ValueError(
+                f"reduce: renumber must be False for {type(model).__name__}, whose positions have three axes (M-RoPE)"
+            )
         self.report: Report | BatchReport | None = None
         self._finder = LayoutFinder(model, layout)
         self._signature = inspect.signature(model.forward)

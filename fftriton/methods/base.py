@@ -102,6 +102,7 @@ class VideoTokens:
         attention: after attention, `attention(n)` is the attention that each row received in this layer [B, N] fp32:
             summed over the last n queries (None: over all), averaged over the heads. None before attention.
         merge: how these tokens came out of a merge; None otherwise.
+        between: what came between the tokens that a method was given and these, where it took two steps.
     """
 
     hidden: Tensor
@@ -111,6 +112,7 @@ class VideoTokens:
     companions: tuple[Tensor, ...] = ()
     attention: Callable[[int | None], Tensor] | None = None
     merge: Merge | None = None
+    between: VideoTokens | None = None
     additions: tuple[Tensor, ...] = ()
     _links: Tensor | None = None
 
@@ -154,7 +156,7 @@ class VideoTokens:
     def at(self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None) -> VideoTokens:
         """The same tokens at a later point, where only their hidden states have changed, and maybe the device."""
         links = self.__dict__.get("predecessor", self._links)
-        there = replace(self, hidden=hidden, attention=attention, merge=None, _links=links)
+        there = replace(self, hidden=hidden, attention=attention, merge=None, between=None, _links=links)
         return there if self.position.device == hidden.device else there._follow()
 
     def _follow(self) -> VideoTokens:
@@ -178,6 +180,11 @@ class Method:
     """
 
     budget: float = 1.0
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether it gives the tokens that stay other positions, which has to be a single number for each."""
+        return False
 
     def check(self, num_layers: int) -> None:
         """Raise a ValueError when the method cannot work on a decoder of `num_layers` layers."""

@@ -56,6 +56,10 @@ class Chain(Method):
         """The total."""
         return self.second.budget
 
+    @property
+    def renumbers(self) -> bool:
+        return self.first.renumbers
+
     def check(self, num_layers: int) -> None:
         """Raise a ValueError where one of them cannot work at this depth."""
         self.first.check(num_layers)
@@ -98,7 +102,7 @@ class _Calls(Method):
             self.left = left.num_video / self.prompt.num_video_tokens
             self.second = self.chain._scaled(1 / self.left).begin(_prompt_of(left, self.prompt))
         after = self.second.before_attention(layer, left)
-        return shorter if after is None else after
+        return shorter if after is None else replace(after, between=shorter)
 
     def after_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
         assert self.second is not None  # begun before layer 0

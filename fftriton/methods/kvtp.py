@@ -53,7 +53,7 @@ class KVTP(BeforeLayers):
     """Give each frame a number of tokens by its relevance, shorten it to that, and run the model on what is left.
 
     Everything happens before the first layer, so that all layers hold round(budget * video tokens) video tokens.
-    Position ids stay as in the full prompt: M-RoPE's times and places stay true. Several videos of a sample share one
+    Positions stay as in the full prompt: M-RoPE's times and places stay true. Several videos of a sample share one
     budget. What is in no frame of the layout (text, images, LLaVA-OneVision's newline token) is kept and not counted; a
     newline that is in the layout is a token of its frame like any other.
 
@@ -68,6 +68,8 @@ class KVTP(BeforeLayers):
         temperature: above 0, as for `frame_budgets`: low for the most relevant frames alone.
         min_tokens: tokens that every frame keeps at least. With 0 and a temperature near 0 whole frames stay, the most
             relevant first, and the others vanish: hard key frames.
+        renumber: count the tokens that stay without gaps, as the authors' code does, rather than keep their positions.
+            Only for models whose positions are single numbers (Qwen2, LLaVA, InternVL), not for M-RoPE.
 
     Raises:
         TypeError, ValueError: a parameter out of range. While it runs: ValueError for scores of the wrong number or not
@@ -82,6 +84,7 @@ class KVTP(BeforeLayers):
     pruner: str | Pruner = "topk"
     temperature: float = 2.0
     min_tokens: int = 1
+    renumber: bool = False
 
     def __post_init__(self) -> None:
         check_budget("KVTP", "budget", self.budget)
@@ -94,6 +97,10 @@ class KVTP(BeforeLayers):
         for relevance in () if hasattr(self.relevance, "bind") else self.relevances or ():
             if not callable(relevance):
                 _check_scores(relevance)
+
+    @property
+    def renumbers(self) -> bool:
+        return self.renumber
 
     def about(self, frames: Any, question: str) -> KVTP:
         """The method with the relevance of these frames to this question."""
@@ -138,7 +145,8 @@ class _Frames(BeforeLayers):
         scores = self._scores(tokens, frames)
         counts = frame_budgets(scores, frames.sizes, self.budget, method.temperature, method.min_tokens)
         pruner = PRUNERS[method.pruner]() if isinstance(method.pruner, str) else method.pruner
-        return pruner(tokens, frames, counts, total=round(self.budget * tokens.num_video))
+        left = pruner(tokens, frames, counts, total=round(self.budget * tokens.num_video))
+        return _renumbered(left, tokens) if method.renumber else left
 
     def _scores(self, tokens: VideoTokens, frames: Frames) -> Tensor:
         """[F] fp32: the scores of all frames of all videos of the sample."""
@@ -161,6 +169,14 @@ class _Frames(BeforeLayers):
                 )
             scores.append(relevance.to(tokens.hidden.device, torch.float32))
         return torch.cat(scores)
+
+
+def _renumbered(left: VideoTokens, tokens: VideoTokens) -> VideoTokens:
+    """What is left with the positions of the prompt's last tokens: without gaps, and what follows need not move.
+
+    Attention depends on differences of positions alone, so this is as if they counted from 0.
+    """
+    return replace(left, companions=tuple(part[:, tokens.length - left.length :] for part in tokens.companions))
 
 
 def _check_scores(scores: Tensor) -> None:

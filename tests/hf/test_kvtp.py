@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from by_hand import ByHand, Scripted, generate, see_prompt
-from families import FAMILIES
+from families import FAMILIES, collate
 from models import tiny_qwen2, video_embeddings
 
 import fftriton
@@ -133,6 +133,28 @@ def test_a_newline_token_outside_the_layout_stays_and_does_not_count():
     assert bool(torch.isin(layout.positions[:, 8], report.kept_positions[0]).all())
 
 
+@torch.no_grad()
+def test_renumbered_it_is_a_shorter_prompt():
+    model, inputs, layout = qwen2()
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with fftriton.reduce(model, KVTP(0.3, SCORES[:6], renumber=True), layout) as reduction:
+        out = model.generate(**inputs, **options)
+    kept = reduction.report.kept_positions[0]
+    short = model.generate(inputs_embeds=inputs["inputs_embeds"][:, kept], **options)
+    assert torch.equal(out.sequences, short.sequences)
+    assert (torch.cat(out.logits) - torch.cat(short.logits)).abs().max() < 1e-4
+    with fftriton.reduce(model, KVTP(0.3, SCORES[:6]), layout):
+        with_gaps = model.generate(**inputs, **options)
+    assert (torch.cat(with_gaps.logits) - torch.cat(short.logits)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_positions_of_three_axes_are_not_renumbered(name):
+    model = CASES[name]()[0]
+    with pytest.raises(ValueError, match="renumber must be False for .*, whose positions have three axes"):
+        fftriton.reduce(model, KVTP(0.5, renumber=True) + FrameFusion(0.2))
+
+
 def test_without_relevance_all_frames_get_the_same():
     model, inputs, layout = qwen2()
     kept = forward(model, inputs, KVTP(0.25), layout)[1].kept_positions[0]
@@ -194,6 +216,17 @@ def test_a_chain_is_the_second_on_what_the_first_leaves():
     assert [kept[positions].tolist() for positions in second.kept_positions] == [
         positions.tolist() for positions in report.kept_positions
     ]
+
+
+def test_a_chain_reports_both_steps():
+    model, inputs, layout = qwen2()
+    report = forward(model, inputs, KVTP(0.5, relevance, "topk") + FrameFusion(0.2), layout)[1]
+    first = forward(model, inputs, KVTP(0.5, relevance, "topk"), layout)[1]
+    assert torch.equal(report.pruned[: len(first.pruned)], first.pruned)
+    assert (report.merge_steps[0].tokens_before, len(first.pruned)) == (24, 24)
+    gone = torch.cat([report.pruned, *(step.merged for step in report.merge_steps)]).sort().values
+    video = layout[0].tokens
+    assert torch.equal(gone, video[~torch.isin(video, report.kept_positions[-1])])
 
 
 def test_a_chain_with_nothing_to_do_first():
@@ -258,3 +291,26 @@ def test_bad_parameters():
         KVTP(0.2, min_tokens=-1)
     with pytest.raises(ValueError, match="min_tokens must be at least 1 for ToMe, .* got 0"):
         KVTP(0.2, pruner="tome", min_tokens=0)
+
+
+@torch.no_grad()
+def test_a_batch_is_its_samples_and_beams_share_their_scores():
+    family = FAMILIES["qwen2_vl"]
+    model, samples = family.model(), [family.inputs(seed=0), family.inputs(videos=(3,), image=False, seed=1)]
+    inputs = collate(samples, "left")
+    scores = [SCORES[:4], SCORES[4:], SCORES[1:4]]  # two videos of the first sample, one of the second
+    with fftriton.reduce(model, KVTP(0.3, scores)) as reduction:
+        model(**inputs)
+        reports = reduction.report.samples
+        model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+        beams = reduction.report.samples
+    length = inputs["input_ids"].shape[1]
+    for report, sample, own in zip(reports, samples, (scores[:2], scores[2:]), strict=True):
+        alone = forward(model, sample, KVTP(0.3, own), None)[1]
+        padding = length - sample["input_ids"].shape[1]
+        assert torch.equal(report.kept_positions[0] - padding, alone.kept_positions[0])
+    assert [beam.kept_positions[0].tolist() for beam in beams] == [
+        report.kept_positions[0].tolist() for report in reports for _ in range(2)
+    ]
+    with pytest.raises(ValueError, match="relevance must hold scores for each video of the batch, got 2 for 3 or more"):
+        forward(model, inputs, KVTP(0.3, scores[:2]), None)
