@@ -30,7 +30,7 @@ def cases(draw, ragged=False, longest=2000):
         patches[draw(st.integers(0, frames - 1))] = most
     min_tokens = draw(st.integers(0, most))
     total, floor = totals(patches, frames, min_tokens)
-    count = draw(st.integers(floor, total))
+    count = draw(st.integers(max(1, floor), total))
     budget = count / total
     if not floor <= round(budget * total) <= total:
         budget = 1.0
