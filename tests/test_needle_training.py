@@ -13,8 +13,9 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from fftriton.needle import KINDS, generate_sample
 from fftriton.needle.digits import digit_images
+from fftriton.needle.scenes import real_scenes
 from fftriton.processing import load_processor
-from fftriton.shipped import MODEL
+from fftriton.shipped import BUNNY, MODEL
 
 RESUME_AFTER = "time" if transformers.__version__ < "5" else "space"
 
@@ -147,6 +148,20 @@ def test_a_saved_model_is_whole(scripts, tmp_path):
     for name, value in model.to(torch.bfloat16).state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in MODEL.iterdir()} - {"README.md"}
+
+
+def test_the_command_trains_saves_and_measures(scripts, tmp_path, monkeypatch):
+    clips = []
+    monkeypatch.setattr(scripts.train, "PHASES", tiny_phases(scripts))
+    monkeypatch.setattr(scripts.train, "SPLITS", ("easy", "real"))
+    monkeypatch.setattr("fftriton.needle.samples.real_scenes", lambda *a: clips.append(a[1]) or real_scenes(*a))
+    scripts.train.main(tmp_path, samples=5, clip=[BUNNY.path, BUNNY.path])
+    Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "model")
+    with (tmp_path / "accuracy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["split"], row["samples"]) for row in rows] == [("easy", "5"), ("real", "5")]
+    assert all(0 <= float(row[kind]) <= 1 for row in rows for kind in ("all", *KINDS))
+    assert clips == [(BUNNY.path, BUNNY.path)] * 5
 
 
 @pytest.mark.parametrize("seed", [0, 12345])

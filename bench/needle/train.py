@@ -38,6 +38,7 @@ from fftriton.needle.samples import RECIPES, Recipe
 from fftriton.needle.scenes import GRID
 from fftriton.needle.vocabulary import COLOURS, DIGITS, IDS, QUADRANTS, VISION_START
 from fftriton.processing import Processor, load_processor
+from fftriton.shipped import BUNNY
 
 _CHECKPOINT_EVERY = 50  # steps
 _SAMPLES_AT_ONCE = len(KINDS)  # samples of a split are equally long as long as a kind has not come up again
@@ -310,14 +311,21 @@ def answers(model: Qwen2VLForConditionalGeneration, processor: Processor, sample
 
 
 def measure(
-    checkpoint: Path, split: str, samples: int, seed: int, device: str, on_samples: Callable[[int], None]
+    checkpoint: Path,
+    split: str,
+    samples: int,
+    seed: int,
+    device: str,
+    clips: tuple[Path, ...] = (BUNNY.path,),
+    on_samples: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Share of held-out samples answered right with all tokens, over all kinds and of each."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
     processor = load_processor(checkpoint)
     asked, right = Counter[str](), Counter[str]()
     for start in range(0, samples, _SAMPLES_AT_ONCE):
-        batch = [generate_sample(split, seed, i) for i in range(start, min(start + _SAMPLES_AT_ONCE, samples))]
+        indices = range(start, min(start + _SAMPLES_AT_ONCE, samples))
+        batch = [generate_sample(split, seed, index, clips=clips) for index in indices]
         for sample, text in zip(batch, answers(model, processor, batch), strict=True):
             asked[sample.kind] += 1
             right[sample.kind] += text == sample.answer
@@ -347,8 +355,10 @@ def main(
     threads: Annotated[int, typer.Option(help="Processor threads of torch; 0: torch's own choice.", min=0)] = 0,
     samples: Annotated[int, typer.Option(help="Held-out samples of each split at the end.", min=1)] = 1000,
     samples_seed: Annotated[int, typer.Option(help="Which held-out samples.", min=0)] = 0,
+    clip: Annotated[list[Path] | None, typer.Option(help="Real clips to measure on; else the one that ships.")] = None,
 ) -> None:
     """Train the needle model, or go on where the last checkpoint stands, then measure its accuracy."""
+    clips = tuple(clip or (BUNNY.path,))
     if threads:
         torch.set_num_threads(threads)
     with _bars(Console()) as progress:
@@ -366,7 +376,7 @@ def main(
         for split in SPLITS:
             bar = progress.add_task(f"Measure {split}", total=samples, note="")
             on_samples = partial(progress.advance, bar)
-            rows.append(measure(out / "model", split, samples, samples_seed, device, on_samples))
+            rows.append(measure(out / "model", split, samples, samples_seed, device, clips, on_samples))
             progress.update(bar, note=f"right {float(rows[-1]['all']):.1%}")
             write_csv(out / "accuracy.csv", rows)
 
