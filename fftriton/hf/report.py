@@ -85,7 +85,8 @@ class Report:
         layouts: where the videos stood in the prompt.
         num_tokens, num_video_tokens: lengths of the prompt, without padding.
         kept_positions: for each layer, the positions in the prompt of the rows in its attention, so of the entries
-            that its KV cache got: int64 [n], ascending. Under a window, those that the last token attends to.
+            that its KV cache got: int64 [n], ascending. Under a window, those that the last token attends to. For a
+            layer of linear attention, the rows that it sees.
         vision_tokens_per_layer: for each layer, how many of them are video tokens.
         rows_per_layer: for each layer, the rows that it computes; under a window more than in the last one's attention.
         merge_steps: the merges, in order, those that merged nothing included.
