@@ -32,7 +32,7 @@ def reduce(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRul
     Raises:
         TypeError: an unsupported model, method or layout. ValueError: a method that cannot work at this depth.
         RuntimeError: on entering, when the model is being reduced already.
-        While it runs: ValueError for a layout that does not fit the prompt and for batches of more than one sample.
+        While it runs: ValueError for a layout that does not fit the prompt.
     """
     return Reduction(model, method, layout)
 
