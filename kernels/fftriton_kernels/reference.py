@@ -101,11 +101,11 @@ def _row_products(x: Tensor, partner: Tensor) -> Tensor:
     pattern = _pattern(torch.stack((place[:block], place[:block] + block), 1), pool)
     for low in range(0, len(x), block):
         links = partner[low : low + block]
-        rows, first = len(links), int(links[0])
-        in_order = torch.equal(links, place[first : first + rows])  # as before the first merge: nothing to gather
-        pool[:rows] = x[low : low + rows]
-        pool[block : block + rows] = x[first : first + rows] if in_order else x.index_select(0, links)
-        out[low : low + rows] = _sampled_products(pattern, pool[:block], pool)[:rows]
+        size, first = len(links), int(links[0])
+        in_order = torch.equal(links, place[first : first + size])  # as before the first merge: nothing to gather
+        pool[:size] = x[low : low + size]
+        pool[block : block + size] = x[first : first + size] if in_order else x.index_select(0, links)
+        out[low : low + size] = _sampled_products(pattern, pool[:block], pool)[:size]
     return out
 
 
