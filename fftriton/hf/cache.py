@@ -100,7 +100,7 @@ class ReducedLayer(DynamicLayer):
             return
         before = like.new_ones(like.shape[0], past) if self.valid is None else self.valid
         after = like.new_ones(like.shape[0], new) if valid is None else valid
-        self.valid = torch.cat([before, after], 1)
+        self.valid = torch.cat([before, after.to(before.device)], 1)
 
     def crop(self, length: int) -> None:
         """Remove -length tokens from the end or, where length is positive, all behind it. Raises a ValueError where

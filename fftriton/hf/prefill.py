@@ -308,7 +308,8 @@ class Prefill(Continuation):
         sample = self.samples[row]
         past = attention.k.shape[2] - attention.q.shape[2]
         cached = None if self.cache_layers is None else self.cache_layers[index]
-        past_valid = None if cached is None or cached.valid is None or past == 0 else cached.valid[:, :past]
+        known = None if cached is None or past == 0 else cached.valid
+        past_valid = None if known is None else known[:, :past].to(attention.k.device)
         return partial(attention.received, row, sample.rows, past_valid, sample.later)
 
     def _pack(self, parts: list[Tensor]) -> Tensor:

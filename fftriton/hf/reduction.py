@@ -7,6 +7,8 @@
 - before a layer's post_attention_layernorm: the method's call between attention and feed-forward. The layer has bound
   its residual already, so the feed-forward block adds to the rows kept, and the layer's own sum is thrown away
 - behind the last layer: rows go back to their places in the prompt, zeros for those that left
+
+Compiled code stays unaware of all this: see compiled.py.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from ..layout import VideoLayout
 from ..methods.base import Method
 from .cache import Checkpoint, Permit, ReducedLayer, prepare
 from .compat import causal_mask, first_of, has_axes, with_first
+from .compiled import Gates
 from .families import LayoutRule, take_deepstack
 from .finder import LayoutFinder, Video, tokens_of
 from .importance import AttentionTap
@@ -49,7 +52,7 @@ class Reduction(AbstractContextManager["Reduction"]):
     def __init__(self, model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"reduce: method must be a fftriton.Method, such as FrameFusion(), got {method!r}")
-        self.model, self.method = model, method
+        self.model, self.method = getattr(model, "_orig_mod", model), method  # of what torch.compile(model) returns
         self.decoder = find_decoder(model)
         method.check(len(self.decoder.layers))
         if method.renumbers and has_axes(self.decoder.config):
@@ -57,8 +60,9 @@ class Reduction(AbstractContextManager["Reduction"]):
                 f"reduce: renumber must be False for {type(model).__name__}, whose positions have three axes (M-RoPE)"
             )
         self.report: Report | BatchReport | None = None
-        self._finder = LayoutFinder(model, layout)
-        self._signature = inspect.signature(model.forward)
+        self._finder = LayoutFinder(self.model, layout)
+        self._signature = inspect.signature(self.model.forward)
+        self._gates = Gates(_above_hooks(model, self.decoder), self._acts, self._without_hooks)
         self._videos: list[Video] = []  # of the forward that begins
         self._later = 0  # how many of its last tokens are no part of the prompt
         self._targets: list[tuple[Tensor, int]] = []  # its labels [B, N], and how far ahead of their logits they are
@@ -67,6 +71,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._permit = Permit()
         self._tap = AttentionTap()
         self._undo: list[Callable[[], object]] = []
+        self._entry_hooks: list[RemovableHandle] = []
         self._layer_hooks: list[RemovableHandle] = []
         self._warned: set[str] = set()
         self._masks_one_token: dict[str, bool] = {}  # by attention back end: whether it wants a mask for one token
@@ -96,12 +101,9 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._undo.append(self._tap.remove)
         self._finder.install(self._undo)
         self._permit.active = True
-        self._keep(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self._keep(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        self._keep(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
-
-    def _keep(self, handle: RemovableHandle) -> None:
-        self._undo.append(handle.remove)
+        self._gates.install(self._undo)
+        self._add_entry_hooks()
+        self._undo.append(self._remove_entry_hooks)
 
     def remove(self) -> None:
         """Take everything out again: the model is as it was before. Harmless when nothing is installed."""
@@ -109,6 +111,17 @@ class Reduction(AbstractContextManager["Reduction"]):
         while self._undo:
             self._undo.pop()()
         self._permit.active = False
+
+    def _add_entry_hooks(self) -> None:
+        self._entry_hooks = [
+            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_decoder, always_call=True),
+        ]
+
+    def _remove_entry_hooks(self) -> None:
+        while self._entry_hooks:
+            self._entry_hooks.pop().remove()
 
     def _open(self, forward: Continuation) -> None:
         """Start a forward: from here on the layers have hooks. Without a video there are only the masks to see to."""
@@ -149,6 +162,8 @@ class Reduction(AbstractContextManager["Reduction"]):
         bound = self._signature.bind_partial(*args, **kwargs)
         given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
         self._videos, self._targets = self._finder.find(given), []
+        if self._videos:
+            self._gates.check()
         keep = given.get("logits_to_keep")
         self._later = max(keep - 1, 0) if isinstance(keep, int) else 0
         if not self._videos or (given.get("labels") is None and given.get("shift_labels") is None):
@@ -163,6 +178,28 @@ class Reduction(AbstractContextManager["Reduction"]):
                     holder[name] = holder[name].clone()
                     self._targets.append((holder[name], shift))
         return bound.args, bound.kwargs
+
+    def _acts(self, module: nn.Module, hooks_ran: bool, args: tuple, kwargs: dict) -> bool:
+        """Whether a compiled module's call has something to reduce or to mask."""
+        if self._forward is not None:  # the decoder is at work
+            return True
+        if not hooks_ran and self.model in (module, getattr(module, "_orig_mod", None)):
+            self._before_model(self.model, args, kwargs)
+        cache_layers = _reduced_layers(kwargs.get("past_key_values"))
+        source = args[0] if args else tokens_of(kwargs)
+        masks = source is not None and cache_layers and self._needs_masks(cache_layers, source)
+        return bool(self._videos or masks)
+
+    @contextmanager
+    def _without_hooks(self, kwargs: dict) -> Iterator[None]:
+        """Around a call of compiled code, which is to be as without a reduction: nothing in it is padded."""
+        if _reduced_layers(kwargs.get("past_key_values")):
+            kwargs["attention_mask"] = None  # being traced, transformers would make a mask for the whole sequence of it
+        self._remove_entry_hooks()
+        try:
+            yield
+        finally:
+            self._add_entry_hooks()
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         videos, self._videos = self._videos, []
@@ -316,6 +353,20 @@ def find_decoder(model: Any) -> Any:
         f"reduce: model must have a Qwen2-style decoder (layers with self_attn, post_attention_layernorm and mlp), "
         f"got {type(model).__name__}"
     )
+
+
+def _above_hooks(model: nn.Module, decoder: Any) -> list[nn.Module]:
+    """The modules that have hooks while a prompt is reduced, and those that contain one."""
+    hooked = {decoder, *decoder.layers}
+    for layer in decoder.layers:
+        hooked |= {layer.post_attention_layernorm, layer.mlp} | ({layer.self_attn} if has_attention(layer) else set())
+    return [module for module in model.modules() if any(part in hooked for part in module.modules())]
+
+
+def _reduced_layers(cache: Any) -> list[ReducedLayer]:
+    """The layers of a KV cache where they hold a reduced prompt."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, ReducedLayer)]
+    return layers if any(layer.reduced for layer in layers) else []
 
 
 def has_attention(layer: nn.Module) -> bool:

@@ -1,0 +1,67 @@
+"""Models that torch.compile has compiled: what is to be reduced runs eagerly, all else in the compiled code.
+
+Compiled code does not notice hooks that come after it, and what is traced with hooks keeps them when they are gone. So
+every compiled module that could contain a hook of ours stands behind a gate: a call that is to be reduced takes the
+plain code, and any other the compiled one, without hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+Acts = Callable[[nn.Module, bool, tuple, dict], bool]
+Compiled = Callable[[dict], AbstractContextManager]
+
+
+class Gates:
+    """Choose between the compiled and the plain code of modules, call by call.
+
+    Args:
+        modules: which of them are compiled is found out at `install`.
+        acts: (module, whether its hooks have run, args, kwargs) -> whether the call is to take the plain code.
+        compiled: what is around a call of compiled code; it gets the keyword arguments and may change them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], acts: Acts, compiled: Compiled) -> None:
+        self._modules, self._acts, self._around = list(modules), acts, compiled
+
+    def install(self, undo: list[Callable[[], object]]) -> None:
+        """Put the gates in; what takes them out again is appended to `undo`."""
+        for module in self._modules:
+            for name in ("forward", "_compiled_call_impl"):
+                compiled: Any = module.__dict__.get(name)
+                if not _is_compiled(compiled):
+                    continue
+                # the hooks of a module run in its __call__, which is what `torch.compile(module)` and .compile() wrap
+                hooks_ran = name == "forward" and not hasattr(module, "_orig_mod")
+                gate = self._gate(module, compiled, compiled._torchdynamo_orig_callable, hooks_ran)
+                undo.append(functools.partial(module.__dict__.__setitem__, name, compiled))
+                module.__dict__[name] = gate
+
+    def check(self) -> None:
+        """Raise a RuntimeError where a module has been compiled since `install`."""
+        for module in self._modules:
+            if any(_is_compiled(module.__dict__.get(name)) for name in ("forward", "_compiled_call_impl")):
+                raise RuntimeError(
+                    f"reduce: {type(module).__name__} has been compiled while it is being reduced; compile it before"
+                )
+
+    def _gate(self, module: nn.Module, compiled: Callable, plain: Callable, hooks_ran: bool) -> Callable:
+        def gate(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or self._acts(module, hooks_ran, args, kwargs):
+                return plain(*args, **kwargs)
+            with self._around(kwargs):
+                return compiled(*args, **kwargs)
+
+        gate.__wrapped__ = plain  # type: ignore[attr-defined]  # generate reads the signature of a forward
+        return gate
+
+
+def _is_compiled(function: Any) -> bool:
+    return hasattr(function, "_torchdynamo_orig_callable")
