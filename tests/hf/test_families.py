@@ -8,7 +8,8 @@ import pytest
 import torch
 from attention_backends import BACKENDS, attention
 from by_hand import check_by_hand, decoder_of, generate, see_prompt
-from families import EXPERTS_OF_FAMILIES, FAMILIES
+from families import EXPERTS_OF_FAMILIES, FAMILIES, qwen3_5
+from models import seeded
 
 import fftriton
 from fftriton.hf.families import RULES
@@ -137,7 +138,9 @@ def test_attention_is_what_eager_computes(family, queries):
 
 @pytest.mark.feature("budgets")
 @EVERY_FAMILY
-@pytest.mark.parametrize("method", [fftriton.FrameFusion(0.5), fftriton.FastV(0.6)], ids=["framefusion", "fastv"])
+@pytest.mark.parametrize(
+    "method", [fftriton.FrameFusion(0.5), fftriton.FastV(0.6, layer=1)], ids=["framefusion", "fastv"]
+)
 @torch.no_grad()
 def test_methods_meet_their_budgets(family, method):
     model, inputs = family.model(), family.inputs()
@@ -145,6 +148,19 @@ def test_methods_meet_their_budgets(family, method):
         model(**inputs)
     report = reduction.report
     assert abs(report.budget_achieved - method.budget) <= 1 / report.num_video_tokens
+
+
+@torch.no_grad()
+def test_framefusion_prunes_before_a_stretch_without_attention_that_it_cannot_pay():
+    inputs = FAMILIES["qwen3_5"].inputs()
+    FAMILIES["qwen3_5"].model()  # skips where this release has none
+    stretch = ["full_attention", "linear_attention", "linear_attention", "linear_attention"]
+    model = seeded(qwen3_5("sdpa", layer_types=stretch * 3, num_hidden_layers=12))
+    with fftriton.reduce(model, fftriton.FrameFusion(0.3, 0.98, min_merge_ratio=0)) as reduction:
+        model(**inputs)
+    report = reduction.report
+    assert report.prune_layer == 0
+    assert abs(report.budget_achieved - 0.3) <= 1 / report.num_video_tokens
 
 
 @pytest.mark.feature("attention back ends")
