@@ -83,6 +83,10 @@ def test_goes_on_where_it_stopped(bench, planted, tmp_path):
             return trainer.run(progress), trainer
 
     rows, whole = run(tmp_path / "whole")
+    for epoch in (0, 4):  # each of four steps
+        seen = [triple.video for step in range(epoch, epoch + 4) for triple in whole._batch(step)]
+        assert sorted(seen) == sorted(triple.video for triple in triples)
+    assert whole._batch(0) != whole._batch(4)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "parts", stop_at=5)  # in the middle of the second epoch; the checkpoint is of step 4
     again, resumed = run(tmp_path / "parts")
