@@ -60,16 +60,17 @@ def test_features_serve_for_the_next_question(small_siglip, frames, monkeypatch)
 
 def test_a_long_question_is_the_best_of_its_parts(small_siglip, frames):
     relevance = small_siglip(WORDS)  # 16 tokens, one of which ends the text
-    long = " ".join(WORDS * 3 + WORDS[:3] * 3)  # 36 words; the parts differ
-    chunks = relevance.chunks(long)
-    assert " ".join(chunks) == long
-    assert [len(chunk.split()) for chunk in chunks] == [9, 9, 9, 9]
-    assert relevance.chunks(" ".join(WORDS[:1] * 15)) == [" ".join(WORDS[:1] * 15)]
     features = relevance.encode(frames)
-    parts = torch.stack([relevance.score(features, chunk) for chunk in chunks])
-    assert parts.std(0).min() > 1e-4
-    assert len(set(parts.argmax(0).tolist())) > 1 or int(parts.argmax(0)[0]) > 0  # not the first one for all frames
-    torch.testing.assert_close(relevance.score(features, long), parts.amax(0), rtol=0, atol=1e-5)
+    for long in (" ".join(WORDS * 4), "red " * 15 + "green " * 15, "green " * 15 + "red " * 15):
+        chunks = relevance.chunks(long)
+        assert " ".join(chunks) == long.strip()
+        assert max(len(chunk.split()) for chunk in chunks) <= 15
+        parts = torch.stack([relevance.score(features, chunk) for chunk in chunks])
+        torch.testing.assert_close(relevance.score(features, long), parts.amax(0), rtol=0, atol=1e-5)
+    assert [len(chunk.split()) for chunk in relevance.chunks(" ".join(WORDS * 4))] == [9, 9, 9, 9]
+    assert relevance.chunks("red " * 15) == [("red " * 15).strip()]
+    red, green = (relevance.score(features, f"{colour} " * 15) for colour in ("red", "green"))
+    assert (red - green).abs().min() > 1e-4  # so that the first part is the wrong one in one of the orders
 
 
 def test_shows_a_progress_bar(small_siglip, frames, capsys, monkeypatch):

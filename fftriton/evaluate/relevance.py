@@ -37,5 +37,5 @@ def load_relevance(checkpoint: str) -> SampleRelevance:
     """The predictor of a checkpoint, loaded once."""
     try:
         return SampleRelevance(SiglipRelevance.from_pretrained(checkpoint))
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"relevance must be the checkpoint of a SigLIP, got '{checkpoint}': {error}") from None
