@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from attention_backends import BACKENDS, attention
+from families import FAMILIES as EVERY_FAMILY
+from families import collate
 from models import tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
 
 import fftriton
@@ -38,9 +40,7 @@ pytestmark = pytest.mark.feature("attention back ends")
 @torch.no_grad()
 def generate(model, inputs):
     """Greedy tokens [STEPS] and logits [STEPS, V]."""
-    out = model.generate(
-        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
+    out = generate_batch(model, inputs)
     return out.sequences[0, -STEPS:], torch.cat(out.logits)
 
 
@@ -118,6 +118,42 @@ def test_several_tokens_behind_a_reduced_prompt(family, backend):
     expected = second_turn()
     with attention(model, backend):
         assert (second_turn() - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "registered_without_mask"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_a_padded_batch_equals_its_samples(name, side, backend):
+    family = EVERY_FAMILY[name]
+    model, method = family.model(), METHODS["merge-prune"]
+    samples = [family.inputs(videos=(4,)), family.inputs(videos=(4, 4), seed=1), family.inputs(videos=(), seed=2)]
+    expected = []
+    for sample in samples:
+        with torch.no_grad(), fftriton.reduce(model, method):
+            expected.append(model(**sample).logits[0, -1])
+    batch = collate(samples, side)
+    with torch.no_grad(), attention(model, backend) as flash, fftriton.reduce(model, method) as reduction:
+        logits = model(**batch).logits
+        if side == "left":
+            answers = generate_batch(model, batch)
+    last = [row.nonzero()[-1, 0] for row in batch["attention_mask"]]
+    for row, alone in enumerate(expected):
+        assert (logits[row, last[row]] - alone).abs().max() < 1e-4
+    assert len({report.tokens_per_layer[-1] for report in reduction.report.samples}) == len(samples)
+    if flash is not None:  # transformers has unpadded the rows of each layer
+        assert flash.calls[0] == ("varlen", *[batch["attention_mask"].sum(1).tolist()] * 2)
+    if side == "left":
+        with fftriton.reduce(model, method):
+            for row, sample in enumerate(samples):
+                tokens, alone = generate(model, sample)
+                assert torch.equal(answers.sequences[row, -STEPS:], tokens)
+                assert (torch.stack(answers.logits, 1)[row] - alone).abs().max() < 1e-4
+
+
+def generate_batch(model, batch):
+    return model.generate(
+        **batch, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
 
 
 @FAMILIES
