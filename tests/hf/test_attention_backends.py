@@ -122,9 +122,9 @@ def test_several_tokens_behind_a_reduced_prompt(family, backend):
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "registered_without_mask"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
-def test_a_padded_batch_equals_its_samples(name, side, backend):
-    family = EVERY_FAMILY[name]
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+def test_a_padded_batch_equals_its_samples(family, side, backend):
+    family = EVERY_FAMILY[family]
     model, method = family.model(), METHODS["merge-prune"]
     samples = [family.inputs(videos=(4,)), family.inputs(videos=(4, 4), seed=1), family.inputs(videos=(), seed=2)]
     expected = []

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 import fftriton
 
 METHOD = fftriton.FrameFusion(0.5, similarity_threshold=0.9)
-pytestmark = pytest.mark.feature("torch.compile")
+pytestmark = pytest.mark.feature("torch.compile", "qwen2")
 
 
 class Backend:
