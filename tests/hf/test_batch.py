@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from by_hand import Scripted
+import torch.nn.functional as F
+from by_hand import SPECIAL, Scripted
 from families import FAMILIES, collate
+from models import tiny_qwen2, video_embeddings
 
 import fftriton
 
@@ -66,3 +68,111 @@ def test_equals_its_samples(family, method, side, attention, text):
             assert single.budget_achieved == report.samples[row].budget_achieved
             for kept, expected in zip(report.kept_positions, single.kept_positions, strict=True):
                 assert torch.equal(kept[row] - start, expected)
+
+
+@EVERY_FAMILY
+@pytest.mark.feature("batches")
+@torch.no_grad()
+def test_generates_what_its_samples_do(family):
+    model, samples = family.model(), three_samples(family, "longest")
+    batch = collate(samples, "left")
+    arguments = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": SPECIAL}
+    with fftriton.reduce(model, METHODS["framefusion"]):
+        together = model.generate(**batch, **arguments)[:, -5:]
+        alone = [model.generate(**sample, **arguments)[0, -5:] for sample in samples]
+    assert torch.equal(together, torch.stack(alone))
+
+
+@torch.no_grad()
+def test_beams_of_a_batch():
+    family = FAMILIES["qwen2_vl"]
+    model, samples = family.model(), three_samples(family, "longest")
+    arguments = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": SPECIAL, "num_beams": 3}
+    with fftriton.reduce(model, METHODS["scripted"]):
+        together = model.generate(**collate(samples, "left"), **arguments)[:, -5:]
+        alone = [model.generate(**sample, **arguments)[0, -5:] for sample in samples]
+    assert torch.equal(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize("turn", [1, 3])
+@torch.no_grad()
+def test_what_follows_right_padding(turn):
+    """Tokens, one or several, behind samples of different lengths that are padded on the right."""
+    model, prompts = tiny_qwen2(), [video_embeddings(5, 4), video_embeddings(3, 6, seed=1)]
+    layouts = [fftriton.VideoLayout(layout[0].positions, sample) for sample, (_, layout) in enumerate(prompts)]
+    samples = [{"inputs_embeds": video, "attention_mask": torch.ones(1, video.shape[1])} for video, _ in prompts]
+    batch, later = collate(samples, "right"), torch.tensor([[3, 4, 5], [6, 7, 8]])[:, :turn]
+    lengths = batch["attention_mask"].sum(1, keepdim=True).long()
+    assert lengths[0] != lengths[1]
+    with fftriton.reduce(model, METHODS["scripted"], layouts) as reduction:
+        cache = model(**batch).past_key_values
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(later)], 1)
+        positions = lengths + torch.arange(turn)
+        logits = model(input_ids=later, past_key_values=cache, attention_mask=mask, position_ids=positions).logits
+        kept = reduction.report.kept_positions
+    for row, (sample, (_, layout)) in enumerate(zip(samples, prompts, strict=True)):
+        with fftriton.reduce(model, METHODS["scripted"], layout) as reduction:
+            cache = model(**sample).past_key_values
+            alone = model(input_ids=later[row : row + 1], past_key_values=cache).logits[0]
+        assert (logits[row] - alone).abs().max() < 1e-4
+        assert all(
+            torch.equal(layer[row], own) for layer, own in zip(kept, reduction.report.kept_positions, strict=True)
+        )
+
+
+@torch.no_grad()
+def test_a_report_of_a_batch():
+    """Counts are sums; the rest is a list with one entry a sample."""
+    family = FAMILIES["qwen2_vl"]
+    model, samples = family.model(), three_samples(family, "shortest")
+    with fftriton.reduce(model, fftriton.FastV(0.6)) as reduction:
+        model(**collate(samples, "left"))
+        report, alone = reduction.report, []
+        for sample in samples[::2]:
+            model(**sample)
+            alone.append(reduction.report)
+    lengths = [length_of(sample) for sample in samples]
+    assert (report.num_tokens, report.num_video_tokens) == (sum(lengths), sum(one.num_video_tokens for one in alone))
+    vision = zip(*(one.vision_tokens_per_layer for one in alone), strict=True)
+    assert report.vision_tokens_per_layer == [*map(sum, vision)]
+    rows = zip(*(one.tokens_per_layer for one in alone), strict=True)
+    assert report.tokens_per_layer == [sum(layer) + lengths[1] for layer in rows]
+    assert report.prune_layer == [1, None, 1]
+    assert [len(pruned) for pruned in report.pruned] == [len(alone[0].pruned), 0, len(alone[1].pruned)]
+    assert [layout.sample for layout in report.layouts] == [0, 0, 2]
+    assert report.budget_achieved == pytest.approx(0.6, abs=1 / report.num_video_tokens)
+    assert report.least_budget == pytest.approx(
+        sum(one.least_budget * one.num_video_tokens for one in alone) / report.num_video_tokens
+    )
+    assert report.merge_steps == [[], [], []]
+    assert report.seconds["prefill"] > 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_loss_of_a_batch(side):
+    """The mean over all labels of all samples that stay."""
+    family = FAMILIES["qwen2_vl"]
+    model, samples = family.model(), three_samples(family, "shortest")
+    batch = collate(samples, side)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with fftriton.reduce(model, METHODS["scripted"]) as reduction:
+        loss = model(**batch, labels=labels).loss
+        total = count = 0
+        for sample in samples:
+            out = model(**sample)
+            kept = torch.arange(length_of(sample))
+            if "video_grid_thw" in sample:
+                kept = positions_left(reduction.report)
+            before = kept[torch.isin(kept + 1, kept)]  # those whose next token stays
+            targets = sample["input_ids"][0, before + 1]
+            total += F.cross_entropy(out.logits[0, before], targets, reduction="sum")
+            count += len(targets)
+    assert abs(loss - total / count) < 1e-4
+
+
+def positions_left(report):
+    """The positions behind the last layer, whose own reduction no layer's attention shows."""
+    left = report.kept_positions[-1]
+    gone = [step.merged for step in report.merge_steps] + [report.pruned]
+    return left[~torch.isin(left, torch.cat(gone))]
