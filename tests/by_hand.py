@@ -128,8 +128,8 @@ class ByHand:
             states.append(hidden)
         return states, position
 
-    def logits(self, prompt, script, tokens=()):
-        """[1 + steps, V]: of the prompt's last token, and of each of `tokens` behind it."""
+    def logits(self, prompt, script, tokens=(), last=1):
+        """[last + steps, V]: of the prompt's last tokens, and of each of `tokens` behind it."""
         steps = len(tokens)
         more = self.decoder.embed_tokens(torch.as_tensor(tokens, dtype=torch.int64))[None]
         later = prompt.position_ids[..., -1:].max() + 1 + torch.arange(steps)
@@ -139,7 +139,7 @@ class ByHand:
             script,
             [torch.cat([part, torch.zeros_like(more)], 1) for part in prompt.additions],
         )
-        return self.model.lm_head(self.decoder.norm(states[-1][0, -1 - steps :]))
+        return self.model.lm_head(self.decoder.norm(states[-1][0, -last - steps :]))
 
     def mix(self, layer, hidden, position, rotary):
         """Attention, or what the layer has in its place."""

@@ -50,6 +50,7 @@ class LayoutFinder:
             listed = self._listed = list(layout)
             self._rule = lambda model, arguments: listed
         self._of_prompt: list[Video] | None = None  # of the prompt that generate is at work on
+        self._prompt_length = 0  # of it, the turns before included
         self._encoded: dict[str, Any] = {}  # arguments of the vision encoders' last calls
 
     def install(self, undo: list[Callable[[], object]]) -> None:
@@ -59,6 +60,11 @@ class LayoutFinder:
             _wrap(inner, name, self._record_encoder, undo)
         _wrap(self.model, "generate", self._within_generate, undo)
         _wrap(self.model, "_expand_inputs_for_generation", self._before_expansion, undo)
+
+    @property
+    def prompt_has_video(self) -> bool:
+        """Whether generate is at work on a prompt with a video."""
+        return bool(self._of_prompt)
 
     def find(self, arguments: Mapping[str, Any]) -> list[Video]:
         """The videos among the tokens of a forward with these arguments, counted from its first token.
@@ -79,6 +85,14 @@ class LayoutFinder:
         check_layouts([video.layout for video in found], *tokens.shape[:2])
         return found
 
+    def count_later(self, arguments: Mapping[str, Any]) -> int:
+        """How many of a forward's last tokens follow the prompt: candidates of assisted decoding, tokens that were
+        generated without a cache, an answer whose logits are asked for."""
+        tokens, keep = tokens_of(arguments), arguments.get("logits_to_keep")
+        if self._of_prompt is not None and tokens is not None:
+            return max(0, _past(arguments) + tokens.shape[1] - self._prompt_length)
+        return max(keep - 1, 0) if isinstance(keep, int) else 0
+
     def _with_encoded(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments with what the encoders were called with, where they ran before the forward."""
         if not any(output is not None for output in (arguments.get("mm_encoder_outputs") or {}).values()):
@@ -96,11 +110,14 @@ class LayoutFinder:
 
     def _within_generate(self, generate: Callable) -> Callable:
         def scoped(*args: Any, **kwargs: Any) -> Any:
-            outer, self._of_prompt = self._of_prompt, None  # an assistant may be the model itself
+            outer, self._of_prompt = (
+                (self._of_prompt, self._prompt_length),
+                None,
+            )  # an assistant may be the model itself
             try:
                 return generate(*args, **kwargs)
             finally:
-                self._of_prompt = outer
+                self._of_prompt, self._prompt_length = outer
 
         return scoped
 
@@ -119,12 +136,14 @@ class LayoutFinder:
 
     def _find_in_prompt(self, arguments: Mapping[str, Any]) -> list[VideoLayout]:
         """The videos of generate's prompt, in positions of the sequence."""
-        if self._listed is not None:
-            return self._listed
         tokens, past = tokens_of(arguments), _past(arguments)
         if tokens is None or tokens.shape[1] == 0:
             return []
-        if past > 0 and _sequence_length(arguments) == tokens.shape[1]:  # the earlier turns are in it again
+        is_whole = past == 0 or _sequence_length(arguments) == tokens.shape[1]  # the earlier turns are in it again
+        self._prompt_length = tokens.shape[1] if is_whole else past + tokens.shape[1]
+        if self._listed is not None:
+            return self._listed
+        if past > 0 and is_whole:
             whole = {name: arguments.get(name) for name in ("input_ids", "inputs_embeds")}
             new = {name: part[:, past:] for name, part in whole.items() if part is not None}
             arguments = {**arguments, **new}

@@ -64,7 +64,10 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._signature = inspect.signature(self.model.forward)
         self._gates = Gates(_above_hooks(model, self.decoder), self._acts, self._without_hooks)
         self._videos: list[Video] = []  # of the forward that begins
+        self._was_called = False  # whether it came through the model's own hooks
         self._later = 0  # how many of its last tokens are no part of the prompt
+        self._wants_states = False
+        self._states: list[Tensor] | None = None  # the hidden states that are asked for
         self._targets: list[tuple[Tensor, int]] = []  # its labels [B, N], and how far ahead of their logits they are
         self._forward: Continuation | None = None
         self._checkpoint = Checkpoint(None)
@@ -102,8 +105,8 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._finder.install(self._undo)
         self._permit.active = True
         self._gates.install(self._undo)
-        self._add_entry_hooks()
         self._undo.append(self._remove_entry_hooks)
+        self._add_entry_hooks()
 
     def remove(self) -> None:
         """Take everything out again: the model is as it was before. Harmless when nothing is installed."""
@@ -113,11 +116,11 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._permit.active = False
 
     def _add_entry_hooks(self) -> None:
-        self._entry_hooks = [
-            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            self.decoder.register_forward_hook(self._after_decoder, always_call=True),
-        ]
+        keep = self._entry_hooks.append
+        keep(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        keep(self.model.register_forward_hook(self._after_model))
+        keep(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        keep(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
 
     def _remove_entry_hooks(self) -> None:
         while self._entry_hooks:
@@ -161,14 +164,28 @@ class Reduction(AbstractContextManager["Reduction"]):
     def _before_model(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         bound = self._signature.bind_partial(*args, **kwargs)
         given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
-        self._videos, self._targets = self._finder.find(given), []
+        self._videos, self._targets, self._was_called = self._finder.find(given), [], True
         if self._videos:
             self._gates.check()
-        keep = given.get("logits_to_keep")
-        self._later = max(keep - 1, 0) if isinstance(keep, int) else 0
-        if not self._videos or (given.get("labels") is None and given.get("shift_labels") is None):
+        self._later = self._finder.count_later(given) if self._videos else 0
+        self._states, wanted = None, given.get("output_hidden_states")
+        self._wants_states = self.decoder.config.output_hidden_states if wanted is None else wanted
+        if not self._videos:
+            return None
+        if self._wants_states and given.get("return_dict", getattr(self.model.config, "return_dict", True)) is False:
+            raise ValueError("reduce: return_dict must not be False where hidden states are asked for")
+        if given.get("labels") is None and given.get("shift_labels") is None:
             return None
         return self._with_own_targets(bound)
+
+    def _after_model(self, model: Any, args: tuple, output: Any) -> None:
+        """transformers may have noted what the layers themselves return, which is thrown away where rows leave."""
+        states, self._states = self._states, None
+        if states is None:
+            return
+        *inner, last = output.hidden_states  # the last one has gone through the final norm
+        own = [None if given is None else state for given, state in zip(inner, states, strict=False)]
+        output.hidden_states = (*own, last)
 
     def _with_own_targets(self, bound: inspect.BoundArguments) -> tuple[tuple, dict]:
         """The arguments with copies of the labels, for the reduction to write to."""
@@ -203,7 +220,12 @@ class Reduction(AbstractContextManager["Reduction"]):
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         videos, self._videos = self._videos, []
+        was_called, self._was_called = self._was_called, False
         self._abandon()
+        if self._finder.prompt_has_video and not was_called:  # 4.x runs the chunks of a prompt like that
+            raise ValueError(
+                "reduce: prefill_chunk_size must not be given before transformers 5: it passes by all hooks"
+            )
         cache = kwargs.get("past_key_values")
         use_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and use_cache:
@@ -236,9 +258,7 @@ class Reduction(AbstractContextManager["Reduction"]):
             return args, kwargs
         attends, additions = [*map(has_attention, decoder.layers)], take_deepstack(kwargs)
         prefill = Prefill(source, valid, cache_layers, self.method, videos, attends, additions, later=self._later)
-        wanted = kwargs.get("output_hidden_states")
-        if decoder.config.output_hidden_states if wanted is None else wanted:
-            prefill.states = []
+        prefill.states = [] if self._wants_states else None
         self._open(prefill)
         return args, kwargs
 
@@ -267,21 +287,18 @@ class Reduction(AbstractContextManager["Reduction"]):
             return self._abandon()
         try:
             if isinstance(self._forward, Prefill):
-                self._finish(self._forward, output)
+                self._finish(self._forward)
         except BaseException:
             self._abandon()
             raise
         self._close()
         return output
 
-    def _finish(self, prefill: Prefill, output: Any) -> None:
+    def _finish(self, prefill: Prefill) -> None:
         """Make the report, and see to what else depends on what has been kept."""
         for targets, shift in self._targets:
             prefill.hide_targets(targets, shift)
-        if prefill.states is not None:
-            *inner, last = output.hidden_states  # the last one has gone through the final norm
-            own = [None if given is None else state for given, state in zip(inner, prefill.states, strict=False)]
-            output.hidden_states = (*own, last)
+        self._states = prefill.states
         self.report = prefill.finish()
         reports = self.report.samples if isinstance(self.report, BatchReport) else [self.report]
         for report in reports:
