@@ -18,21 +18,32 @@ def reduce(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRul
             model.generate(**inputs)
         reduction.report.budget_achieved
 
-    On exit, after exceptions too, the model is exactly as before. A KV cache that was filled inside can be used further
-    inside only.
+    On exit, after exceptions too, the model is exactly as before. A KV cache that was filled inside can be used inside
+    only, by any reduction; after a forward that failed it is as it was before that forward, once the next one begins.
+
+    Each sample of a batch comes out as it does alone, padded on either side; one without a video is left alone. Behind
+    a reduced prompt there may be more turns, with videos or without. A chunk of a prompt is a prompt of its own, with
+    its own share of the budget and its own queries; no chunk may cut a video.
+
+    A forward gives back the last hidden states and the logits at full length, zeros for tokens that left. The other
+    `hidden_states` and the `attentions` have the rows of their layer, those of a batch on the right behind padding. A
+    label of a token that left, or that such a token was to predict, counts as -100. `logits_to_keep` = n + 1 says that
+    the last n tokens follow the prompt (an answer to be scored, candidates): they have no say in what stays.
 
     Args:
         model: a Hugging Face causal or conditional generation model with a Qwen2-style decoder.
         method: what to keep: FrameFusion, FastV, KeepAll or a Method of your own.
         layout: where the videos stand in the prompt. None finds them in the families that transformers ships; otherwise
-            a list of VideoLayout (fftriton.layouts makes it for some more), used for every prompt that starts at the
-            first token, or a callable that gets the model and its forward's arguments by name and returns such a list;
-            it is not asked for single tokens.
+            a list of VideoLayout (fftriton.layouts makes it for some more), whose positions count from the first token
+            of the sequence, turns before it included; or a callable that gets the model and the arguments of its
+            forward, or of `generate` once for the whole prompt, by name and returns such a list, counted from the first
+            token that is new; it is not asked for single tokens.
 
     Raises:
         TypeError: an unsupported model, method or layout. ValueError: a method that cannot work at this depth.
         RuntimeError: on entering, when the model is being reduced already.
-        While it runs: ValueError for a layout that does not fit the prompt.
+        While it runs: ValueError for a layout that does not fit the prompt, a chunk that cuts a video, a mask that
+        hides one, gradient checkpointing, and what cannot follow a reduced prompt.
     """
     return Reduction(model, method, layout)
 
