@@ -32,6 +32,7 @@ setup(
         "fftriton",
         "fftriton.evaluate",
         "fftriton.hf",
+        "fftriton.lmms",
         "fftriton.methods",
         "fftriton.needle",
         "fftriton.relevance",
@@ -59,7 +60,10 @@ setup(
         "test": TEST,
         "dev": TEST + LINT,
     },
-    entry_points={"console_scripts": ["fftriton = fftriton.cli:app"]},
+    entry_points={
+        "console_scripts": ["fftriton = fftriton.cli:app"],
+        "lmms_eval.models": ["fftriton = fftriton.lmms:manifest"],
+    },
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.10",

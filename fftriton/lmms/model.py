@@ -1,0 +1,129 @@
+"""The models that lmms-eval makes. Needs lmms-eval 0.7 or newer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from lmms_eval.models import get_model
+
+from ..checks import check_choice
+from ..evaluate import Setting
+from ..hf import apply
+from ..measure import TokenClock, generate
+from ..processing import load_processor
+from ..request import Options, load_model
+from ..run import answer_length, to_model
+from ..video import Video, read_video
+
+PROCESSING = ("base", "fftriton")
+
+
+class FFTriton(lmms):
+    """A model of lmms-eval with its vision tokens reduced.
+
+    Args:
+        base: name of the model in lmms-eval: qwen2_vl, qwen2_5_vl, llava_onevision, ... It must be made for simple
+            tasks (`models/simple`) and keep a Hugging Face model of a supported family in `.model`.
+        method: as for `fftriton eval`: a name, with parameters if wanted ("framefusion:similarity_threshold=0.9").
+        budget: fraction of the vision tokens to keep, in (0, 1].
+        processing: "base" leaves loading, sampling of frames and prompts to lmms-eval's model; "fftriton" does these
+            itself, see `VideoModel`, where lmms-eval's model cannot run (it needs torchvision and decord).
+        arguments: what the base takes: pretrained, max_num_frames, ...
+
+    Raises:
+        ValueError, TypeError: a method, a budget or a base that cannot be used.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self, base: str, method: str = "framefusion", budget: float = 0.3, processing: str = "base", **arguments: Any
+    ) -> None:
+        super().__init__()
+        check_choice("fftriton", "processing", processing, PROCESSING)
+        chosen = Setting(method, float(budget)).method()
+        if processing == "base":
+            self.base = get_model(base, force_simple=True)(**arguments)
+        else:
+            self.base = VideoModel(base, **arguments)
+        self.reduction = apply(self.base.model, chosen)
+        self._rank, self._world_size = self.base.rank, self.base.world_size
+
+    def __getattr__(self, name: str) -> Any:
+        """What the evaluator asks of a model beyond this class is the base's to answer."""
+        if name == "base":  # not made yet
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answer each request; see lmms-eval."""
+        return self._base().generate_until(requests)
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        """The same over several rounds; see lmms-eval."""
+        return self._base().generate_until_multi_round(requests)
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """The log-likelihoods of given answers; see lmms-eval."""
+        return self._base().loglikelihood(requests)
+
+    def _base(self) -> Any:
+        self.base.task_dict, self.base.cache_hook = self.task_dict, self.cache_hook
+        return self.base
+
+
+class VideoModel(lmms):
+    """A video model of transformers, fed by fftriton: frames decoded with PyAV, evenly sampled; one video a question.
+
+    Args:
+        family: the checkpoint's config.model_type.
+        pretrained: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
+        max_num_frames: frames sampled from a video file.
+        device: a torch device; None for the GPU where there is one.
+        batch_size: 1.
+
+    Raises:
+        ValueError: a checkpoint of another family or that cannot be used; a batch size over one.
+    """
+
+    def __init__(
+        self, family: str, pretrained: str | None = None, max_num_frames: int = 16, device: str | None = None,
+        batch_size: int | str = 1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if int(batch_size) != 1:
+            raise ValueError(f"fftriton: batch_size must be 1 with processing=fftriton, got {batch_size}")
+        options = Options(model=pretrained, device=device, frames=int(max_num_frames))
+        self.model, self.processor = load_model(options), load_processor(options.checkpoint)
+        if self.model.config.model_type != family:
+            raise ValueError(
+                f"fftriton: base must be {self.model.config.model_type}, as the checkpoint is, got {family}"
+            )
+        self._frames = options.frames
+
+    @torch.no_grad()
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answer each request greedily."""
+        return [self._answer(*request.args) for request in requests]
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError("fftriton: processing=fftriton answers single questions only")
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("fftriton: processing=fftriton generates answers only")
+
+    def _answer(
+        self, question: str, settings: dict[str, Any], doc_to_visual: Any, doc_id: Any, task: str, split: str
+    ) -> str:
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+        if len(visuals) != 1:
+            raise ValueError(f"fftriton: a question must be about one video, got {len(visuals)} of '{task}'")
+        video = visuals[0] if isinstance(visuals[0], Video) else read_video(visuals[0], self._frames)
+        inputs = to_model(self.processor(video, question), self.model)
+        tokens = generate(self.model, inputs, TokenClock(), answer_length(self.model, settings.get("max_new_tokens")))
+        answer = str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
+        for stop in settings.get("until") or ():
+            answer = answer.partition(stop)[0]
+        return answer.strip()

@@ -1,0 +1,80 @@
+"""The needle task as a task of lmms-eval.
+
+    python -m fftriton.lmms.needle tasks --split easy --samples 500 --seed 0
+    python -m lmms_eval --include_path tasks --tasks fftriton_needle_easy --batch_size 1 --model fftriton \
+        --model_args base=qwen2_vl,processing=fftriton,method=framefusion,budget=0.3
+
+The folder holds a task file and the indices of the samples; videos are drawn when they are asked for, and are those of
+`fftriton eval`. They come as frames, not as files: for `processing=fftriton`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..needle import generate_sample
+from ..run import is_right
+from ..video import Video
+
+_TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {samples}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function fftriton.lmms.needle.doc_to_visual
+doc_to_text: !function fftriton.lmms.needle.doc_to_text
+doc_to_target: answer
+process_results: !function fftriton.lmms.needle.process_results
+metric_list:
+  - metric: accuracy
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  - version: 1.0
+"""
+
+
+def write_task(
+    folder: Annotated[Path, typer.Argument(help="For --include_path; made if need be.")],
+    split: Annotated[str, typer.Option(help="easy, hard, blended, real or long.")] = "easy",
+    samples: Annotated[int, typer.Option(help="How many questions.")] = 500,
+    seed: Annotated[int, typer.Option(help="Picks the samples.")] = 0,
+) -> None:
+    """Write the task `fftriton_needle_SPLIT`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"fftriton_needle_{split}"
+    path = folder.resolve() / f"{name}.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(samples):
+            sample = generate_sample(split, seed, index)
+            doc = {"split": split, "seed": seed, "index": index}
+            file.write(json.dumps({**doc, "question": sample.question, "answer": sample.answer}) + "\n")
+    (folder / f"{name}.yaml").write_text(_TASK.format(name=name, samples=path), encoding="utf-8")
+
+
+def doc_to_visual(doc: dict[str, Any]) -> list[Video]:
+    """The video of a sample."""
+    sample = generate_sample(doc["split"], doc["seed"], doc["index"])
+    frames = len(sample.frames)
+    return [Video(sample.frames, list(range(frames)), frames, sample.fps)]
+
+
+def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
+    """The question."""
+    return doc["question"]
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether the answer is right, as `fftriton eval` sees it."""
+    return {"accuracy": float(is_right(results[0], doc["answer"]))}
+
+
+if __name__ == "__main__":
+    typer.run(write_task)
