@@ -82,9 +82,10 @@ def commit() -> str:
 def results_table(rows: Sequence[Row]) -> Table:
     """What a reader compares: prefill in milliseconds, peak memory above rest in MiB."""
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    for heading in ("budget", "met", "right", "95 %", "p", "FLOPs", "ms", "MiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("method", overflow="fold")
+    widths = {"budget": 6, "met": 6, "right": 6, "95 %": 10, "p": 5, "FLOPs": 6, "ms": 6, "MiB": 5}
+    for heading, width in widths.items():
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     for row in rows:
         if row.accuracy is None or row.accuracy_low is None or row.accuracy_high is None:
             table.add_row(escape(row.method), f"{row.budget:.0%}", "", "[dim]none[/dim]")
