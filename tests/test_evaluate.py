@@ -28,7 +28,7 @@ from fftriton.evaluate.rows import depth_cells
 from fftriton.needle import generate_sample
 from fftriton.processing import load_processor
 from fftriton.request import Options, load_model
-from fftriton.shipped import MODEL
+from fftriton.shipped import MODEL, NEEDLE
 from fftriton.video import Video
 
 
@@ -329,12 +329,11 @@ def test_table_files_and_pictures(evaluated):
         (["--methods", "slowv"], "methods must be one of"),
         (["--budgets", "0.3,a"], "budget must be a number in (0, 1], got 'a'"),
         (["--frames", "16,x"], "frames must be numbers separated by commas, got 'x'"),
-        (["--model", "nowhere"], "model must be a folder with, or the hub's name of"),
+        (["--model", str(NEEDLE.path.parent)], "model must be a folder with, or the hub's name of"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_input_is_refused(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input_is_refused(tmp_path, arguments, message):
     result = invoke(*arguments, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert message in result.output

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Accuracy of a real checkpoint under each method and budget, by lmms-eval's own evaluator.
 #   bench/paper/tables.sh BASE CHECKPOINT OUT [MODEL_ARGS]
-# TASKS, METHODS, BUDGETS and LIMIT may be set in the environment.
+# TASKS, METHODS, BUDGETS, LIMIT, PROCESSES and INCLUDE (a folder of tasks) may be set in the environment.
 set -euo pipefail
 base=$1 checkpoint=$2 out=$3 more=${4:+,$4}
 tasks=${TASKS:-videomme,nextqa_mc_test,nextqa_oe_test,egoschema_subset,mlvu_dev}
@@ -11,7 +11,7 @@ budgets=${BUDGETS:-0.7 0.5 0.3 0.2}
 run() {  # METHOD BUDGET
     accelerate launch --num_processes "${PROCESSES:-1}" -m lmms_eval --model fftriton --tasks "$tasks" --batch_size 1 \
         --model_args "base=$base,pretrained=$checkpoint,method=$1,budget=$2$more" \
-        --log_samples --output_path "$out/$1-$2" ${LIMIT:+--limit "$LIMIT"}
+        --log_samples --output_path "$out/$1-$2" ${LIMIT:+--limit "$LIMIT"} ${INCLUDE:+--include_path "$INCLUDE"}
 }
 
 run keep-all 1
