@@ -9,7 +9,14 @@ import fftriton
 from fftriton.layout import VideoLayout, patch_ids, previous_of_patch
 from fftriton.methods.base import Prompt, VideoTokens
 
-METHODS = [fftriton.FrameFusion, fftriton.FastV, fftriton.StreamingLLM, fftriton.UniformFrames, fftriton.RandomTokens]
+METHODS = [
+    fftriton.FrameFusion,
+    fftriton.FastV,
+    fftriton.StreamingLLM,
+    fftriton.UniformFrames,
+    fftriton.RandomTokens,
+    fftriton.TemporalMerge,
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,6 +90,23 @@ def test_uniform_frames_by_hand():
     for count, video in keep.items():
         kept = kept_before_the_first_layer(fftriton.UniformFrames(count / 24), layouts, 28)
         assert kept == [0, 1, *video, 26, 27]
+
+
+def test_temporal_merge_by_hand():
+    angle = torch.tensor([0.0, 0.0, 0.5, 3.0, 0.6, 3.2])  # three frames of two patches
+    hidden = torch.stack((angle.cos(), angle.sin()), 1)[None]
+    position = torch.arange(6)[None]
+    tokens = VideoTokens(hidden, position, position % 2, 6)
+    layouts = [VideoLayout(position.view(3, 2))]
+    kept = {6: [0, 1, 2, 3, 4, 5], 5: [0, 1, 2, 3, 5], 4: [0, 1, 2, 3], 3: [0, 1, 3], 2: [0, 1], 1: [0, 1]}
+    for count, expected in kept.items():
+        calls = fftriton.TemporalMerge(count / 6).begin(Prompt(4, 6, layouts))
+        after = calls.before_attention(0, tokens)
+        assert (tokens if after is None else after).position[0].tolist() == expected
+        assert after is None or calls.least_budget == 2 / 6
+        assert calls.before_attention(1, tokens) is None
+    merged = fftriton.TemporalMerge(3 / 6).begin(Prompt(4, 6, layouts)).before_attention(0, tokens)
+    torch.testing.assert_close(merged.hidden[0, 0], hidden[0, [0, 2, 4]].mean(0))
 
 
 def test_uniform_frames_with_holes_in_two_videos():

@@ -11,6 +11,7 @@ from .names import NAMES, make_method
 from .pruners import PRUNERS, PruMerge, Pruner, RandomPruner, ToMe, TopKPruner
 from .random_tokens import RandomTokens
 from .streaming_llm import StreamingLLM
+from .temporal_merge import TemporalMerge
 from .uniform_frames import UniformFrames
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "RandomPruner",
     "RandomTokens",
     "StreamingLLM",
+    "TemporalMerge",
     "ToMe",
     "TopKPruner",
     "UniformFrames",

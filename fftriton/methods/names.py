@@ -14,6 +14,7 @@ from .keep_all import KeepAll
 from .kvtp import KVTP
 from .random_tokens import RandomTokens
 from .streaming_llm import StreamingLLM
+from .temporal_merge import TemporalMerge
 from .uniform_frames import UniformFrames
 
 NAMES: dict[str, Callable[..., Method]] = {
@@ -23,6 +24,7 @@ NAMES: dict[str, Callable[..., Method]] = {
     "streamingllm": StreamingLLM,
     "kvtp": KVTP,
     "uniformframes": UniformFrames,
+    "temporalmerge": TemporalMerge,
     "randomtokens": RandomTokens,
     "merge-only": partial(FrameFusion, stages=("merge",)),
     "prune-only": partial(FrameFusion, stages=("prune",)),

@@ -101,6 +101,19 @@ def test_methods_before_the_first_layer_meet_their_budget_exactly(budget, method
     assert torch.equal(report.pruned, dropped)
 
 
+def test_temporal_merge_leaves_room_for_pruning():
+    report = run(fftriton.TemporalMerge(0.4) + fftriton.FastV(0.3, layer=3, importance_queries=4), 6, "mixed")
+    early = round(96 * 0.4)
+    assert report.vision_tokens_per_layer == [early] * 3 + [round((6 * 96 * 0.3 - 3 * early) / 3)] * 3
+
+
+@pytest.mark.filterwarnings("ignore:fftriton. the budget")
+def test_temporal_merge_keeps_the_first_frame():
+    report = run(fftriton.TemporalMerge(0.01), 6, "unrelated")
+    frames = len(report.layouts[0].positions)
+    assert report.least_budget == report.budget_achieved == 1 / frames
+
+
 @pytest.mark.parametrize("threshold", [-1.0, 0.6])
 @pytest.mark.parametrize("stages", [("merge",), ("prune",), ("prune", "merge")], ids="-then-".join)
 @pytest.mark.parametrize("start", [0, 1, 3])
