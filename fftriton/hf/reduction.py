@@ -183,9 +183,11 @@ class Reduction(AbstractContextManager["Reduction"]):
         states, self._states = self._states, None
         if states is None:
             return
-        *inner, last = output.hidden_states  # the last one has gone through the final norm
-        own = [None if given is None else state for given, state in zip(inner, states, strict=False)]
-        output.hidden_states = (*own, last)
+        *_, last = given = output.hidden_states
+        own = [None if noted is None else state for noted, state in zip(given, states, strict=True)]
+        if last is not None and last.shape == states[-1].shape:  # from behind the decoder's norm
+            own[-1] = last
+        output.hidden_states = tuple(own)
 
     def _with_own_targets(self, bound: inspect.BoundArguments) -> tuple[tuple, dict]:
         """The arguments with copies of the labels, for the reduction to write to."""
@@ -352,9 +354,9 @@ class Reduction(AbstractContextManager["Reduction"]):
         given = first_of(output)
         hidden, prefill.layer_output = given if prefill.layer_output is None else prefill.layer_output, None
         hidden = prefill.after_layer(hidden)
-        prefill.note_state(hidden)
         if index == len(self.decoder.layers) - 1 and prefill.packed:
             hidden = prefill.restore(hidden)
+        prefill.note_state(hidden)
         return None if hidden is given else with_first(output, hidden)
 
 
