@@ -376,9 +376,7 @@ def test_hidden_states_and_attentions(family, attention):
     for state, expected in zip(out.hidden_states[:-1], states[:-1], strict=True):
         torch.testing.assert_close(state, expected, atol=1e-4, rtol=0)
     dense = model(**inputs, output_hidden_states=True)
-    is_normed = torch.allclose(
-        model.lm_head(dense.hidden_states[-1]), dense.logits, atol=1e-4
-    )  # 4.57: not all
+    is_normed = torch.allclose(model.lm_head(dense.hidden_states[-1]), dense.logits, atol=1e-4)  # 4.57: not all
     last = by_hand.decoder.norm(states[-1]) if is_normed else states[-1]
     torch.testing.assert_close(out.hidden_states[-1][:, position], last, atol=1e-4, rtol=0)
     if attention == "eager":
