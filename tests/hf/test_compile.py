@@ -128,6 +128,23 @@ def test_what_torch_compile_returns_can_be_reduced():
     assert counters["graph_break"] == {}
 
 
+def test_a_step_with_the_mask_of_the_whole_sequence():
+    plain, backend = tiny_qwen2(2), Backend()
+    inputs, layout = case()
+    model = copy.deepcopy(plain)
+    decoder_forward(model, backend)
+    mask = torch.ones(1, inputs["inputs_embeds"].shape[1] + 1, dtype=torch.int64)
+
+    @torch.no_grad()
+    def step(model):
+        with fftriton.reduce(model, METHOD, layout):
+            cache = model(**inputs, use_cache=True).past_key_values
+            return model(input_ids=torch.tensor([[3]]), past_key_values=cache, attention_mask=mask).logits
+
+    assert (step(model) - step(plain)).abs().max() < 1e-4
+    assert backend.runs == 1
+
+
 @pytest.mark.parametrize("compile", [model_forward, decoder_compile, layer_by_layer])
 def test_compiling_a_model_that_is_being_reduced_is_refused(compile):
     model = copy.deepcopy(tiny_qwen2(2))
