@@ -94,7 +94,7 @@ def main(report):
 
     found = outcomes(report)
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    legend = f"yes: every test passes ({versions}); -: not in this release; blank: not tested."
+    legend = f"yes: every test passes ({versions}); -: transformers itself does not do it; blank: not tested."
     text = README.read_text(encoding="utf-8")
     README.write_text(updated(text, f"{table(found)}\n\n{legend}"), encoding="utf-8")
 
