@@ -46,6 +46,15 @@ def test_settings(predictor):
     assert Setting("uniformframes:budget=0.5+fastv:layer=1", 0.3).method().first.budget == 0.5
 
 
+def test_a_chain_whose_first_budget_only_some_totals_fit():
+    name = "temporalmerge:budget=0.4+fastv:layer=1"
+    few, many = Plan(methods=(name,), budgets=(0.3, 0.5)).settings
+    assert few.problem(8) is None
+    assert "must not be above that of first, 0.4; got 0.5" in many.problem(8)
+    with pytest.raises(ValueError, match="must not be above that of first"):
+        Plan(methods=(name,), budgets=(0.5,))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -141,7 +141,7 @@ class Plan:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"eval: out must be a folder, got the file '{self.out}'")
         for name in self.methods:
-            Setting(name, 1.0).method()
+            Setting(name, min(self.budgets)).method()  # a chain with a first budget of its own cannot do all
 
     @property
     def settings(self) -> list[Setting]:
