@@ -206,7 +206,7 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     about = identity(device, commit) | {"transformers": transformers.__version__}
     rows = [measure(case, layers, hidden, steps, device, about) for case in CASES]
-    Console().print(table(rows))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
     write_csv(rows, out / f"decode-overhead-{device}.csv")
 
 
