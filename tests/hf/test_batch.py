@@ -45,7 +45,7 @@ def offsets(samples, side):
 
 
 @EVERY_FAMILY
-@pytest.mark.parametrize(("method", "side", "attention", "text"), WAYS, ids="-".join)
+@pytest.mark.parametrize(("method", "side", "attention", "text"), WAYS, ids=["-".join(way) for way in WAYS])
 @pytest.mark.feature("batches")
 @torch.no_grad()
 def test_equals_its_samples(family, method, side, attention, text):
