@@ -81,9 +81,9 @@ def commit() -> str:
 
 def results_table(rows: Sequence[Row]) -> Table:
     """What a reader compares: prefill in milliseconds, peak memory above rest in MiB."""
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 0))
     table.add_column("method", overflow="fold", min_width=13)
-    widths = {"budget": 6, "met": 6, "right": 6, "95 %": 10, "p": 5, "FLOPs": 6, "ms": 6, "MiB": 5}
+    widths = {"budget": 6, "met": 6, "right": 6, "95 %": 10, "p": 5, "FLOPs": 6, "ms": 5, "MiB": 4}
     for heading, width in widths.items():
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     for row in rows:
