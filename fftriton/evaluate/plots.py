@@ -56,7 +56,7 @@ def draw_depths(path: Path, cells: Sequence[Cell], title: str) -> None:
     columns = max(sum(method == own for own, _ in settings) for method in methods)
     lengths = sorted({cell.num_frames for cell in cells})
     height = 0.75 + 0.28 * len(lengths)
-    figure = Figure(figsize=(1.5 + 2.4 * columns, 1.2 + height * len(methods)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(7, 1.5 + 2.4 * columns), 1.2 + height * len(methods)), dpi=150, layout="constrained")
     panels = figure.subplots(len(methods), columns, squeeze=False)
     for axes in panels.flat:
         axes.set_visible(False)
@@ -93,7 +93,7 @@ def draw_layers(path: Path, rows: Sequence[Row], title: str) -> None:
     rows = [row for row in rows if row.vision_tokens]
     budgets = sorted({row.budget for row in rows if row.budget < 1} or {1.0}, reverse=True)
     colours = dict(zip(_by_method(rows), _COLOURS * len(rows), strict=False))
-    figure = Figure(figsize=(1 + 3 * len(budgets), 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(7, 1 + 3 * len(budgets)), 4.2), dpi=150, layout="constrained")
     for axes, budget in zip(figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0], budgets, strict=True):
         for row in (row for row in rows if row.budget in (budget, 1.0)):
             edges = np.arange(len(row.vision_tokens) + 1) - 0.5
