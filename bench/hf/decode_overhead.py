@@ -185,6 +185,7 @@ def table(rows: list[Row]) -> Table:
 
 def write_csv(rows: list[Row], path: Path) -> None:
     """Four significant digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
         writer.writeheader()

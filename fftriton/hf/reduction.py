@@ -248,6 +248,9 @@ class Reduction(AbstractContextManager["Reduction"]):
         assert source is not None  # the decoder would refuse it
         if not videos and not (reduced and self._needs_masks(reducible, source)):
             return args, kwargs
+        if not videos and self._sees_all(reducible, source):
+            kwargs["attention_mask"] = source.new_zeros(len(source), 1, 1, 1, dtype=decoder.dtype)  # fits any layer
+            return args, kwargs
         length = source.shape[1]
         past_valid, valid = _padding(kwargs.get("attention_mask"), length)
         _check_visible(videos, valid)
@@ -273,6 +276,12 @@ class Reduction(AbstractContextManager["Reduction"]):
             mask = causal_mask(self.decoder.config, source.new_empty(1, 1, 1, dtype=torch.float32), None, 1)
             self._masks_one_token[backend] = mask is not None
         return self._masks_one_token[backend]
+
+    def _sees_all(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
+        """Whether one mask that hides nothing does for all layers: eager attention adds it to scores of any length."""
+        one_token = source.shape[1] == 1 and all(layer.valid is None for layer in cache_layers)
+        eager = self.decoder.config._attn_implementation == "eager"
+        return one_token and eager and all(map(has_attention, self.decoder.layers))
 
     def _why_not(self, decoder: Any, cache: Any, cache_layers: Any, mask: Any) -> str | None:
         if cache is not None and cache_layers is None:
