@@ -9,7 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from .resize import resize
 
 PATCH = 16  # pixels along the side of a digit, and of a patch of the needle model
 _MARGIN = 2  # pixels that a digit may stand off centre
@@ -36,7 +37,7 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
         ) from error
     pixels, labels = load_digits(return_X_y=True)
     small = torch.tensor(pixels / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
-    images = F.interpolate(small, size=(PATCH, PATCH), mode="bilinear")[:, 0].numpy()
+    images = resize(small, (PATCH, PATCH), "bilinear")[:, 0].numpy()
     chosen = (np.arange(len(labels)) % 4 == 0) == held_out
     return images[chosen], labels[chosen]
 

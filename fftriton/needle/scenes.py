@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..video import read_video
 from .digits import PATCH
+from .resize import resize
 
 GRID = 4  # patches along a side
 SIDE = GRID * PATCH  # pixels along a frame's side
@@ -93,7 +93,7 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
 
     def smooth_noise(channels: int, cells: int) -> np.ndarray:
         noise = torch.from_numpy(rng.random((1, channels, cells, cells), dtype=np.float32))
-        return F.interpolate(noise, size=(_CANVAS, _CANVAS), mode="bilinear", align_corners=True)[0].numpy()
+        return resize(noise, (_CANVAS, _CANVAS), "bilinear", align_corners=True)[0].numpy()
 
     texture = smooth_noise(3, 7) * 0.8 + 0.1 + 0.35 * (smooth_noise(1, 24) - 0.5)
     for _ in range(3):
@@ -119,4 +119,4 @@ def _load_clip(path: Path) -> np.ndarray:
     frames = torch.from_numpy(read_video(path, 10**9).frames).permute(0, 3, 1, 2)
     height, width = frames.shape[2:]
     size = (_CLIP_HEIGHT, max(SIDE, round(width * _CLIP_HEIGHT / height)))
-    return torch.cat([F.interpolate(frame[None].float(), size=size, mode="area") for frame in frames]).byte().numpy()
+    return torch.cat([resize(frame[None].float(), size, "area") for frame in frames]).byte().numpy()
