@@ -20,7 +20,7 @@ test-oldest: test-transformers-4.57  ## the integration tests against the oldest
 
 # An overlay: only what differs from $(VENV), in a folder in front of it.
 test-transformers-%: $(VENV)/overlays/%/.installed  ## the integration tests against another transformers: 4.57 or 5.17
-	PYTHONPATH=$(abspath $(<D))$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/pytest tests/hf
+	PYTHONPATH=$(abspath $(<D))$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/pytest --numprocesses auto tests/hf
 
 $(VENV)/overlays/%/.installed: .ci/transformers-%.txt $(INSTALLED)
 	rm -rf $(@D)
