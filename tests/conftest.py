@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fftriton_kernels is imported, so before any test module
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
 torch.set_num_threads(1)
+
+BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.fixture
@@ -28,17 +32,24 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Scripts:
-    """The scripts of the needle task, as attributes."""
+    """The modules of a folder in bench, as attributes."""
 
     def __getattr__(self, name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
-    """What lies in bench/needle."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench" / "needle"))
-    return Scripts()
+def scripts_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Scripts]]:
+    """scripts_of("kvtp"): the modules in bench/kvtp. Two folders may use one name, so they are gone after the test."""
+
+    def scripts_of(folder: str) -> Scripts:
+        monkeypatch.syspath_prepend(str(BENCH / folder))
+        return Scripts()
+
+    yield scripts_of
+    for name, module in list(sys.modules.items()):
+        if BENCH in Path(getattr(module, "__file__", None) or "").parents:
+            del sys.modules[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-BENCH = Path(__file__).parents[1] / "bench" / "kernels"
 COLUMNS = "op,provider,shape,dtype,metric,p50,p20,p80,gbps_or_tflops,percent_of_ceiling,device,torch,triton,commit,date"
 IDENTITY = {"device": "a device", "torch": "2", "triton": "3", "commit": "abc", "date": "2025-01-01"}
 EAGER_AND_OURS = ["eager", "fftriton"]
@@ -25,9 +22,8 @@ OPS = [
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("run")
+def bench(scripts_of) -> ModuleType:
+    return scripts_of("kernels").run
 
 
 def tiny_case(bench: ModuleType, name: str, dtype: torch.dtype = torch.float32):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -359,9 +357,8 @@ def test_processes_share_the_samples(tmp_path, evaluated):
 
 
 @pytest.fixture
-def ablations(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench" / "needle"))
-    return importlib.import_module("ablations")
+def ablations(scripts_of):
+    return scripts_of("needle").ablations
 
 
 def test_every_ablation_is_a_plan(ablations):

@@ -1,8 +1,5 @@
 """`fftriton eval` with KVTP: settings that name a predictor, the control, and two methods one after the other."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,15 +16,12 @@ from fftriton.request import Options, load_model
 from fftriton.shipped import MODEL
 from fftriton.video import Video
 
-BENCH = Path(__file__).parents[1] / "bench" / "kvtp"
-
 
 @pytest.fixture
-def predictor(monkeypatch, tmp_path):
+def predictor(scripts_of, tmp_path):
     """A predictor with random weights: its folder."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    needle, small = importlib.import_module("needle"), importlib.import_module("small")
-    relevance = small.small_siglip(needle.WORDS, side=64, patch=16, width=16, depth=1)
+    scripts = scripts_of("kvtp")
+    relevance = scripts.small.small_siglip(scripts.needle.WORDS, side=64, patch=16, width=16, depth=1)
     relevance.save_pretrained(tmp_path / "predictor")
     yield tmp_path / "predictor"
     load_relevance.cache_clear()

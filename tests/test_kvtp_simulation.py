@@ -1,19 +1,13 @@
 """The recall simulation of per-frame budgets: what the allocation is worth, and that it is worth nothing by chance."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 from typer.testing import CliRunner
 
-BENCH = Path(__file__).parents[1] / "bench" / "kvtp"
-
 
 @pytest.fixture
-def simulation(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("simulate")
+def simulation(scripts_of):
+    return scripts_of("kvtp").simulate
 
 
 def test_recall_with_a_gap_of_four(simulation):

@@ -1,6 +1,5 @@
 """Training of the relevance predictor: its loss, its data, that it learns, and that it goes on where it stopped."""
 
-import importlib
 import json
 import math
 from pathlib import Path
@@ -13,20 +12,17 @@ from typer.testing import CliRunner
 from fftriton.relevance import ContextFusion, SiglipRelevance
 from fftriton.video import write_video
 
-BENCH = Path(__file__).parents[1] / "bench" / "kvtp"
-
 
 @pytest.fixture
-def bench(monkeypatch):
-    """The modules of bench/kvtp by name."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
+def bench(scripts_of):
+    """The modules of bench/kvtp."""
+    return scripts_of("kvtp")
 
 
 @pytest.fixture
 def planted(bench, tmp_path, monkeypatch):
     """(train, held out) triples: two clips of two frames, in one of which the square is asked about."""
-    planted = bench("planted")
+    planted = bench.planted
     two = {colour: planted.COLOURS[colour] for colour in ("red", "green")}
     monkeypatch.setattr(planted, "COLOURS", two)  # six take a few hundred steps
     write = planted.write_planted
@@ -34,12 +30,12 @@ def planted(bench, tmp_path, monkeypatch):
 
 
 def small(bench, head=None, **arguments):
-    planted = bench("planted")
-    return bench("small").small_siglip(planted.WORDS, head=head, **arguments)
+    planted = bench.planted
+    return bench.small.small_siglip(planted.WORDS, head=head, **arguments)
 
 
 def test_loss_by_hand(bench):
-    train = bench("train")
+    train = bench.train
     frames = torch.tensor([1.0, 3.0, -2.0, -2.0])
     clips = train.clip_logits(frames, 2)
     weight = math.exp(3) / (math.exp(1) + math.exp(3))
@@ -49,15 +45,15 @@ def test_loss_by_hand(bench):
 
 
 def test_auc_by_hand(bench, monkeypatch):
-    train = bench("train")
-    triples = [bench("triples").Triple(Path("x"), "q", labels) for labels in ((5.0, 0.0, 0.0), (1.0, 4.0))]
+    train = bench.train
+    triples = [bench.triples.Triple(Path("x"), "q", labels) for labels in ((5.0, 0.0, 0.0), (1.0, 4.0))]
     scores = iter([torch.tensor([2.0, 1.0, 2.0]), torch.tensor([0.0, 3.0])])
     monkeypatch.setattr(train, "score_clips", lambda *_: next(scores))
     assert train.key_clip_auc(None, triples, 1) == pytest.approx((1 + 0.5 + 1) / 3)
 
 
 def test_learns_which_clip_is_asked_about(bench, planted, tmp_path):
-    train = bench("train")
+    train = bench.train
     relevance = small(bench, ContextFusion(2), width=32, depth=1)
     recipe = train.Recipe(learning_rate=4e-3, epochs=2, batch_size=4, clip=2, save_every=60)
     with train.progress_bar() as progress:
@@ -70,7 +66,7 @@ def test_learns_which_clip_is_asked_about(bench, planted, tmp_path):
 
 
 def test_goes_on_where_it_stopped(bench, planted, tmp_path):
-    train = bench("train")
+    train = bench.train
     recipe = train.Recipe(learning_rate=1e-3, epochs=2, batch_size=8, clip=2, save_every=2)
     triples, held_out = planted[0][:28], planted[1][:5]
 
@@ -109,7 +105,7 @@ def test_triples_from_a_video_file(bench, tmp_path):
     (tmp_path / "data.jsonl").write_text(
         "\n".join(json.dumps(line | {"video": f"clip.{kind}"}) for kind in ("mp4", "npy"))
     )
-    for triple in bench("triples").read_triples(tmp_path / "data.jsonl"):
+    for triple in bench.triples.read_triples(tmp_path / "data.jsonl"):
         assert [round(float(frame.mean()) / 30) for frame in triple.frames(2)] == [1, 3, 5, 7]
         assert len(triple.frames(6)) == 12  # more than there are: some twice
 
@@ -132,12 +128,12 @@ def test_triples_from_a_video_file(bench, tmp_path):
 def test_bad_data(bench, tmp_path, line, message):
     (tmp_path / "data.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
-        bench("triples").read_triples(tmp_path / "data.jsonl")
+        bench.triples.read_triples(tmp_path / "data.jsonl")
 
 
 def test_command_line(bench, planted, tmp_path):
     small(bench, width=16, depth=1).save_pretrained(tmp_path / "siglip")
-    train = bench("train")
+    train = bench.train
     app = train.typer.Typer()
     app.command()(train.main)
     arguments = [
@@ -154,7 +150,7 @@ def test_command_line(bench, planted, tmp_path):
 
 
 def test_needle_stills_and_samples(bench, tmp_path):
-    needle = bench("needle")
+    needle = bench.needle
     frames, questions, shows = needle.Stills(True, 0).draw(64)
     assert frames.shape == (64, 64, 64, 3)
     assert shows.shape == (64, len(questions)) == (64, 15)

@@ -23,6 +23,12 @@ from fftriton.video import read_video
 STYLES = (covered, blended, faded_in, moved)
 
 
+@pytest.fixture
+def scripts(scripts_of):
+    """The modules of bench/needle."""
+    return scripts_of("needle")
+
+
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 

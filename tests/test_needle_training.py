@@ -20,6 +20,12 @@ from fftriton.shipped import BUNNY, MODEL
 RESUME_AFTER = "time" if transformers.__version__ < "5" else "space"
 
 
+@pytest.fixture
+def scripts(scripts_of):
+    """The modules of bench/needle."""
+    return scripts_of("needle")
+
+
 @pytest.fixture(scope="module")
 def shipped():
     return Qwen2VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()

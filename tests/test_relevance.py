@@ -1,8 +1,5 @@
 """Relevance by SigLIP: against the model's own forward, the fusion head against its formula, and files."""
 
-import importlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,15 +9,13 @@ from models import tiny_qwen2_vl, video_prompt
 import fftriton
 from fftriton.relevance import BoundRelevance, ContextFusion, SiglipRelevance
 
-BENCH = Path(__file__).parents[1] / "bench" / "kvtp"
 WORDS = ["when", "does", "the", "red", "green", "box", "appear", "where", "is"]
 QUESTION = "When does the red box appear"
 
 
 @pytest.fixture
-def small_siglip(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("small").small_siglip
+def small_siglip(scripts_of):
+    return scripts_of("kvtp").small.small_siglip
 
 
 @pytest.fixture
