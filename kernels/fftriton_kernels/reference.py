@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._pages import empty
+
 NO_LINK = -2.0
 """Similarity of a token that has no partner: below every cosine, so it never reaches a threshold."""
 
-_BLOCK = 2**19  # elements of x that are worked on at a time
+_BLOCK = 2**18  # elements of x that are worked on at a time
+_REACH = 2**21  # elements between a row in half precision and its partner up to which they share a pool
 _QUERY_BLOCK = 128  # rows of the attention matrix that exist at a time
 
 
@@ -72,16 +75,15 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tens
     """x [B, N, D], predecessor [B, N] (-1: none) -> [B, N]: cosine of each row with its predecessor."""
     if cu_seqlens is not None:
         return linked_cosine_similarity(x[None], predecessor[None])[0]
-    partner = predecessor.long().clamp_min(0)
+    linked = predecessor >= 0
+    partner = torch.where(linked, predecessor.long(), torch.arange(x.shape[1], device=x.device))
     products = [_row_products(rows, links) for rows, links in zip(x, partner, strict=True)]
     square, dot = (
         torch.stack(products).unbind(-1) if products else x.new_empty(2, *partner.shape, dtype=_accumulator(x))
     )
-    partner_square = square.gather(1, partner)
-    cosine = dot / (square.sqrt() * partner_square.sqrt())
-    safe = _is_safe(square) & _is_safe(partner_square)
-    linked = predecessor >= 0
-    samples, unsafe = (linked & ~safe).nonzero(as_tuple=True)
+    norm, safe = square.sqrt(), _is_safe(square)
+    cosine = dot / (norm * norm.gather(1, partner))
+    samples, unsafe = (linked & ~(safe & safe.gather(1, partner))).nonzero(as_tuple=True)
     if len(unsafe):  # rows that are zero, not finite, or so large or small that their squares are
         cosine[samples, unsafe] = _scaled_cosine(x[samples, unsafe], x[samples, partner[samples, unsafe]])
     return torch.where(linked, cosine, NO_LINK)
@@ -95,28 +97,49 @@ def _row_products(x: Tensor, partner: Tensor) -> Tensor:
         return torch.stack(((rows * rows).sum(-1), (rows * rows[partner]).sum(-1)), 1)
     if x.dtype == _accumulator(x) and x.is_contiguous():
         return _sampled_products(_pattern(torch.stack((place, partner), 1), x), x, x)
+    return _half_row_products(x, partner)
+
+
+def _half_row_products(x: Tensor, partner: Tensor) -> Tensor:
+    """As `_row_products`, block by block in a pool of fp32 rows: the last blocks, as far back as partners lie.
+
+    Where partners lie too far back or ahead, the pool holds one block and its partners.
+    """
+    place = torch.arange(len(x))
     block = min(_block_rows(x), len(x))
-    out = x.new_empty(len(x), 2, dtype=_accumulator(x))
-    pool = torch.zeros(2 * block, x.shape[1], dtype=out.dtype)  # a block's rows, then their partners
-    pattern = _pattern(torch.stack((place[:block], place[:block] + block), 1), pool)
-    for low in range(0, len(x), block):
-        links = partner[low : low + block]
-        size, first = len(links), int(links[0])
-        in_order = torch.equal(links, place[first : first + size])  # as before the first merge: nothing to gather
-        pool[:size] = x[low : low + size]
-        pool[block : block + size] = x[first : first + size] if in_order else x.index_select(0, links)
-        out[low : low + size] = _sampled_products(pattern, pool[:block], pool)[:size]
+    nearest, farthest = (int(end) for end in torch.aminmax(place - partner))
+    near = nearest >= 0 and farthest * x.shape[1] <= _REACH
+    ring = (-(-farthest // block) + 1 if near else 1) * block  # row t is in place t % ring
+    pool = torch.zeros(ring if near else 2 * block, x.shape[1], dtype=_accumulator(x))
+    slots = torch.stack((place % ring, partner % ring if near else block + place % block), 1)
+    pattern = _pattern(slots[:block].clone(), pool)
+    columns, values = (part.view(block, 2) for part in (pattern.col_indices(), pattern.values()))
+    parts, turns = pool.split(block), ring // block
+    out = torch.empty(len(x), 2, dtype=pool.dtype)
+    blocks = zip(x.split(block), partner.split(block), slots.split(block), out.split(block), strict=True)
+    for number, (rows, partners, slot, products) in enumerate(blocks):
+        own = parts[number % turns]
+        own[: len(rows)] = rows
+        if not near:
+            parts[1][: len(rows)] = x.index_select(0, partners)
+        columns[: len(rows)] = slot  # in place: to make a pattern takes as long as its products
+        torch.sparse.sampled_addmm(pattern, own, pool.mT, beta=0.0, out=pattern)
+        products.copy_(values[: len(rows)])
     return out
 
 
 def _pattern(columns: Tensor, y: Tensor) -> Tensor:
     """columns [n, c] -> a sparse [n, len(y)] matrix with room for those columns of each row."""
     rows, count = columns.shape
-    crow = torch.arange(0, rows * count + 1, count)
+    return _sparse(torch.full((rows,), count), columns.flatten(), y.new_zeros(rows * count), y)
+
+
+def _sparse(sizes: Tensor, columns: Tensor, values: Tensor, y: Tensor) -> Tensor:
+    """A sparse [n, len(y)] matrix: sizes [n] of its rows, columns [m] and values [m] row after row."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         return torch.sparse_csr_tensor(
-            crow, columns.flatten(), y.new_zeros(rows * count), size=(rows, len(y)), check_invariants=False
+            F.pad(sizes.cumsum(0), (1, 0)), columns, values, size=(len(sizes), len(y)), check_invariants=False
         )
 
 
@@ -162,8 +185,7 @@ def merge_roots(
     earlier = (links >= 0) & (links < position)
     joins = earlier & (similarity >= threshold) & (similarity > NO_LINK)  # False for NaN
     if max_merges is not None:
-        rank = rank_descending(similarity.masked_fill(~joins, float("-inf")), cu_seqlens=cu_seqlens)
-        joins &= rank < _per_row(max_merges, similarity, cu_seqlens)
+        joins &= _highest(similarity.masked_fill(~joins, float("-inf")), max_merges, cu_seqlens)
     roots = torch.where(joins, links, position)
     while not torch.equal(further := roots.gather(1, roots), roots):  # each round doubles the distance covered
         roots = further
@@ -247,30 +269,46 @@ def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity:
 def group_mean(x: Tensor, groups: Groups) -> Tensor:
     """x [B, N, D] -> [B, M, D]: the mean of each row's members, added up in ascending order; zeros for padding."""
     (mean,) = gather_rows(groups.kept, x)  # a group of one is copied bit for bit
-    for sample in range(len(x)):
-        sizes, members = groups.sizes[sample], groups.members[sample]
+    for sample, rows in enumerate(x):
+        starts, sizes, members = groups.starts[sample], groups.sizes[sample], groups.members[sample]
         crowded = (sizes > 1).nonzero()[:, 0]
-        members = members[: int(sizes.sum())]
-        members = members[sizes[groups.row[sample, members]] > 1]
-        if len(crowded):
-            _put_bag_means(mean[sample], crowded, x[sample], members, sizes[crowded])
+        for some in crowded.split(8 * _block_rows(rows)) if len(crowded) else ():
+            ends = sizes[some].cumsum(0)
+            first = (starts[some] - ends + sizes[some]).repeat_interleave(sizes[some])
+            place = torch.arange(len(first), device=x.device)
+            mean[sample, some] = _bag_means(rows, members[first + place], sizes[some])
     return mean
 
 
-def _put_bag_means(out: Tensor, rows: Tensor, x: Tensor, members: Tensor, sizes: Tensor) -> None:
-    """out[rows] = means of x [N, D] over the bags: members [m] bag after bag, sizes [R] of the bags."""
-    ends = sizes.cumsum(0)
-    place = torch.arange(len(members), device=x.device)
-    divisor = sizes.to(_accumulator(x))[:, None]  # dividing by integers is several times slower
-    low = first = 0
-    lasts = torch.unique_consecutive((ends - 1) // _block_rows(x), return_counts=True)[1].cumsum(0)
-    for last, high in zip(lasts.tolist(), ends[lasts - 1].tolist(), strict=True):
-        starts, index, table = ends[first:last] - sizes[first:last] - low, members[low:high], x
-        if x.dtype != _accumulator(x):
-            index, table = place[: high - low], _accumulated(x.index_select(0, index))
-        total = F.embedding_bag(index, table, starts, mode="sum")
-        out[rows[first:last]] = total.div_(divisor[first:last]).to(x.dtype)
-        low, first = high, last
+def _bag_means(x: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
+    """x [N, D] -> [R, D]: means over bags, members [m] bag after bag, sizes [R]; in fp32, rounded once.
+
+    Products with sparse matrices accumulate rows of half precision in fp32 and read them once. They would round the sum
+    before they divide it, though, so there each row comes with its weight.
+    """
+    if x.device.type != "cpu" or not x.numel():
+        return torch.segment_reduce(_accumulated(x[members]), "mean", lengths=sizes).to(x.dtype)
+    if not x.is_contiguous():  # all of it would be copied
+        x, members = x[members], torch.arange(len(members))
+    if x.dtype == _accumulator(x):
+        return torch.sparse.mm(_sparse(sizes, members, x.new_ones(len(members)), x), x, "mean")
+    weights = _parts(sizes.float().reciprocal())
+    counts = (weights != 0).sum(1)
+    weights = weights.repeat_interleave(sizes, 0).flatten()
+    columns = members.repeat_interleave(counts.repeat_interleave(sizes))
+    return torch.sparse.mm(_sparse(counts * sizes, columns, weights[weights != 0].to(x.dtype), x), x, "sum")
+
+
+def _parts(weights: Tensor) -> Tensor:
+    """weights [R] fp32, positive -> [R, 3]: parts of 8 bits, as half precision holds them, that add up to the weights.
+
+    None is negative, so that infinite rows stay infinite.
+    """
+    parts = []
+    for _ in range(3):
+        parts.append((weights.view(torch.int32) & -(2**16)).view(torch.float32))
+        weights = weights - parts[-1]
+    return torch.stack(parts, 1)
 
 
 def attention_column_sum(
@@ -413,6 +451,16 @@ def rank_descending(scores: Tensor, candidates: Tensor | None = None, cu_seqlens
     return torch.empty_like(order).scatter_(1, order, position)
 
 
+def _highest(scores: Tensor, count: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """scores [B, N] without NaN -> [B, N] bool: the `count` highest of each row, of equal ones the first."""
+    length = scores.shape[1]
+    if isinstance(count, Tensor) or cu_seqlens is not None or not 0 < count < length:
+        return rank_descending(scores, cu_seqlens=cu_seqlens) < _per_row(count, scores, cu_seqlens)
+    lowest = scores.kthvalue(length - count + 1, dim=1, keepdim=True).values  # a fraction of a sort's time
+    above, level = scores > lowest, scores == lowest
+    return above | (level & (level.cumsum(1) <= count - above.sum(1, keepdim=True)))
+
+
 def sequence_of(cu_seqlens: Tensor, length: int) -> Tensor:
     """[T] int64: the sequence of each packed token; -1 before the first, S after the last."""
     position = torch.arange(length, device=cu_seqlens.device)
@@ -455,10 +503,13 @@ def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     if not x.shape[1]:  # all of index is padding
         return x.new_zeros(*index.shape, *x.shape[2:])
     # torch.gather would quiet fp16 NaNs, and indexing is slower
-    rows = [sample.index_select(0, kept) for sample, kept in zip(x, index, strict=True)]
-    if len(rows) == 1:
-        return rows[0][None]
-    return torch.stack(rows) if rows else x.new_empty(*index.shape, *x.shape[2:])
+    if x.requires_grad:
+        rows = [sample.index_select(0, kept) for sample, kept in zip(x, index, strict=True)]
+        return torch.stack(rows) if rows else x.new_empty(*index.shape, *x.shape[2:])
+    out = empty((*index.shape, *x.shape[2:]), x)
+    for sample, kept, rows in zip(x, index, out, strict=True):
+        torch.index_select(sample, 0, kept, out=rows)
+    return out
 
 
 def _per_row(count: int | Tensor, like: Tensor, cu_seqlens: Tensor | None = None) -> int | Tensor:

@@ -49,14 +49,18 @@ def test_linked_matches_fp64(library, dtype, index, device):
 
 @dtypes
 @pytest.mark.parametrize("arrange", [torch.Tensor.contiguous, make_strided], ids=["contiguous", "strided"])
-@pytest.mark.parametrize("order", ["stride", "random"])
-def test_the_reference_works_in_blocks(order, arrange, dtype, monkeypatch):
-    monkeypatch.setattr(reference, "_BLOCK", 8 * 65)  # 21 rows: two blocks and a shorter one
+@pytest.mark.parametrize("reach", [0, 2**21])
+@pytest.mark.parametrize("order", ["stride", "random", "ahead"])
+def test_the_reference_works_in_blocks(order, reach, arrange, dtype, monkeypatch):
+    monkeypatch.setattr(reference, "_BLOCK", 4 * 65)  # 21 rows: five blocks and a shorter one
+    monkeypatch.setattr(reference, "_REACH", reach)
     x = arrange(make_video(2, 3, 7, 65, dtype, "cpu"))
     torch.manual_seed(0)
-    predecessor = (
-        reference.strided_predecessor(2, 21, 7, x.device) if order == "stride" else random_predecessor(2, 21, "cpu")
-    )
+    predecessor = {
+        "stride": reference.strided_predecessor(2, 21, 7, x.device),
+        "random": random_predecessor(2, 21, "cpu"),
+        "ahead": torch.randint(-1, 21, (2, 21)),
+    }[order]
     out = reference.linked_cosine_similarity(x, predecessor)
     assert_no_worse_than_torch(out, plain_cosine(x.float(), predecessor), plain_cosine(x.double(), predecessor))
 

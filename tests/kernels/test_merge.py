@@ -247,15 +247,16 @@ def test_a_group_of_one_keeps_every_bit(library, dtype, device):
     assert torch.equal(out[:, :3].view(BITS[dtype]), x[:, :3].view(BITS[dtype]))
 
 
+@libraries
 @dtypes
-def test_members_are_added_in_ascending_order_and_rounded_once(dtype, device):
+def test_members_are_added_in_ascending_order_and_rounded_once(library, dtype, device):
     torch.manual_seed(0)
     N = 11
     x = (torch.randn(1, N, 40) * 10.0 ** torch.randint(-4, 5, (1, N, 40))).to(dtype).to(device)
     total = torch.zeros(40, device=device)
     for t in range(N):
         total = total + x[0, t].float()
-    out = merge_mean(x, torch.zeros(1, N, dtype=torch.int64, device=device)).x
+    out = library.merge_mean(x, torch.zeros(1, N, dtype=torch.int64, device=device)).x
     assert torch.equal(out[0, 0], (total / N).to(dtype))
 
 
@@ -282,19 +283,21 @@ def test_groups_longer_than_a_block(device):
 
 
 @dtypes
-def test_the_reference_adds_groups_up_in_blocks(dtype, monkeypatch):
+@pytest.mark.parametrize("arrange", [Tensor.contiguous, make_strided], ids=["contiguous", "strided"])
+def test_the_reference_adds_groups_up_in_blocks(arrange, dtype, monkeypatch):
     x, roots = make_video(2, 1, 200, 65, dtype, "cpu"), random_roots(2, 200, "cpu")
-    whole = reference.merge_mean(x, roots).x
-    monkeypatch.setattr(reference, "_BLOCK", 16 * 65)  # 16 members a block, and groups of more
+    whole, x = reference.merge_mean(x, roots).x, arrange(x)
+    monkeypatch.setattr(reference, "_BLOCK", 65)  # eight groups at a time
     assert torch.equal(reference.merge_mean(x, roots).x, whole)
 
 
 @libraries
-def test_rows_that_are_not_finite_spoil_their_own_group_only(library, device):
-    x = torch.ones(1, 6, 4, device=device)
+@dtypes
+def test_rows_that_are_not_finite_spoil_their_own_group_only(library, dtype, device):
+    x = torch.ones(1, 7, 4, device=device, dtype=dtype)
     x[0, 1, 2], x[0, 3, 0] = math.nan, math.inf
-    out = library.merge_mean(x, torch.tensor([[0, 0, 2, 2, 4, 4]], device=device)).x
-    expected = torch.ones(1, 3, 4, device=device)
+    out = library.merge_mean(x, torch.tensor([[0, 0, 2, 2, 2, 5, 5]], device=device)).x
+    expected = torch.ones(1, 3, 4, device=device, dtype=dtype)
     expected[0, 0, 2], expected[0, 1, 0] = math.nan, math.inf
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 

@@ -212,7 +212,9 @@ def test_topk_properties(scores, k, seed):
     [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64],
     ids=str,
 )
-def test_gather(dtype, library, device):
+@pytest.mark.parametrize("large", [1, 2**25], ids=["large", "small"])
+def test_gather(large, dtype, library, device, monkeypatch):
+    monkeypatch.setattr("fftriton_kernels._pages._LARGE", large)
     generator = torch.Generator().manual_seed(0)
     kept = torch.randint(-1, 40, (2, 23), generator=generator).to(device)
     shapes = [(2, 40), (2, 40, 65), (2, 40, 3, 5), (2, 40, 1), (2, 40, 0)]
