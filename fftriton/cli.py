@@ -32,6 +32,9 @@ def run(
     question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(NAMES)}.")] = "framefusion",
     budget: Annotated[str, typer.Option(metavar="FLOAT", help="Vision tokens to keep: a fraction in (0, 1].")] = "0.3",
+    relevance: Annotated[
+        str | None, typer.Option(help="For kvtp, a SigLIP that scores the frames: a folder or a name on the hub.")
+    ] = None,
     compare: Annotated[
         bool | None,
         typer.Option("--compare/--no-compare", help="Run with all tokens, too; on where no video is given."),
@@ -54,6 +57,7 @@ def run(
             question=question,
             method=method,
             budget=_parse_budget(budget),
+            relevance=relevance,
             compare=video is None if compare is None else compare,
             out=out,
             frames=frames,

@@ -22,6 +22,7 @@ from . import shipped
 from .hf import reduce
 from .methods import Method, make_method
 from .processing import load_processor, unknown_words
+from .relevance import SiglipRelevance
 from .video import OnProgress, Video, read_video
 
 OpenBar = Callable[[str], AbstractContextManager[OnProgress]]  # a progress bar for as long as a step takes
@@ -39,6 +40,8 @@ class Options:
         question: what to ask; None for the clip's own question.
         method: a key of methods.NAMES.
         budget: fraction of the vision tokens to keep, in (0, 1].
+        relevance: for the method kvtp, a SigLIP that scores the frames: a folder, or a name on the Hugging Face hub.
+            None gives all frames the same.
         compare: run with all tokens, too.
         out: folder for the pictures and report.json.
         frames: frames to sample, at least 1.
@@ -55,6 +58,7 @@ class Options:
     question: str | None = None
     method: str = "framefusion"
     budget: float = 0.3
+    relevance: str | None = None
     compare: bool = False
     out: Path = Path("fftriton-out")
     frames: int = 16
@@ -64,6 +68,8 @@ class Options:
 
     def __post_init__(self) -> None:
         self.make_method()
+        if self.relevance is not None and self.method != "kvtp":
+            raise ValueError(f"relevance must go with method kvtp, got method '{self.method}'")
         for name in ("frames", "max_pixels", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -72,9 +78,9 @@ class Options:
             raise ValueError(f"out must be a folder, got the file '{self.out}'")
         self.make_device()
 
-    def make_method(self) -> Method:
+    def make_method(self, **parameters: Any) -> Method:
         """The method at its budget."""
-        return make_method(self.method, self.budget)
+        return make_method(self.method, self.budget, **parameters)
 
     def make_device(self) -> torch.device:
         """The device, which exists."""
@@ -135,12 +141,14 @@ class Prompt:
         video: the sampled frames.
         inputs: arguments of `generate`.
         tokenizer: the model's.
+        method: how to reduce it.
     """
 
     task: Task
     video: Video
     inputs: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase
+    method: Method
 
     @property
     def unknown_words(self) -> list[str]:
@@ -184,7 +192,8 @@ def prepare(options: Options, open_bar: OpenBar) -> list[Prompt]:
     with _naming_the_model(options.checkpoint):
         config = AutoConfig.from_pretrained(options.checkpoint)
     options.make_method().check(config.get_text_config().num_hidden_layers)
-    prompts = [_encode_prompt(options, task, video) for task, video in zip(tasks, videos, strict=True)]
+    methods = _methods(options, tasks, videos, open_bar)
+    prompts = [_encode_prompt(options, *parts) for parts in zip(tasks, videos, methods, strict=True)]
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -192,9 +201,36 @@ def prepare(options: Options, open_bar: OpenBar) -> list[Prompt]:
     return prompts
 
 
-def _encode_prompt(options: Options, task: Task, video: Video) -> Prompt:
+def _encode_prompt(options: Options, task: Task, video: Video, method: Method) -> Prompt:
     processor = load_processor(options.checkpoint, task.max_pixels)
-    return Prompt(task, video, processor(video, task.question), processor.tokenizer)
+    return Prompt(task, video, processor(video, task.question), processor.tokenizer, method)
+
+
+def _methods(options: Options, tasks: list[Task], videos: list[Video], open_bar: OpenBar) -> list[Method]:
+    """The method for each prompt, which knows how relevant the frames are where that was asked for."""
+    if options.relevance is None:
+        return [options.make_method() for _ in tasks]
+    predictor = load_relevance(options.relevance).to(options.make_device())
+    methods = []
+    with open_bar("Scoring the frames") as on_progress:
+        for task, video in zip(tasks, videos, strict=True):
+            features = predictor.encode(video.frames, progress=False)
+            methods.append(options.make_method(relevance=predictor.bind(features, task.question)))
+            on_progress(len(methods), len(tasks))
+    return methods
+
+
+def load_relevance(checkpoint: str) -> SiglipRelevance:
+    """The predictor of a checkpoint.
+
+    Raises:
+        ValueError: it cannot be read, or is no SigLIP.
+    """
+    try:
+        return SiglipRelevance.from_pretrained(checkpoint)
+    except (OSError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"relevance must be the checkpoint of a SigLIP, got '{checkpoint}': {reason}") from error
 
 
 def load_model(options: Options) -> Any:

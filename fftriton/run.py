@@ -114,8 +114,7 @@ def _run(options: Options, model: Any, prompt: Prompt, open_bar: OpenBar) -> Res
     with open_bar("Encoding the frames") as on_progress:
         vision_seconds = _encode(model, inputs, on_progress)
 
-    method = options.make_method()
-    reduced = Way(type(method).__name__, method)
+    reduced = Way(type(prompt.method).__name__, prompt.method)
     dense = Way("all tokens", None) if options.compare else None
     ways = [way for way in (dense, reduced) if way is not None]
     for way in ways:

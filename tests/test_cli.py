@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import av
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import fftriton.cli
 import fftriton.run
 from fftriton.display import summarise_layers
-from fftriton.request import Options, choose_tasks
+from fftriton.request import Options, choose_tasks, prepare
 from fftriton.run import is_right
 from fftriton.shipped import BUNNY, MODEL, NEEDLE
 
@@ -102,6 +103,20 @@ def test_other_questions_at_30_percent(tmp_path, question, answer):
     (clip,) = json.loads((tmp_path / "report.json").read_text())["clips"]
     assert clip["reduced"]["answer"] == answer
     assert clip["dense"] is None
+
+
+def test_kvtp_takes_its_budgets_from_a_predictor(scripts_of, tmp_path):
+    scripts = scripts_of("kvtp")
+    predictor = scripts.small.small_siglip(scripts.needle.WORDS, side=64, patch=16, width=16, depth=1)
+    predictor.save_pretrained(tmp_path / "siglip")
+    arguments = ["--method", "kvtp", "--relevance", tmp_path / "siglip", "--video", NEEDLE.path]
+    result = invoke(*arguments, "--out", tmp_path / "out", "--no-compare")
+    assert result.exit_code == 0, result.output
+    assert "KVTP" in result.output
+    options = Options(method="kvtp", relevance=str(tmp_path / "siglip"), video=NEEDLE.path, out=tmp_path / "out")
+    (prompt,) = prepare(options, lambda _: nullcontext(lambda done, total: None))
+    expected = predictor(prompt.video.frames, prompt.task.question)
+    torch.testing.assert_close(prompt.method.relevance.scores, expected)
 
 
 def test_unknown_words_are_named(tmp_path):
@@ -210,6 +225,8 @@ def test_bad_videos_are_refused(no_model, tmp_path):
         (["--device", "toaster"], "device must be one that torch can use here, got 'toaster'"),
         (["--device", "meta"], "device must be one that torch can use here, got 'meta'"),
         (["--out", str(NEEDLE.path)], "out must be a folder, got the file"),
+        (["--relevance", "siglip"], "relevance must go with method kvtp, got method 'framefusion'"),
+        (["--method", "kvtp", "--relevance", str(NEEDLE.path.parent)], "relevance must be the checkpoint of a SigLIP"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from .. import request
 from ..relevance import BoundRelevance, SiglipRelevance
 from .digests import digest_of_weights
 
@@ -35,7 +36,4 @@ class SampleRelevance:
 @lru_cache
 def load_relevance(checkpoint: str) -> SampleRelevance:
     """The predictor of a checkpoint, loaded once."""
-    try:
-        return SampleRelevance(SiglipRelevance.from_pretrained(checkpoint))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"relevance must be the checkpoint of a SigLIP, got '{checkpoint}': {error}") from None
+    return SampleRelevance(request.load_relevance(checkpoint))
