@@ -29,6 +29,7 @@ POINTERS = {
     torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
     torch.int64: "*i64", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
 }  # fmt: skip
+EVERY_VARIANT = ("cuda:80", "hip:gfx942")  # the others get what their tiles decide about: a compilation takes a while
 WRITTEN = 64  # what every kernel is taken to have written, so that sizes read back from the device are plausible
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MATRIX = r"\b(wgmma|tcgen05\.mma|mma\.sync|v_mfma|v_wmma)"
@@ -38,11 +39,10 @@ FLOAT_ATOMIC = r"\b(?:atom|red)\.[\w.:]*\.b?f(?:16|32|64)(?:x2)?\b"
 
 
 def call_every_op():
-    """Each op in the ways that lead to different launches, at the sizes of Qwen2 0.5B and 7B."""
+    """Each op in the ways that lead to different tiles, at the sizes of Qwen2 0.5B and 7B."""
     N = 1001
     similarity = torch.zeros(1, N)
     links = torch.zeros(1, N, dtype=torch.int64)
-    bounds = torch.ones(1, dtype=torch.int64)
     cos = torch.zeros(3, 1, N, 128, dtype=torch.bfloat16).permute(1, 2, 0, 3)
     for width in (896, 3584):
         x = torch.zeros(1, N, width, dtype=torch.bfloat16)
@@ -50,38 +50,48 @@ def call_every_op():
         ops.linked_cosine_similarity(x, links)
         ops.merge_mean(x, links, (cos[:, :, 0], links), links)
         ops.gather_rows(links, x, cos, links)
-    ops.merge_mean(x, links, (), 210)
-    for predecessor in (210, links):
-        ops.merge_roots(similarity, predecessor, 0.6)
-        ops.merge_roots(similarity, predecessor, 0.6, 300)
-    ops.merge_roots(similarity, 210, 0.6, bounds)
+    ops.merge_roots(similarity, links, 0.6)
+    ops.merge_roots(similarity, links, 0.6, 300)
     ops.connected_components(torch.zeros(1001, 2, dtype=torch.int64), 1001)
     ops.topk_keep(similarity, 300)
-    ops.topk_keep(similarity.bfloat16(), bounds, links > 0)
     ops.segmented_topk_keep(similarity, links, torch.ones(16, dtype=torch.int64))
+    small, large, wide = heads_of(14, 2, 64), heads_of(28, 4, 128), heads_of(4, 2, 256)
+    for q, k in (small, large):
+        ops.attention_column_sum(q, k, lse=torch.zeros(q.shape[:3]), num_queries=1)
+    for q, k in (small, large, wide, [part.float() for part in large]):
+        ops.attention_column_sum(q, k)
+        ops.attention_column_sum(q, k, num_queries=4)
+
+
+def call_every_variant():
+    """Each op in the ways that lead to other launches with the same tiles."""
+    N = 1001
+    similarity, x = torch.zeros(1, N), torch.zeros(1, N, 3584, dtype=torch.bfloat16)
+    links, bounds = torch.zeros(1, N, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    ops.merge_mean(x, links, (), 210)
+    ops.merge_roots(similarity, 210, 0.6)
+    ops.merge_roots(similarity, 210, 0.6, 300)
+    ops.merge_roots(similarity, 210, 0.6, bounds)
+    ops.topk_keep(similarity.bfloat16(), bounds, links > 0)
     spans = torch.tensor([0, 400, N])
     ops.merge_mean(x, links, (), links, capacity=N)
     ops.merge_roots(similarity[0], 210, 0.6, 300, cu_seqlens=spans, max_seqlen=601)
     ops.merge_roots(similarity[0], links[0], 0.6, spans[1:], cu_seqlens=spans.int(), max_seqlen=601)
     ops.topk_keep(similarity[0], 300, cu_seqlens=spans, max_seqlen=601)
     ops.topk_keep(similarity[0], spans[1:], links[0] > 0, cu_seqlens=spans.int(), max_seqlen=601, capacity=N)
-    for heads, kv_heads, width in ((14, 2, 64), (28, 4, 128)):
-        q = torch.zeros(1, N, heads, width, dtype=torch.bfloat16).transpose(1, 2)
-        k = torch.zeros(1, N, kv_heads, width, dtype=torch.bfloat16).transpose(1, 2)
-        ops.attention_column_sum(q, k)
-        ops.attention_column_sum(q, k, lse=torch.zeros(1, heads, N), num_queries=1)
-        ops.attention_column_sum(q, k, num_queries=4)
+    q, k = heads_of(28, 4, 128)
     ops.attention_column_sum(q, k, causal=False)
-    ops.attention_column_sum(q.float(), k.float())
-    ops.attention_column_sum(q.float(), k.float(), num_queries=4)
-    q, k = (torch.zeros(1, heads, N, 256, dtype=torch.bfloat16) for heads in (4, 2))
-    ops.attention_column_sum(q, k)
-    ops.attention_column_sum(q, k, num_queries=4)
-    bounds = torch.tensor([0, 500, 1001], dtype=torch.int32)
-    q, k = torch.zeros(N, 28, 128, dtype=torch.bfloat16), torch.zeros(N, 4, 128, dtype=torch.bfloat16)
-    packed = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 501, "max_seqlen_k": 501}
+    packed = {"cu_seqlens_q": spans.int(), "cu_seqlens_k": spans.int(), "max_seqlen_q": 601, "max_seqlen_k": 601}
+    q, k = q[0].transpose(0, 1), k[0].transpose(0, 1)
     ops.attention_column_sum(q, k, **packed)
     ops.attention_column_sum(q, k, num_queries=1, **packed)
+
+
+def heads_of(heads, kv_heads, width):
+    """q and k of a layer, as projections leave them."""
+    q = torch.zeros(1, 1001, heads, width, dtype=torch.bfloat16).transpose(1, 2)
+    k = torch.zeros(1, 1001, kv_heads, width, dtype=torch.bfloat16).transpose(1, 2)
+    return q, k
 
 
 def every_kernel():
@@ -181,6 +191,8 @@ def launches_for(name):
     launches = {}
     record(launches)
     call_every_op()
+    if name in EVERY_VARIANT:
+        call_every_variant()
     return launches.values()
 
 
