@@ -3,7 +3,9 @@
 import functools
 import inspect
 import json
+from dataclasses import dataclass, field
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
@@ -160,6 +162,45 @@ def video_embeddings(frames, patches, kind="mixed", before=3, after=4, seed=0):
     row = torch.cat([text[0, :before], video.flatten(0, 1), text[1, :after]])
     positions = torch.arange(before, before + frames * patches).view(frames, patches)
     return row[None], [fftriton.VideoLayout(positions)]
+
+
+def qwen2():
+    """A model, its inputs and their layout, as the next two; this one has no videos of its own."""
+    embeddings, layout = video_embeddings(6, 8)
+    return tiny_qwen2(), {"inputs_embeds": embeddings}, layout
+
+
+def qwen2_vl():
+    return tiny_qwen2_vl(), video_prompt(), None
+
+
+def qwen2_5_vl():
+    return tiny_qwen2_5_vl(), video_prompt(), None
+
+
+QWEN_FAMILIES = pytest.mark.parametrize("family", [qwen2, qwen2_vl, qwen2_5_vl])
+
+
+@dataclass(frozen=True)
+class Listening(fftriton.Method):
+    """Keeps everything, and notes the attention that tokens receive.
+
+    Args:
+        queries: the last ones whose attention counts; None for all.
+        layers: that are asked; None for all.
+        received: [N] by layer.
+    """
+
+    queries: int | None = None
+    layers: tuple[int, ...] | None = None
+    received: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
+
+    def wants_attention(self, layer):
+        return self.layers is None or layer in self.layers
+
+    def after_attention(self, layer, tokens):
+        if tokens.attention is not None:
+            self.received[layer] = tokens.attention(self.queries)[0]
 
 
 def snapshot(model):

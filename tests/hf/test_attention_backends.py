@@ -1,13 +1,11 @@
 """Every attention back end: the same tokens are kept, and the same answer comes out, as with sdpa."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from attention_backends import BACKENDS, attention
 from families import FAMILIES as EVERY_FAMILY
 from families import collate
-from models import tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
+from models import QWEN_FAMILIES, Listening, qwen2, tiny_qwen2, video_embeddings
 
 import fftriton
 
@@ -19,20 +17,6 @@ METHODS = {
 }
 
 
-def qwen2():
-    embeddings, layout = video_embeddings(6, 8)
-    return tiny_qwen2(), {"inputs_embeds": embeddings}, layout
-
-
-def qwen2_vl():
-    return tiny_qwen2_vl(), video_prompt(), None
-
-
-def qwen2_5_vl():
-    return tiny_qwen2_5_vl(), video_prompt(), None
-
-
-FAMILIES = pytest.mark.parametrize("family", [qwen2, qwen2_vl, qwen2_5_vl])
 ALL_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
 pytestmark = pytest.mark.feature("attention back ends")
 
@@ -48,7 +32,7 @@ def same_positions(first, second):
     return all(map(torch.equal, first.report.kept_positions, second.report.kept_positions))
 
 
-@FAMILIES
+@QWEN_FAMILIES
 @ALL_BACKENDS
 def test_keep_all_is_bit_identical(family, backend):
     model, inputs, layout = family()
@@ -60,7 +44,7 @@ def test_keep_all_is_bit_identical(family, backend):
     assert torch.equal(logits, plain)
 
 
-@FAMILIES
+@QWEN_FAMILIES
 @ALL_BACKENDS
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_sdpa(family, backend, method):
@@ -76,33 +60,24 @@ def test_equals_sdpa(family, backend, method):
     assert (logits - generate(model, inputs)[1]).abs().max() > 1e-2  # the reduction does change the output
 
 
-@FAMILIES
+@QWEN_FAMILIES
 @ALL_BACKENDS
 @pytest.mark.parametrize("queries", [None, 1, 4])
 def test_importance_equals_eager(family, backend, queries):
-    received = []
-
-    @dataclass(frozen=True)
-    class Listening(fftriton.Method):
-        def wants_attention(self, layer):
-            return True
-
-        def after_attention(self, layer, tokens):
-            received.append(tokens.attention(queries)[0])
-
+    listening = Listening(queries)
     model, inputs, layout = family()
     with torch.no_grad():
-        with attention(model, backend), fftriton.reduce(model, Listening(), layout):
+        with attention(model, backend), fftriton.reduce(model, listening, layout):
             model(**inputs)
         with attention(model, "eager"):
             weights = model(**inputs, output_attentions=True).attentions
-    for scores, layer in zip(received, weights, strict=True):
+    for scores, layer in zip(listening.received.values(), weights, strict=True):
         attended = layer[0].mean(0)  # [N, N]
         expected = attended.sum(0) if queries is None else attended[-queries:].sum(0)
         torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)
 
 
-@FAMILIES
+@QWEN_FAMILIES
 @ALL_BACKENDS
 def test_several_tokens_behind_a_reduced_prompt(family, backend):
     model, inputs, layout = family()
@@ -156,7 +131,7 @@ def generate_batch(model, batch):
     )
 
 
-@FAMILIES
+@QWEN_FAMILIES
 def test_flash_attention_sees_one_sequence(family):
     """Positions with gaps look like packed sequences to transformers: they must not reach flash attention."""
     model, inputs, layout = family()

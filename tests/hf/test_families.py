@@ -2,14 +2,13 @@
 
 import copy
 import inspect
-from dataclasses import dataclass
 
 import pytest
 import torch
 from attention_backends import BACKENDS, attention
 from by_hand import check_by_hand, decoder_of, generate, see_prompt
 from families import EXPERTS_OF_FAMILIES, FAMILIES, qwen3_5
-from models import seeded
+from models import Listening, seeded
 
 import fftriton
 from fftriton.hf.families import RULES
@@ -114,24 +113,14 @@ def test_keep_all_is_bit_identical(family):
 @pytest.mark.parametrize("queries", [None, 4])
 @torch.no_grad()
 def test_attention_is_what_eager_computes(family, queries):
-    received = {}
-
-    @dataclass(frozen=True)
-    class Listening(fftriton.Method):
-        def wants_attention(self, layer):
-            return True
-
-        def after_attention(self, layer, tokens):
-            if tokens.attention is not None:
-                received[layer] = tokens.attention(queries)[0]
-
+    listening = Listening(queries)
     model, eager, inputs = family.model(), family.model("eager"), family.inputs()
-    with fftriton.reduce(model, Listening()):
+    with fftriton.reduce(model, listening):
         model(**inputs)
     weights = eager(**inputs, output_attentions=True).attentions
     layers = [index for index, layer in enumerate(decoder_of(model).layers) if hasattr(layer, "self_attn")]
-    assert sorted(received) == layers
-    for scores, weight in zip(received.values(), weights, strict=True):
+    assert sorted(listening.received) == layers
+    for scores, weight in zip(listening.received.values(), weights, strict=True):
         expected = weight[0].mean(0)[-(queries or 0) :].sum(0)
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from models import tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
+from models import QWEN_FAMILIES, qwen2, qwen2_vl
 
 import fftriton
 
@@ -17,22 +17,6 @@ METHODS = {
     "prune": fftriton.FastV(0.5, layer=2),
 }
 pytestmark = pytest.mark.feature("offload and device_map")
-
-
-def qwen2():
-    embeddings, layout = video_embeddings(6, 8)
-    return tiny_qwen2(), {"inputs_embeds": embeddings}, layout
-
-
-def qwen2_vl():
-    return tiny_qwen2_vl(), video_prompt(), None
-
-
-def qwen2_5_vl():
-    return tiny_qwen2_5_vl(), video_prompt(), None
-
-
-FAMILIES = pytest.mark.parametrize("family", [qwen2, qwen2_vl, qwen2_5_vl])
 
 
 @torch.no_grad()
@@ -57,7 +41,7 @@ def assert_as_in_one_place(model, family):
         assert torch.equal(logits, expected)
 
 
-@FAMILIES
+@QWEN_FAMILIES
 def test_cpu_offload(family):
     model = cpu_offload(copy.deepcopy(family()[0]), execution_device=torch.device("cpu"))
     assert all(weight.is_meta for weight in model.get_decoder().layers.parameters())
@@ -65,7 +49,7 @@ def test_cpu_offload(family):
     assert all(weight.is_meta for weight in model.get_decoder().layers.parameters())
 
 
-@FAMILIES
+@QWEN_FAMILIES
 @pytest.mark.parametrize("cut", range(6))
 def test_cut_between_any_two_layers(family, cut, tmp_path):
     """The decoder's layers from `cut` on are on disk, all else is in memory."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from by_hand import Scripted, check_by_hand, decoder_of, generate
-from models import snapshot, tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
+from models import Listening, snapshot, tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -210,42 +210,23 @@ def test_report(family):
 @FAMILIES
 @pytest.mark.parametrize("queries", [None, 1, 4])
 def test_attention_is_what_eager_computes(family, queries):
-    received = {}
-
-    @dataclass(frozen=True)
-    class Listening(fftriton.Method):
-        def wants_attention(self, layer):
-            return layer in (0, 2)
-
-        def after_attention(self, layer, tokens):
-            if tokens.attention is not None:
-                received[layer] = tokens.attention(queries)
-
+    listening = Listening(queries, layers=(0, 2))
     model, inputs, layout = family("sdpa")
     eager, _, _ = family("eager")
     with torch.no_grad():
-        with fftriton.reduce(model, Listening(), layout):
+        with fftriton.reduce(model, listening, layout):
             model(**inputs)
         attentions = eager(**inputs, output_attentions=True).attentions
-    assert sorted(received) == [0, 2]
-    for layer, scores in received.items():
+    assert sorted(listening.received) == [0, 2]
+    for layer, scores in listening.received.items():
         weights = attentions[layer][0].mean(0)  # [N, N]
         expected = weights.sum(0) if queries is None else weights[-queries:].sum(0)
-        assert (scores[0] - expected).abs().max() < 1e-5
+        assert (scores - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("padding", [0, 3])
 def test_attention_to_a_video_behind_a_first_turn(padding):
-    received = []
-
-    @dataclass(frozen=True)
-    class Listening(fftriton.Method):
-        def wants_attention(self, layer):
-            return True
-
-        def after_attention(self, layer, tokens):
-            received.append(tokens.attention(None)[0])
-
+    listening = Listening()
     first = torch.randint(2, 140, (1, padding + 7), generator=torch.Generator().manual_seed(5))
     mask = torch.ones(1, padding + 7, dtype=torch.int64)
     mask[:, :padding] = 0
@@ -258,10 +239,10 @@ def test_attention_to_a_video_behind_a_first_turn(padding):
         return model(inputs_embeds=video, attention_mask=both, past_key_values=cache, output_attentions=True)
 
     with torch.no_grad():
-        with fftriton.reduce(tiny_qwen2(), Listening(), lambda model, arguments: layout_of(arguments, layout)):
+        with fftriton.reduce(tiny_qwen2(), listening, lambda model, arguments: layout_of(arguments, layout)):
             turns(tiny_qwen2())
         attentions = turns(tiny_qwen2(attention="eager")).attentions
-    for scores, weights in zip(received, attentions, strict=True):
+    for scores, weights in zip(listening.received.values(), attentions, strict=True):
         assert (scores - weights[0].mean(0)[:, -new:].sum(0)).abs().max() < 1e-5
 
 

@@ -5,14 +5,13 @@ torchrun starts this file again, in two processes that talk over gloo.
 
 import functools
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from launch import launch
-from models import tiny_qwen2, tiny_qwen2_vl, video_embeddings, video_prompt
+from models import Listening, tiny_qwen2, tiny_qwen2_vl, video_embeddings, video_prompt
 
 import fftriton
 
@@ -24,19 +23,6 @@ METHODS = {
     "prune": fftriton.FastV(0.5, layer=1),
 }
 RANKS = 2
-
-
-@dataclass(frozen=True)
-class Listening(fftriton.Method):
-    """Keeps everything, and the attention that each token received in each layer."""
-
-    received: list = field(default_factory=list, compare=False)
-
-    def wants_attention(self, layer):
-        return True
-
-    def after_attention(self, layer, tokens):
-        self.received.append(tokens.attention(None))
 
 
 def inputs_of(name):
@@ -64,7 +50,7 @@ def run(name, model):
     listening = Listening()
     with fftriton.reduce(model, listening, layout):
         model(**inputs)
-    return results | {"received": torch.stack(listening.received)}
+    return results | {"received": torch.stack(list(listening.received.values()))}
 
 
 @pytest.fixture(scope="module")
