@@ -14,7 +14,7 @@ demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it
 	$(BIN)/fftriton run --compare --out fftriton-out
 
 test: $(INSTALLED)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
-	$(BIN)/pytest --numprocesses auto --dist loadgroup
+	$(BIN)/pytest --numprocesses auto
 
 test-oldest: test-transformers-4.57  ## the integration tests against the oldest supported transformers
 

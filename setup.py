@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py")
 EVAL = ["accelerate>=1.0", "scikit-learn>=1.2"]  # several processes; the handwritten digits of the needle task
 TEST = [
     *EVAL,
+    "filelock",
     "hypothesis",
     "kernels>=0.12,<0.18",
     "pytest>=8",
