@@ -23,7 +23,7 @@ NO_LINK = -2.0
 """Similarity of a token that has no partner: below every cosine, so it never reaches a threshold."""
 
 _BLOCK = 2**18  # elements of x that are worked on at a time
-_REACH = 2**21  # elements between a row in half precision and its partner up to which they share a pool
+_REACH = 2**21  # elements between a row and its partner up to which they share a pool of converted rows
 _QUERY_BLOCK = 128  # rows of the attention matrix that exist at a time
 
 
@@ -97,10 +97,10 @@ def _row_products(x: Tensor, partner: Tensor) -> Tensor:
         return torch.stack(((rows * rows).sum(-1), (rows * rows[partner]).sum(-1)), 1)
     if x.dtype == _accumulator(x) and x.is_contiguous():
         return _sampled_products(_pattern(torch.stack((place, partner), 1), x), x, x)
-    return _half_row_products(x, partner)
+    return _pooled_row_products(x, partner)
 
 
-def _half_row_products(x: Tensor, partner: Tensor) -> Tensor:
+def _pooled_row_products(x: Tensor, partner: Tensor) -> Tensor:
     """As `_row_products`, block by block in a pool of fp32 rows: the last blocks, as far back as partners lie.
 
     Where partners lie too far back or ahead, the pool holds one block and its partners.
@@ -292,11 +292,11 @@ def _bag_means(x: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
         x, members = x[members], torch.arange(len(members))
     if x.dtype == _accumulator(x):
         return torch.sparse.mm(_sparse(sizes, members, x.new_ones(len(members)), x), x, "mean")
-    weights = _parts(sizes.float().reciprocal())
+    weights = _parts(sizes.float().reciprocal()).to(x.dtype)
     counts = (weights != 0).sum(1)
     weights = weights.repeat_interleave(sizes, 0).flatten()
     columns = members.repeat_interleave(counts.repeat_interleave(sizes))
-    return torch.sparse.mm(_sparse(counts * sizes, columns, weights[weights != 0].to(x.dtype), x), x, "sum")
+    return torch.sparse.mm(_sparse(counts * sizes, columns, weights[weights != 0], x), x, "sum")
 
 
 def _parts(weights: Tensor) -> Tensor:

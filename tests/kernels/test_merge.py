@@ -303,6 +303,16 @@ def test_rows_that_are_not_finite_spoil_their_own_group_only(library, dtype, dev
 
 
 @libraries
+@dtypes
+def test_an_infinite_row_in_a_large_group(library, dtype, device):
+    """Its weight is too small for one number of half precision, and what is left of it may be none."""
+    x = torch.ones(1, 300, 4, device=device, dtype=dtype)
+    x[0, 7, 1] = math.inf
+    out = library.merge_mean(x, torch.zeros(1, 300, dtype=torch.int64, device=device)).x
+    assert out.tolist() == [[[1.0, math.inf, 1.0, 1.0]]]
+
+
+@libraries
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_who_leaves(library, index, device):
     # -1 leaves, so does a token whose root is no root: 3 is led by 2, which 1 leads; 8 and -5 are no tokens
