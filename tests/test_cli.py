@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from models import rope
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -139,7 +140,7 @@ def test_other_checkpoints_take_the_same_path(tmp_path):
         text_config={
             "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
             "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 6, "pad_token_id": 0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            **rope(rope_theta=10000.0, mrope_section=[2, 3, 3]),
         },
         vision_config={
             "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,

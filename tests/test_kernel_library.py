@@ -196,6 +196,7 @@ def test_gradients(name, path):
 
 
 @pytest.mark.parametrize("name", CALLS)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_compiles_without_a_graph_break(name, path):
     x = make_x(2, 12, 5, device=path)
     torch._dynamo.reset()

@@ -84,8 +84,14 @@ def packed_inputs(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, x[:, 0].contiguous(), cu_seqlens, torch.tensor([1, 0, 3], device=device)
 
 
-STEPS = {"padded": (reduce_step, make_inputs), "packed": (reduce_packed, packed_inputs)}
-steps = pytest.mark.parametrize(("step", "inputs"), STEPS.values(), ids=STEPS)
+traces_properties = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 cannot trace the property of a named tuple"
+)
+STEPS = [
+    pytest.param(reduce_step, make_inputs, id="padded"),
+    pytest.param(reduce_packed, packed_inputs, id="packed", marks=traces_properties),
+]
+steps = pytest.mark.parametrize(("step", "inputs"), STEPS)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -98,6 +104,7 @@ def test_compiles_in_one_graph(step, inputs, backend, device):
         torch.testing.assert_close(ours, eager, rtol=0, atol=0)
 
 
+@traces_properties
 def test_dynamic_sizes_compile_in_one_graph(device):
     arguments = packed_inputs(device)
     torch._dynamo.reset()

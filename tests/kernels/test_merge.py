@@ -515,9 +515,8 @@ def test_opcheck_mean(device):
     torch.library.opcheck(gather, (groups.kept, [x, roots]))
 
 
-def test_compiles_as_one_graph(device, monkeypatch):
-    monkeypatch.setattr("torch._dynamo.config.capture_dynamic_output_shape_ops", True)
-
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiles_as_one_graph(device):
     def step(x, position):
         similarity = fftriton_kernels.strided_cosine_similarity(x, 3)
         merged = merge_mean(x, merge_roots(similarity, 3, 0.6), (position,), predecessor=3)

@@ -322,9 +322,8 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.fftriton_kernels.gather_rows.default, (kept, rows))
 
 
-def test_compiles_in_one_graph(device, monkeypatch):
-    monkeypatch.setattr("torch._dynamo.config.capture_dynamic_output_shape_ops", True)
-
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiles_in_one_graph(device):
     def prune(scores, x, candidates):
         kept = topk_keep(scores, 5, candidates)
         return gather_rows(kept, x)[0] * 2, topk_keep(scores, 5)
