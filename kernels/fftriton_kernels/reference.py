@@ -342,19 +342,20 @@ def attention_column_sum(
     kv_heads, keys = k.shape[1:3]
     scale = width**-0.5 if scale is None else scale
     begin, end = (0, keys) if columns is None else columns
-    key = _accumulated(k).unsqueeze(2)  # [B, Hkv, 1, Nk, d]
+    key = _accumulated(k)
     total = key.new_zeros(batch, end - begin)
     first = queries - (queries if num_queries is None else num_queries)
     for low in range(first, queries, _QUERY_BLOCK):
         high = min(low + _QUERY_BLOCK, queries)
-        block = _accumulated(q[:, :, low:high]).reshape(batch, kv_heads, heads // kv_heads, high - low, width)
-        score = (block @ key.mT).flatten(1, 2) * scale  # [B, H, block, Nk]
+        rows = heads // kv_heads * (high - low)  # those of the query heads that share a key head
+        block = _accumulated(q[:, :, low:high]).reshape(batch, kv_heads, rows, width) * scale
+        score = (block @ key.mT).view(batch, heads, high - low, keys)
         if causal:
             last_seen = torch.arange(low, high, device=q.device)[:, None] + keys - queries
-            score = score.masked_fill(torch.arange(keys, device=q.device) > last_seen, float("-inf"))
+            score.masked_fill_(torch.arange(keys, device=q.device) > last_seen, float("-inf"))
         norm = score.logsumexp(-1) if lse is None else lse[:, :, low:high].to(score.dtype)
         norm = norm.masked_fill(norm == float("-inf"), float("inf"))  # a row that sees nothing adds nothing
-        total += (score[..., begin:end] - norm[..., None]).exp().sum((1, 2))
+        total += score[..., begin:end].sub_(norm[..., None]).exp_().sum((1, 2))
     return total / heads
 
 
