@@ -347,15 +347,18 @@ def attention_column_sum(
     first = queries - (queries if num_queries is None else num_queries)
     for low in range(first, queries, _QUERY_BLOCK):
         high = min(low + _QUERY_BLOCK, queries)
+        seen = max(high + keys - queries, 0) if causal else keys
         rows = heads // kv_heads * (high - low)  # those of the query heads that share a key head
         block = _accumulated(q[:, :, low:high]).reshape(batch, kv_heads, rows, width) * scale
-        score = (block @ key.mT).view(batch, heads, high - low, keys)
+        score = (block @ key[:, :, :seen].mT).view(batch, heads, high - low, seen)
         if causal:
             last_seen = torch.arange(low, high, device=q.device)[:, None] + keys - queries
-            score.masked_fill_(torch.arange(keys, device=q.device) > last_seen, float("-inf"))
+            score.masked_fill_(torch.arange(seen, device=q.device) > last_seen, float("-inf"))
         norm = score.logsumexp(-1) if lse is None else lse[:, :, low:high].to(score.dtype)
         norm = norm.masked_fill(norm == float("-inf"), float("inf"))  # a row that sees nothing adds nothing
-        total += score[..., begin:end].sub_(norm[..., None]).exp_().sum((1, 2))
+        weight = score[..., begin:end].sub_(norm[..., None]).exp_().sum((1, 2))
+        total[:, : weight.shape[1]] += weight
+        total.masked_fill_(norm.isnan().flatten(1).any(1)[:, None], float("nan"))  # as in softmax, what is unseen too
     return total / heads
 
 
