@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from ops import OPS, Inputs, Op, Provider, Shape
 from results import Row, draw, results_path, table, write_csv
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from timing import Milliseconds, copy_gbps, device_name, free_bytes, matmul_tflops, time_call
+from timing import Milliseconds, copy_gbps, device_name, free_bytes, matmul_tflops, time_calls
 from torch import Tensor
 
 KERNEL_TESTS = ROOT / "tests" / "kernels"
@@ -95,9 +96,9 @@ class Bench:
         self._add_row(name, "torch", "large", dtype, metric, times, rate)
 
     def measure(self, case: Case) -> Iterator[str]:
-        """Time the providers of a case, and yield each one's name before its turn."""
+        """Time the providers of a case, and yield each one's name before its result is checked."""
         given = case.op.inputs(case.shape, case.dtype, self.device)
-        baseline = None
+        baseline, calls = None, {}
         for name, provider in case.op.providers.items():
             yield name
             inputs = cloned(given)  # a provider may write into its own
@@ -111,13 +112,13 @@ class Bench:
                     self._note(provider, f"{where}: its result is not the baseline's")
                     continue
                 baseline = out if baseline is None else baseline
-                times = time_call(lambda run=provider.run, given=inputs: run(**given), self.device, self.seconds)
+                calls[name] = partial(provider.run, **inputs)
             except torch.cuda.OutOfMemoryError:
                 self.notes.append(f"{where}: does not fit into memory")
             except Exception as error:
                 self._note(provider, f"{where}: {type(error).__name__}: {str(error).strip()[:200]}")
-            else:
-                self._add_times(case, name, times)
+        for name, times in time_calls(calls, self.device, self.seconds).items():
+            self._add_times(case, name, times)
 
     def _note(self, provider: Provider, reason: str) -> None:
         (self.notes if provider.may_fail else self.failures).append(reason)

@@ -16,6 +16,7 @@ import torch
 
 WARM_UP = 2
 FEWEST, MOST = 5, 200  # timed runs
+TURNS = {"cuda": 1, "cpu": 5}
 FLUSH_BYTES = 2**28  # more than any L2 cache
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
@@ -32,16 +33,29 @@ class Milliseconds:
 
 
 def time_call(call: Callable[[], Any], device: str, seconds: float) -> Milliseconds:
-    """Quantiles of a call's time.
+    """As `time_calls`, for one."""
+    return time_calls({"": call}, device, seconds)[""]
+
+
+def time_calls(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, Milliseconds]:
+    """Quantiles of the time of each call.
 
     Args:
-        call: what to time.
+        calls: what to time, by name; in turns on a CPU, so that a busy machine slows all alike.
         device: "cuda": device events, with the L2 cache flushed before each run; "cpu": wall clock.
-        seconds: how long to repeat it, within FEWEST and MOST runs.
+        seconds: how long to repeat each, within FEWEST and MOST runs.
     """
     sample = _cuda_times if device == "cuda" else _wall_times
-    fastest = min(sample(call, WARM_UP))
-    times = sample(call, max(FEWEST, min(MOST, int(seconds * 1e3 / max(fastest, 1e-3)))))
+    fastest = {name: min(sample(call, WARM_UP)) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(TURNS[device]):
+        for name, call in calls.items():
+            runs = max(FEWEST, min(MOST, int(seconds * 1e3 / max(fastest[name], 1e-3))))
+            times[name] += sample(call, -(-runs // TURNS[device]))
+    return {name: _quantiles(every) for name, every in times.items()}
+
+
+def _quantiles(times: list[float]) -> Milliseconds:
     p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
     return Milliseconds(p20, statistics.median(times), p80)
 

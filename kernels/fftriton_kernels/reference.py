@@ -272,7 +272,7 @@ def group_mean(x: Tensor, groups: Groups) -> Tensor:
     for sample, rows in enumerate(x):
         starts, sizes, members = groups.starts[sample], groups.sizes[sample], groups.members[sample]
         crowded = (sizes > 1).nonzero()[:, 0]
-        for some in crowded.split(8 * _block_rows(rows)) if len(crowded) else ():
+        for some in crowded.split(16 * _block_rows(rows)) if len(crowded) else ():
             ends = sizes[some].cumsum(0)
             first = (starts[some] - ends + sizes[some]).repeat_interleave(sizes[some])
             place = torch.arange(len(first), device=x.device)

@@ -287,7 +287,7 @@ def test_groups_longer_than_a_block(device):
 def test_the_reference_adds_groups_up_in_blocks(arrange, dtype, monkeypatch):
     x, roots = make_video(2, 1, 200, 65, dtype, "cpu"), random_roots(2, 200, "cpu")
     whole, x = reference.merge_mean(x, roots).x, arrange(x)
-    monkeypatch.setattr(reference, "_BLOCK", 65)  # eight groups at a time
+    monkeypatch.setattr(reference, "_BLOCK", 65)  # 16 groups at a time
     assert torch.equal(reference.merge_mean(x, roots).x, whole)
 
 
