@@ -106,26 +106,28 @@ def _pooled_row_products(x: Tensor, partner: Tensor) -> Tensor:
     Where partners lie too far back or ahead, the pool holds one block and its partners.
     """
     place = torch.arange(len(x))
-    block = min(_block_rows(x), len(x))
     nearest, farthest = (int(end) for end in torch.aminmax(place - partner))
+    block = min(_block_rows(x), len(x))
+    if block < 2 * farthest:  # links of one stride lead to the same place of another block, and to the same core
+        block = -(-farthest // -(-farthest // block))
     near = nearest >= 0 and farthest * x.shape[1] <= _REACH
     ring = (-(-farthest // block) + 1 if near else 1) * block  # row t is in place t % ring
-    pool = torch.zeros(ring if near else 2 * block, x.shape[1], dtype=_accumulator(x))
+    pool = torch.empty(ring if near else 2 * block, x.shape[1], dtype=_accumulator(x))
     slots = torch.stack((place % ring, partner % ring if near else block + place % block), 1)
     pattern = _pattern(slots[:block].clone(), pool)
     columns, values = (part.view(block, 2) for part in (pattern.col_indices(), pattern.values()))
-    parts, turns = pool.split(block), ring // block
-    out = torch.empty(len(x), 2, dtype=pool.dtype)
-    blocks = zip(x.split(block), partner.split(block), slots.split(block), out.split(block), strict=True)
-    for number, (rows, partners, slot, products) in enumerate(blocks):
+    parts, turns, pool_columns = pool.split(block), ring // block, pool.mT
+    products = []
+    blocks = zip(x.split(block), partner.split(block), slots.split(block), strict=True)
+    for number, (rows, partners, slot) in enumerate(blocks):
         own = parts[number % turns]
         own[: len(rows)] = rows
         if not near:
             parts[1][: len(rows)] = x.index_select(0, partners)
         columns[: len(rows)] = slot  # in place: to make a pattern takes as long as its products
-        torch.sparse.sampled_addmm(pattern, own, pool.mT, beta=0.0, out=pattern)
-        products.copy_(values[: len(rows)])
-    return out
+        torch.sparse.sampled_addmm(pattern, own, pool_columns, beta=0.0, out=pattern)
+        products.append(values.clone())
+    return torch.cat(products)[: len(x)]
 
 
 def _pattern(columns: Tensor, y: Tensor) -> Tensor:
@@ -185,7 +187,7 @@ def merge_roots(
     earlier = (links >= 0) & (links < position)
     joins = earlier & (similarity >= threshold) & (similarity > NO_LINK)  # False for NaN
     if max_merges is not None:
-        joins &= _highest(similarity.masked_fill(~joins, float("-inf")), max_merges, cu_seqlens)
+        joins = _highest(similarity, joins, max_merges, cu_seqlens)
     roots = torch.where(joins, links, position)
     while not torch.equal(further := roots.gather(1, roots), roots):  # each round doubles the distance covered
         roots = further
@@ -273,30 +275,44 @@ def group_mean(x: Tensor, groups: Groups) -> Tensor:
         starts, sizes, members = groups.starts[sample], groups.sizes[sample], groups.members[sample]
         crowded = (sizes > 1).nonzero()[:, 0]
         for some in crowded.split(16 * _block_rows(rows)) if len(crowded) else ():
-            ends = sizes[some].cumsum(0)
-            first = (starts[some] - ends + sizes[some]).repeat_interleave(sizes[some])
-            place = torch.arange(len(first), device=x.device)
-            mean[sample, some] = _bag_means(rows, members[first + place], sizes[some])
+            _put_rows(mean[sample], some, _bag_means(rows, members, starts[some], sizes[some]))
     return mean
 
 
-def _bag_means(x: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
-    """x [N, D] -> [R, D]: means over bags, members [m] bag after bag, sizes [R]; in fp32, rounded once.
+def _put_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """out[index] = rows, in elements of 16 bytes where rows consist of them: each takes as long as one of two."""
+    if rows.numel() and rows.shape[1] * rows.element_size() % 16 == 0 and not rows.requires_grad:
+        out, rows = out.view(torch.complex128), rows.view(torch.complex128)
+    out[index] = rows
+
+
+def _bag_means(x: Tensor, members: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
+    """x [N, D] -> [R, D]: means over bags, which start at starts [R] in members [N]; in fp32, rounded once.
 
     Products with sparse matrices accumulate rows of half precision in fp32 and read them once. They would round the sum
     before they divide it, though, so there each row comes with its weight.
     """
     if x.device.type != "cpu" or not x.numel():
-        return torch.segment_reduce(_accumulated(x[members]), "mean", lengths=sizes).to(x.dtype)
+        rows = _accumulated(x[_stretches(members, starts, sizes)])
+        return torch.segment_reduce(rows, "mean", lengths=sizes).to(x.dtype)
     if not x.is_contiguous():  # all of it would be copied
-        x, members = x[members], torch.arange(len(members))
+        x, starts = x[_stretches(members, starts, sizes)], sizes.cumsum(0) - sizes
+        members = torch.arange(len(x))
     if x.dtype == _accumulator(x):
-        return torch.sparse.mm(_sparse(sizes, members, x.new_ones(len(members)), x), x, "mean")
-    weights = _parts(sizes.float().reciprocal()).to(x.dtype)
-    counts = (weights != 0).sum(1)
-    weights = weights.repeat_interleave(sizes, 0).flatten()
-    columns = members.repeat_interleave(counts.repeat_interleave(sizes))
-    return torch.sparse.mm(_sparse(counts * sizes, columns, weights[weights != 0], x), x, "sum")
+        columns = _stretches(members, starts, sizes)
+        return torch.sparse.mm(_sparse(sizes, columns, x.new_ones(len(columns)), x), x, "mean")
+    parts = _parts(sizes.float().reciprocal()).to(x.dtype)
+    counts = (parts != 0).sum(1)  # how often a bag is added up, each time with a part of its weight
+    starts, repeats = starts.repeat_interleave(counts), sizes.repeat_interleave(counts)
+    weights = parts[parts != 0].repeat_interleave(repeats)
+    return torch.sparse.mm(_sparse(counts * sizes, _stretches(members, starts, repeats), weights, x), x, "sum")
+
+
+def _stretches(members: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
+    """members [N] -> [m]: the stretches that begin at starts [R], of sizes [R], one after another."""
+    ends = sizes.cumsum(0)
+    place = (starts - ends + sizes).repeat_interleave(sizes)
+    return members.index_select(0, place.add_(torch.arange(len(place), device=place.device)))
 
 
 def _parts(weights: Tensor) -> Tensor:
@@ -374,12 +390,11 @@ def topk_keep(
     """scores [B, N] -> [B, K] int64: every non-candidate and the k best candidates, ascending, -1 for padding."""
     candidates = torch.ones_like(scores, dtype=torch.bool) if candidates is None else candidates
     if cu_seqlens is None:
-        kept = compact((rank_descending(scores, candidates) < _per_row(k, scores)) | ~candidates, capacity)[0]
+        kept = compact(_highest(scores, candidates, k) | ~candidates, capacity)[0]
     else:
         scores, candidates = scores[None], candidates[None]
-        best = rank_descending(scores, candidates, cu_seqlens) < _per_row(k, scores, cu_seqlens)
         others = ~candidates & (_per_row(1, scores, cu_seqlens) == 1)  # those of no sequence are not kept
-        kept = compact(best | others, capacity)[0][0]
+        kept = compact(_highest(scores, candidates, k, cu_seqlens) | others, capacity)[0][0]
     return kept if capacity is None else (kept, lengths_of(kept, cu_seqlens))
 
 
@@ -400,7 +415,7 @@ def segmented_topk_keep(
 
 
 def _segmented_kept(scores: Tensor, segments: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
-    order = torch.argsort(rank_descending(scores), dim=1)  # best first
+    order = _best_first(scores)
     order = order.gather(1, torch.argsort(segments.gather(1, order), dim=1, stable=True))  # by segment, best first
     sorted_segments = segments.gather(1, order).contiguous()
     position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
@@ -441,27 +456,36 @@ def rank_descending(scores: Tensor, candidates: Tensor | None = None, cu_seqlens
 
     Packed, scores [1, T] are ranked within their sequences.
     """
+    order = _best_first(scores, candidates, cu_seqlens)
+    position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    if cu_seqlens is not None:
+        sequence = sequence_of(cu_seqlens, scores.shape[1])
+        position = position - torch.where(sequence < 0, 0, cu_seqlens.long()[sequence.clamp_min(0)])
+    return torch.empty_like(order).scatter_(1, order, position)
+
+
+def _best_first(scores: Tensor, candidates: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """scores [B, N] -> [B, N] int64: the tokens in the order of `rank_descending`; packed, sequence by sequence."""
     last = scores.isnan().long()
     if candidates is not None:
         last = torch.where(candidates, last, 2)
     order = torch.argsort(scores.masked_fill(scores.isnan(), 0), dim=1, descending=True, stable=True)
     if last.any():
         order = order.gather(1, torch.argsort(last.gather(1, order), dim=1, stable=True))
-    position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     if cu_seqlens is not None:
         sequence = sequence_of(cu_seqlens, scores.shape[1])
-        order = order.gather(1, torch.argsort(sequence[order], dim=1, stable=True))  # those of a sequence, best first
-        position = position - torch.where(sequence < 0, 0, cu_seqlens.long()[sequence.clamp_min(0)])
-    return torch.empty_like(order).scatter_(1, order, position)
+        order = order.gather(1, torch.argsort(sequence[order], dim=1, stable=True))
+    return order
 
 
-def _highest(scores: Tensor, count: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """scores [B, N] without NaN -> [B, N] bool: the `count` highest of each row, of equal ones the first."""
+def _highest(scores: Tensor, candidates: Tensor, count: int | Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """scores, candidates [B, N] -> [B, N] bool: those candidates whose `rank_descending` is below `count`."""
     length = scores.shape[1]
-    if isinstance(count, Tensor) or cu_seqlens is not None or not 0 < count < length:
-        return rank_descending(scores, cu_seqlens=cu_seqlens) < _per_row(count, scores, cu_seqlens)
+    scores = scores.masked_fill(~candidates, float("-inf"))
+    if isinstance(count, Tensor) or cu_seqlens is not None or not 0 < count < length or scores.isnan().any():
+        return candidates & (rank_descending(scores, candidates, cu_seqlens) < _per_row(count, scores, cu_seqlens))
     lowest = scores.kthvalue(length - count + 1, dim=1, keepdim=True).values  # a fraction of a sort's time
-    above, level = scores > lowest, scores == lowest
+    above, level = scores > lowest, candidates & (scores == lowest)
     return above | (level & (level.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 

@@ -460,10 +460,11 @@ def test_merging_keeps_the_sum(B, N, joins, seed):
 # gradients
 
 
+@pytest.mark.parametrize("D", [7, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients(dtype, device):
+def test_gradients(dtype, D, device):
     torch.manual_seed(0)
-    B, N, D = 2, 19, 7
+    B, N = 2, 19
     roots = random_roots(B, N, device)
     inputs = [torch.randn(B, N, D), torch.randn(B, N, 3), torch.randn(2, B, N, 2).permute(1, 2, 0, 3)]
     weights = [torch.randn(B, 19, *part.shape[2:]) for part in inputs]
