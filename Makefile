@@ -16,13 +16,18 @@ demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it
 test: $(INSTALLED)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
 	$(BIN)/pytest --numprocesses auto
 
-test-oldest: test-transformers-4.57  ## the integration tests against the oldest supported transformers
+test-oldest: test-transformers-4.57 test-triton-3.2  ## both of the following with the oldest supported release
+
+test-transformers-%: $(VENV)/overlays/transformers-%/.installed  ## the integration tests with transformers 4.57 or 5.17
+	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto tests/hf
+
+test-triton-%: $(VENV)/overlays/triton-%/.installed  ## the tests of the kernels with Triton 3.2
+	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto tests/kernels
 
 # An overlay: only what differs from $(VENV), in a folder in front of it.
-test-transformers-%: $(VENV)/overlays/%/.installed  ## the integration tests against another transformers: 4.57 or 5.17
-	PYTHONPATH=$(abspath $(<D))$(if $(PYTHONPATH),:$(PYTHONPATH)) $(BIN)/pytest --numprocesses auto tests/hf
+IN_OVERLAY = PYTHONPATH=$(abspath $(dir $(1)))$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-$(VENV)/overlays/%/.installed: .ci/transformers-%.txt $(INSTALLED)
+$(VENV)/overlays/%/.installed: .ci/%.txt $(INSTALLED)
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
 	touch $@
