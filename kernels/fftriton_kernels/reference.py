@@ -197,13 +197,14 @@ def merge_roots(
 def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     """edges [E, 2] -> [num_nodes] int64: the smallest index of each node's component."""
     label = torch.arange(num_nodes, device=edges.device)
-    edges = edges.long()
-    first, second = edges[((edges >= 0) & (edges < num_nodes)).all(1)].unbind(1)
+    first, second = edges.long().T.contiguous()
+    inside = (torch.minimum(first, second) >= 0) & (torch.maximum(first, second) < num_nodes)
+    first, second = first[inside], second[inside]
     while True:
-        lowest = torch.minimum(label[first], label[second])
-        hooked = label.scatter_reduce(0, label[first], lowest, "amin").scatter_reduce(0, label[second], lowest, "amin")
-        hooked = hooked[hooked]
-        if torch.equal(hooked, label):
+        one, other = label.index_select(0, first), label.index_select(0, second)
+        hooked = label.scatter_reduce(0, torch.maximum(one, other), torch.minimum(one, other), "amin")
+        hooked = hooked.index_select(0, hooked)
+        if torch.equal(hooked, label):  # labels are roots, and equal along every edge
             return label
         label = hooked
 
