@@ -40,7 +40,7 @@ def graph(name: str) -> tuple[Tensor, int]:
         "no node": (torch.tensor([[0, 0], [-1, 2]]), 0),
         "one node": (torch.tensor([[0, 0]]), 1),
         "no edge": (torch.zeros(0, 2, dtype=torch.int64), 5),
-        "ends outside": (torch.tensor([[0, 1], [-1, 1], [2, 5], [2**40, 0], [-(2**40), 4], [5, 5]]), 5),
+        "ends outside": (torch.tensor([[0, 1], [-1, 1], [3, -1], [2, 5], [2**40, 0], [-(2**40), 4], [5, 5]]), 5),
     }[name]
 
 
