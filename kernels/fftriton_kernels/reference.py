@@ -125,6 +125,7 @@ def _pooled_row_products(x: Tensor, partner: Tensor) -> Tensor:
         if not near:
             parts[1][: len(rows)] = x.index_select(0, partners)
         columns[: len(rows)] = slot  # in place: to make a pattern takes as long as its products
+        values.zero_()  # beta = 0 would keep what is NaN
         torch.sparse.sampled_addmm(pattern, own, pool_columns, beta=0.0, out=pattern)
         products.append(values.clone())
     return torch.cat(products)[: len(x)]
