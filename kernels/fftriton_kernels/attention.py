@@ -422,6 +422,10 @@ def attention_column_sum(
         FastV, arXiv:2403.06764 (the last query); FrameFusion, arXiv:2501.01986 (all of them).
     """
     op = "attention_column_sum"
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
+    if columns is not None and not (isinstance(columns, (tuple, list)) and len(columns) == 2):
+        raise TypeError(f"{op}: columns must be a pair of ints, got {columns}")
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         check_dtype(op, "q", q, FLOATS)
         check_dtype(op, "k", k, FLOATS)
@@ -443,6 +447,8 @@ def attention_column_sum(
             raise ValueError(f"{op}: causal queries are the last of the keys' positions, got Nq={queries} > Nk={keys}")
     if scale is None:
         scale = width**-0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
     elif not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
     if num_queries is not None:

@@ -411,6 +411,8 @@ def merge_mean(
     check_dtype(op, "roots", roots, INDICES)
     check_shape(op, "roots", roots, **rows_of(x, packed))
     links, stride = (None, 0) if predecessor is None else _check_predecessor(op, roots, predecessor, packed)
+    if not isinstance(companions, Sequence):
+        raise TypeError(f"{op}: companions must be a sequence of tensors, got {type(companions).__name__}")
     for i, companion in enumerate(companions):
         _check_companion(op, f"companions[{i}]", companion, x, packed)
     check_same_device(op, x=x, roots=roots, predecessor=links)

@@ -24,7 +24,9 @@ NO_LINK = -2.0
 
 _BLOCK = 2**18  # elements of x that are worked on at a time
 _REACH = 2**21  # elements between a row and its partner up to which they share a pool of converted rows
-_QUERY_BLOCK = 128  # rows of the attention matrix that exist at a time
+_LONG_BAG = 1024  # members whose weight has too few bits in fp16, which counts in steps of 2**-24
+_QUERY_BLOCK = 128  # rows of a head's attention matrix that exist at a time, at most
+_SCORES = 2**24  # elements of all heads' that do
 
 
 class Merged(NamedTuple):
@@ -83,9 +85,11 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tens
     )
     norm, safe = square.sqrt(), _is_safe(square)
     cosine = dot / (norm * norm.gather(1, partner))
-    samples, unsafe = (linked & ~(safe & safe.gather(1, partner))).nonzero(as_tuple=True)
-    if len(unsafe):  # rows that are zero, not finite, or so large or small that their squares are
-        cosine[samples, unsafe] = _scaled_cosine(x[samples, unsafe], x[samples, partner[samples, unsafe]])
+    unsafe = linked & ~(safe & safe.gather(1, partner))
+    if unsafe.any():  # rows that are zero, not finite, or so large or small that their squares are
+        for some in unsafe.nonzero().split(_block_rows(x[0])):
+            sample, token = some.unbind(1)
+            cosine[sample, token] = _scaled_cosine(x[sample, token], x[sample, partner[sample, token]])
     return torch.where(linked, cosine, NO_LINK)
 
 
@@ -95,6 +99,8 @@ def _row_products(x: Tensor, partner: Tensor) -> Tensor:
     if x.device.type != "cpu" or not x.numel() or len(x) == 1:
         rows = _accumulated(x)
         return torch.stack(((rows * rows).sum(-1), (rows * rows[partner]).sum(-1)), 1)
+    if (highest := int(partner.max())) >= len(x):  # reading there would crash
+        raise IndexError(f"predecessor must be below N={len(x)}, got {highest}")
     if x.dtype == _accumulator(x) and x.is_contiguous():
         return _sampled_products(_pattern(torch.stack((place, partner), 1), x), x, x)
     return _pooled_row_products(x, partner)
@@ -153,13 +159,23 @@ def _sampled_products(pattern: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def _scaled_cosine(x: Tensor, y: Tensor) -> Tensor:
     """x, y [n, D] -> [n]: their cosine, whatever their size; NO_LINK where either is zero or not finite."""
-    unit, usable = [], torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for rows in (_accumulated(x), _accumulated(y)):
-        peak = rows.abs().amax(-1, keepdim=True) if rows.shape[-1] else rows.new_zeros(len(rows), 1)
-        usable &= ((peak > 0) & peak.isfinite())[:, 0]
-        scaled = rows / peak
-        unit.append(scaled / scaled.norm(dim=-1, keepdim=True))
-    return torch.where(usable, (unit[0] * unit[1]).sum(-1), NO_LINK)
+    cosine = torch.full((len(x),), NO_LINK, dtype=_accumulator(x), device=x.device)
+    if not x.shape[1]:
+        return cosine
+    usable = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for rows in (x, y):
+        peak = rows.abs().amax(-1)
+        usable &= (peak > 0) & peak.isfinite()
+    if usable.any():
+        cosine[usable] = (_unit(x[usable]) * _unit(y[usable])).sum(-1)
+    return cosine
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """rows [n, D] -> [n, D]: of length 1, by way of a largest element of 1."""
+    rows = _accumulated(rows)
+    rows = rows / rows.abs().amax(-1, keepdim=True)
+    return rows / rows.norm(dim=-1, keepdim=True)
 
 
 def _is_safe(square: Tensor) -> Tensor:
@@ -297,16 +313,20 @@ def _bag_means(x: Tensor, members: Tensor, starts: Tensor, sizes: Tensor) -> Ten
     if x.device.type != "cpu" or not x.numel():
         rows = _accumulated(x[_stretches(members, starts, sizes)])
         return torch.segment_reduce(rows, "mean", lengths=sizes).to(x.dtype)
-    if not x.is_contiguous():  # all of it would be copied
-        x, starts = x[_stretches(members, starts, sizes)], sizes.cumsum(0) - sizes
-        members = torch.arange(len(x))
+    long = x.dtype == torch.float16 and bool(sizes.amax() > _LONG_BAG)
+    if long or not x.is_contiguous():  # a few columns at a time, because they are copied
+        taken = _stretches(members, starts, sizes)
+        place, starts = torch.arange(len(taken)), sizes.cumsum(0) - sizes
+        parts = (part.index_select(0, taken) for part in x.split(max(1, 16 * _BLOCK // len(taken)), dim=1))
+        means = [_bag_means(_accumulated(part) if long else part, place, starts, sizes) for part in parts]
+        return torch.cat(means, 1).to(x.dtype)
     if x.dtype == _accumulator(x):
         columns = _stretches(members, starts, sizes)
         return torch.sparse.mm(_sparse(sizes, columns, x.new_ones(len(columns)), x), x, "mean")
-    parts = _parts(sizes.float().reciprocal()).to(x.dtype)
-    counts = (parts != 0).sum(1)  # how often a bag is added up, each time with a part of its weight
+    weights = _parts(sizes.float().reciprocal()).to(x.dtype)
+    counts = (weights != 0).sum(1)  # how often a bag is added up, each time with a part of its weight
     starts, repeats = starts.repeat_interleave(counts), sizes.repeat_interleave(counts)
-    weights = parts[parts != 0].repeat_interleave(repeats)
+    weights = weights[weights != 0].repeat_interleave(repeats)
     return torch.sparse.mm(_sparse(counts * sizes, _stretches(members, starts, repeats), weights, x), x, "sum")
 
 
@@ -329,6 +349,7 @@ def _parts(weights: Tensor) -> Tensor:
     return torch.stack(parts, 1)
 
 
+@torch.autocast("cpu", enabled=False)  # which would take the products in bf16
 def attention_column_sum(
     q: Tensor,
     k: Tensor,
@@ -363,8 +384,9 @@ def attention_column_sum(
     key = _accumulated(k)
     total = key.new_zeros(batch, end - begin)
     first = queries - (queries if num_queries is None else num_queries)
-    for low in range(first, queries, _QUERY_BLOCK):
-        high = min(low + _QUERY_BLOCK, queries)
+    step = max(1, min(_QUERY_BLOCK, _SCORES // max(1, batch * heads * keys)))
+    for low in range(first, queries, step):
+        high = min(low + step, queries)
         seen = max(high + keys - queries, 0) if causal else keys
         rows = heads // kv_heads * (high - low)  # those of the query heads that share a key head
         block = _accumulated(q[:, :, low:high]).reshape(batch, kv_heads, rows, width) * scale
@@ -486,7 +508,7 @@ def _highest(scores: Tensor, candidates: Tensor, count: int | Tensor, cu_seqlens
     scores = scores.masked_fill(~candidates, float("-inf"))
     if isinstance(count, Tensor) or cu_seqlens is not None or not 0 < count < length or scores.isnan().any():
         return candidates & (rank_descending(scores, candidates, cu_seqlens) < _per_row(count, scores, cu_seqlens))
-    lowest = scores.kthvalue(length - count + 1, dim=1, keepdim=True).values  # a fraction of a sort's time
+    lowest = scores.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)  # a fraction of a sort's time
     above, level = scores > lowest, candidates & (scores == lowest)
     return above | (level & (level.cumsum(1) <= count - above.sum(1, keepdim=True)))
 

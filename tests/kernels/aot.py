@@ -35,7 +35,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MATRIX = r"\b(wgmma|tcgen05\.mma|mma\.sync|v_mfma|v_wmma)"
 WIDE_LOAD = r"ld\.global[\w.:]*\.v(?:4\.\w32|2\.\w64)|cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], (?:0x10|16)\b"
 NARROW_LOAD = r"ld\.global(?:\.(?!v\d)[\w:]+)*\.\w16\b"
-FLOAT_ATOMIC = r"\b(?:atom|red)\.[\w.:]*\.b?f(?:16|32|64)(?:x2)?\b"
+FLOAT_ATOMIC = (  # on NVIDIA and AMD; compare-and-swap, too, by which those are emulated that a GPU lacks
+    r"\b(?:atom|red)\.[\w.:]*\.(?:b?f(?:16|32|64)(?:x2)?|cas)\b"
+    r"|\b\w+_atomic_(?:pk_)?\w+_b?f(?:16|32|64)\b|\bds_(?:pk_)?\w+_b?f(?:16|32|64)\b|\b\w+_(?:atomic_cmpswap|cmpst)\w*"
+)
 
 
 def call_every_op():

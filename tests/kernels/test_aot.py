@@ -5,6 +5,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import pytest
 import triton
 from filelock import FileLock
 
+AOT = Path(__file__).with_name("aot.py")
 TARGETS = {  # KiB of shared memory that a block can have
     "cuda:80": 163, "hip:gfx942": 64, "cuda:86": 99, "cuda:89": 99, "cuda:90": 227, "cuda:100": 227, "cuda:120": 99,
 }  # fmt: skip
@@ -47,7 +50,7 @@ def compile_everything(cache):
     environment["TRITON_CACHE_DIR"] = str(cache)
     environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
     environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, str(Path(__file__).with_name("aot.py"))]
+    command = [sys.executable, str(AOT)]
     jobs = min(os.cpu_count() or 1, len(TARGETS))  # a process each, for some of the targets
     parts = [list(TARGETS)[job::jobs] for job in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
@@ -102,6 +105,29 @@ def test_rows_are_loaded_16_bytes_at_a_time(rows):
     assert {row["kernel"] for row in moving} == ROW_KERNELS
     narrow = [row for row in moving if row["narrow_loads"] or not row["wide_loads"]]
     assert not narrow, described(narrow)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "found"),
+    [
+        ("red.global.gpu.relaxed.add.f32 [%rd1], %f1;", True),
+        ("atom.global.gpu.acq_rel.add.noftz.bf16x2 %r1, [%rd1], %r2;", True),
+        ("atom.global.acq_rel.gpu.cas.b16 %rs1, [%rd1], %rs2, %rs3;", True),
+        ("global_atomic_add_f32 v0, v1, s[2:3]", True),
+        ("global_atomic_pk_add_bf16 v0, v1, s[2:3]", True),
+        ("ds_add_rtn_f32 v0, v1, v2", True),
+        ("global_atomic_cmpswap v2, v0, v[2:3], s[2:3] sc0", True),
+        ("atom.global.gpu.relaxed.add.u32 %r1, [%rd1], %r2;", False),
+        ("atom.global.gpu.relaxed.min.s64 %rd1, [%rd2], %rd3;", False),
+        ("global_atomic_add v1, v0, v2, s[2:3] sc0", False),
+        ("global_atomic_smin_x2 v[0:1], v0, v[2:3], s[2:3] sc0", False),
+        ("ds_read_b128 v[0:3], v4", False),
+        ("v_add_f32 v0, v1, v2", False),
+    ],
+)
+def test_what_counts_as_a_float_atomic(instruction, found):
+    pattern = runpy.run_path(str(AOT))["FLOAT_ATOMIC"]
+    assert bool(re.search(pattern, instruction)) == found
 
 
 def test_no_float_atomics(rows):

@@ -309,6 +309,20 @@ def test_compiles_in_one_graph(device):
     assert torch.equal(compiled(q, k, num_queries=2), attention_column_sum(q, k, num_queries=2))
 
 
+def test_the_reference_takes_fewer_queries_at_a_time_where_there_are_many_scores(monkeypatch):
+    q, k = make_heads(2, 4, 2, 30, 40, 16)
+    whole = reference.attention_column_sum(q, k)
+    monkeypatch.setattr(reference, "_SCORES", 7 * 2 * 4 * 40)
+    torch.testing.assert_close(reference.attention_column_sum(q, k), whole)
+
+
+def test_autocast_changes_nothing():
+    q, k = make_heads(1, 4, 2, 30, 40, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = reference.attention_column_sum(q, k)
+    assert torch.equal(out, reference.attention_column_sum(q, k))
+
+
 @pytest.mark.parametrize(
     ("error", "text", "change"),
     [
@@ -329,6 +343,10 @@ def test_compiles_in_one_graph(device):
         (ValueError, "scale must be positive and finite, got -1.0", {"scale": -1.0}),
         (ValueError, "scale must be positive and finite, got nan", {"scale": NAN}),
         (ValueError, "scale must be positive and finite, got inf", {"scale": INF}),
+        (TypeError, "scale must be a float, got str", {"scale": "a"}),
+        (TypeError, "scale must be a float, got bool", {"scale": True}),
+        (TypeError, "causal must be a bool, got str", {"causal": "no"}),
+        (TypeError, "columns must be a pair of ints, got 3", {"columns": 3}),
         (TypeError, "lse must have dtype torch.float32, got torch.float16", {"lse": torch.zeros(1, 4, 3).half()}),
         (ValueError, r"lse must have shape \[B=1, H=4, Nq=3\], got \[1, 4, 2\]", {"lse": torch.zeros(1, 4, 2)}),
         (ValueError, "all tensors must be on one device", {"lse": torch.zeros(1, 4, 3, device="meta")}),

@@ -81,7 +81,8 @@ def test_a_row_without_direction_has_no_similarity(library, dtype, value, device
 
 @libraries
 @pytest.mark.parametrize("scale", [3e38, 1e25, 1e-25, 1e-40])
-def test_rows_of_any_finite_size_have_a_cosine(library, scale, device):
+def test_rows_of_any_finite_size_have_a_cosine(library, scale, device, monkeypatch):
+    monkeypatch.setattr(reference, "_BLOCK", 33)  # one row at a time
     x = make_video(1, 2, 3, 33, torch.float32, device)
     x = x / x.abs().amax(-1, keepdim=True)
     x[0, 4] *= scale
@@ -99,6 +100,12 @@ def test_strides(library, device):
     out = library.linked_cosine_similarity(make_strided(x), make_strided(predecessor))
     assert torch.equal(out, library.linked_cosine_similarity(x, predecessor))
     assert torch.equal(library.strided_cosine_similarity(make_strided(x), 5), library.strided_cosine_similarity(x, 5))
+
+
+@dtypes
+def test_the_reference_refuses_a_predecessor_that_is_no_token(dtype):
+    with pytest.raises(IndexError, match="predecessor must be below N=4, got 4"):
+        reference.linked_cosine_similarity(torch.ones(1, 4, 8, dtype=dtype), torch.tensor([[-1, 0, 4, 2]]))
 
 
 @libraries

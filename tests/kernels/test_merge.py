@@ -291,6 +291,14 @@ def test_the_reference_adds_groups_up_in_blocks(arrange, dtype, monkeypatch):
     assert torch.equal(reference.merge_mean(x, roots).x, whole)
 
 
+@dtypes
+def test_a_long_group_has_a_mean_of_full_precision(dtype):
+    x = 1 + torch.rand(1, 100000, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = reference.merge_mean(x, torch.zeros(1, 100000, dtype=torch.int64)).x
+    truth = x.double().mean(1, keepdim=True)
+    assert ((out - truth) / truth).abs().max() <= torch.finfo(dtype).eps / 2 + 2e-5
+
+
 @libraries
 @dtypes
 def test_rows_that_are_not_finite_spoil_their_own_group_only(library, dtype, device):
@@ -567,6 +575,7 @@ def test_roots_errors(error, message, arguments):
         (ValueError, r"x must have shape \[B, N, D\], got \[1, 4\]", (S, R)),
         (TypeError, r"roots must have dtype torch.int32 or torch.int64, got torch.float32", (X, S)),
         (ValueError, r"roots must have shape \[B=1, N=4\], got \[1, 2\]", (X, R[:, :2])),
+        (TypeError, "companions must be a sequence of tensors, got NoneType", (X, R, None)),
         (TypeError, r"companions\[1\] must be a torch.Tensor, got int", (X, R, (S, 3))),
         (ValueError, r"companions\[0\] must have shape \[B=1, N=4, \.\.\.\], got \[4, 1\]", (X, R, (R.T,))),
         (ValueError, r"companions\[0\] must have shape \[B=1, N=4, \.\.\.\], got \[4\]", (X, R, (R[0],))),
