@@ -9,6 +9,7 @@ model gets, so that a pruner needs no access to the tower.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -87,9 +88,10 @@ Importance = Callable[[Tensor, Tensor], Tensor]
 IMPORTANCES: dict[str, Importance] = {"distinctness": distinctness, "norm": feature_norm}
 
 
-class Pruner:
+class Pruner(ABC):
     """Shortens each frame to its count."""
 
+    @abstractmethod
     def __call__(self, tokens: VideoTokens, frames: Frames, counts: Tensor, total: int) -> VideoTokens:
         """The tokens that stay.
 
@@ -99,7 +101,6 @@ class Pruner:
             counts: [F] int64, from 1 to the frame's size.
             total: their sum.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
