@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from models import behind
 from transformers import DynamicCache
 
 import fftriton
@@ -192,7 +193,7 @@ def see_prompt(model, *turns):
     ]
     cache = DynamicCache(config=decoder.config) if len(turns) > 1 else None
     for inputs in turns:
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **behind(cache))
     for hook in hooks:
         hook.remove()
     for part in parts:

@@ -31,6 +31,20 @@ VISION_KEYS = (
 NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
+CACHE = "cache" if "cache" in inspect.signature(Qwen2ForCausalLM.forward).parameters else "past_key_values"
+"""What this release of transformers calls the KV cache."""
+
+
+def behind(cache):
+    """The argument of a forward, or of generate, that puts its tokens behind what a KV cache holds."""
+    return {CACHE: cache}
+
+
+def cache_of(output):
+    """The KV cache that a forward, or generate, filled."""
+    return getattr(output, CACHE)
+
+
 def patch_layout(patch):
     """The layout of one video whose tokens carry their patch index, -1 for text, frame after frame."""
     positions = (patch >= 0).nonzero()[:, 0]

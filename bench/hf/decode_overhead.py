@@ -28,6 +28,7 @@ from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fftriton
+from fftriton.hf.compat import CACHE, cache_in, parameter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from run import identity
@@ -113,12 +114,12 @@ def prompt(hidden: int, rows: int, device: str, dtype: torch.dtype) -> torch.Ten
 
 def stepper(model: Any, embeddings: torch.Tensor, device: str) -> tuple[Step, int]:
     """A decode step behind the prompt, taken back at once outside of its timing, and the cached rows."""
-    cache = model(inputs_embeds=embeddings, use_cache=True).past_key_values
+    cache = cache_in(model(inputs_embeds=embeddings, use_cache=True))
     token = torch.full((len(embeddings), 1), 3, device=device)
 
     def step() -> float:
         start = time.perf_counter()
-        model(input_ids=token, past_key_values=cache)
+        model(input_ids=token, **{parameter(model.forward, "forward", *CACHE): cache})
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

@@ -11,7 +11,13 @@ from .families import LayoutRule
 from .reduction import Reduction
 
 
-def reduce(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None = None) -> Reduction:
+def reduce(
+    model: Any,
+    method: Method,
+    layout: Sequence[VideoLayout] | LayoutRule | None = None,
+    *,
+    verify: bool = False,
+) -> Reduction:
     """Run every forward of `model` inside a `with` block reduced.
 
         with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)) as reduction:
@@ -45,7 +51,7 @@ def reduce(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRul
         While it runs: ValueError for a layout that does not fit the prompt, a chunk that cuts a video, a mask that
         hides one, gradient checkpointing, and what cannot follow a reduced prompt.
     """
-    return Reduction(model, method, layout)
+    return Reduction(model, method, layout, verify)
 
 
 def apply(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None = None) -> Reduction:

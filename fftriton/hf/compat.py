@@ -2,21 +2,96 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import cache_utils
-from transformers.masking_utils import create_causal_mask
+from transformers import cache_utils, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+RELEASE = f"transformers {transformers.__version__}"
 
 RecurrentLayer: type | None = getattr(cache_utils, "LinearAttentionLayer", None)
 """The cache layer of a linear-attention layer; None in 4.x, whose models have caches of their own."""
 
-_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+CACHE = ("cache", "past_key_values")
+"""What a forward calls its KV cache: renamed in 5.24, whose forwards still accept the old name."""
+
+
+class UnknownReleaseError(RuntimeError):
+    """Something of transformers is not where fftriton relies on it."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(f"reduce: {rule}; {RELEASE} is not a release that this version of fftriton can work with")
+
+
+def parameter(function: Callable, owner: str, *names: str) -> str:
+    """The first of these names that is a parameter of the function.
+
+    Raises:
+        UnknownReleaseError: none of them is.
+    """
+    return _known(inspect.signature(function).parameters, owner, *names)
+
+
+def _known(parameters: Mapping[str, Any], owner: str, *names: str) -> str:
+    for name in names:
+        if name in parameters:
+            return name
+    raise UnknownReleaseError(
+        f"{owner} must have a parameter {' or '.join(map(repr, names))}, but it has {', '.join(parameters)}"
+    )
+
+
+def check_decoder(decoder: Any) -> str:
+    """Check that a decoder and its layers take the arguments that a reduction reads and changes.
+
+    Returns:
+        What the decoder calls its KV cache.
+
+    Raises:
+        UnknownReleaseError: naming what is not there.
+    """
+    owner = f"{type(decoder).__name__}.forward"
+    for name in ("input_ids", "inputs_embeds", "attention_mask", "use_cache"):
+        parameter(decoder.forward, owner, name)
+    for layer in decoder.layers:
+        for name in ("hidden_states", "attention_mask", "position_embeddings"):
+            parameter(layer.forward, f"{type(layer).__name__}.forward", name)
+    attention_name(decoder.config)
+    return parameter(decoder.forward, owner, *CACHE)
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a forward or of `generate`; None where there is none."""
+    for name in CACHE:
+        cache = arguments.get(name)
+        if cache is not None:
+            return cache
+    return None
+
+
+def past_of(arguments: Mapping[str, Any]) -> int:
+    """How many tokens of the sequence the KV cache among the arguments stands for."""
+    cache = cache_in(arguments)
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def attention_name(config: Any) -> str:
+    """Which attention implementation a config names.
+
+    Raises:
+        UnknownReleaseError: it names none.
+    """
+    try:
+        return config._attn_implementation
+    except AttributeError:
+        raise UnknownReleaseError(f"{type(config).__name__} must have an attribute '_attn_implementation'") from None
 
 
 def causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, past: int, sees: Callable | None = None) -> Any:
@@ -24,14 +99,24 @@ def causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, past: int, se
 
     valid: [B, past + n] bool, False for padding; None when nothing is padded.
     sees: which keys a query may attend to, causality aside: a function of indices of sample, head, query and key.
+
+    Raises:
+        UnknownReleaseError: the mask function has other parameters than those that are known.
     """
-    arguments: dict[str, Any] = {"config": config, "attention_mask": valid, "past_key_values": _CachedRows(past)}
-    arguments["inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"] = hidden  # renamed in 5.x
-    if "cache_position" in _MASK_PARAMETERS:  # until 5.x
+    make = getattr(masking_utils, "create_causal_mask", None)
+    if make is None:
+        raise UnknownReleaseError("transformers.masking_utils must have a function 'create_causal_mask'")
+    parameters = inspect.signature(make).parameters
+    name = functools.partial(_known, parameters, "create_causal_mask")
+    arguments: dict[str, Any] = {
+        name("config"): config, name("attention_mask"): valid, name(*CACHE): _CachedRows(past),
+        name("inputs_embeds", "input_embeds"): hidden,  # renamed in 5.x
+    }  # fmt: skip
+    if "cache_position" in parameters:  # until 5.x
         arguments["cache_position"] = torch.arange(past, past + hidden.shape[1], device=hidden.device)
     if sees is not None:
-        arguments["and_mask_function"] = sees
-    return create_causal_mask(**arguments)
+        arguments[name("and_mask_function")] = sees
+    return make(**arguments)
 
 
 def has_axes(config: Any) -> bool:
@@ -42,7 +127,7 @@ def has_axes(config: Any) -> bool:
 
 def attention_function(attention: Any) -> Callable:
     """The function that this attention module would call on its queries, keys and values."""
-    name = attention.config._attn_implementation
+    name = attention_name(attention.config)
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
     return sys.modules[type(attention).__module__].eager_attention_forward

@@ -8,15 +8,16 @@ plain code, and any other the compiled one, without hooks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 Acts = Callable[[nn.Module, bool, tuple, dict], bool]
-Compiled = Callable[[dict], AbstractContextManager]
+Compiled = Callable[[nn.Module, bool, dict], AbstractContextManager]
 
 
 class Gates:
@@ -25,11 +26,13 @@ class Gates:
     Args:
         modules: which of them are compiled is found out at `install`.
         acts: (module, whether its hooks have run, args, kwargs) -> whether the call is to take the plain code.
-        compiled: what is around a call of compiled code; it gets the keyword arguments and may change them.
+        compiled: what is around a call of compiled code; it gets the module, whether the module's hooks are part of
+            that code, and the keyword arguments, which it may change.
     """
 
     def __init__(self, modules: Iterable[nn.Module], acts: Acts, compiled: Compiled) -> None:
         self._modules, self._acts, self._around = list(modules), acts, compiled
+        self._thread: threading.Thread | None = None  # that is in compiled code
 
     def install(self, undo: list[Callable[[], object]]) -> None:
         """Put the gates in; what takes them out again is appended to `undo`."""
@@ -54,13 +57,31 @@ class Gates:
 
     def _gate(self, module: nn.Module, compiled: Callable, plain: Callable, hooks_ran: bool) -> Callable:
         def gate(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or self._acts(module, hooks_ran, args, kwargs):
+            if torch.compiler.is_compiling():
                 return plain(*args, **kwargs)
-            with self._around(kwargs):
-                return compiled(*args, **kwargs)
+            with self._alone():
+                if self._acts(module, hooks_ran, args, kwargs):
+                    return plain(*args, **kwargs)
+                with self._around(module, not hooks_ran, kwargs):
+                    return compiled(*args, **kwargs)
 
         gate.__wrapped__ = plain  # type: ignore[attr-defined]  # generate reads the signature of a forward
         return gate
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse a second thread: hooks are taken out for compiled code, which would be in use by the other one."""
+        outer, current = self._thread, threading.current_thread()
+        if outer is not None and outer is not current:
+            raise RuntimeError(
+                f"reduce: a compiled model must not be called by two threads at once while it is being reduced, but "
+                f"{outer.name} is in it"
+            )
+        self._thread = current
+        try:
+            yield
+        finally:
+            self._thread = outer
 
 
 def _is_compiled(function: Any) -> bool:

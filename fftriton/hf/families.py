@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..layout import VideoLayout
 from ..layouts import frames_of_runs
+from .compat import past_of
 
 LayoutRule = Callable[[Any, Mapping[str, Any]], "list[VideoLayout]"]
 
@@ -159,6 +160,12 @@ RULES: dict[str, LayoutRule] = {
 """The rule of each config.model_type."""
 
 
+def encoder_of(model_type: str) -> str:
+    """The method by which a family encodes its videos. `generate` may call it before the forward, which then gets
+    nothing that a rule could read."""
+    return "get_image_features" if model_type == "internvl" else "get_video_features"
+
+
 def take_deepstack(decoder_arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """Take over what Qwen3-VL's decoder adds to the outputs of its first layers, at places of the full prompt.
 
@@ -205,6 +212,11 @@ def _deal_out(
     """
     found = _find_tokens(model, arguments, token)
     if found is None or not bool(found.any()):
+        if arguments.get("input_ids") is None and past_of(arguments) == 0 and sizes:
+            raise ValueError(
+                f"layout: must be given where inputs_embeds hold the video already: {source} describes a video, but no "
+                "token is a placeholder for it"
+            )
         return
     sample, position = found.nonzero(as_tuple=True)
     if len(position) != sum(sizes):

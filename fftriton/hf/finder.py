@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from ..layout import VideoLayout, check_layouts
-from .families import RULES, LayoutRule
+from .compat import UnknownReleaseError, past_of
+from .families import RULES, LayoutRule, encoder_of
+from .hooks import Undo, wrap
 
 _ENCODERS = ("get_image_features", "get_video_features")
+_CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class Video(NamedTuple):
@@ -20,6 +24,15 @@ class Video(NamedTuple):
 
     layout: VideoLayout
     number: int
+
+
+class _Prompt(threading.local):
+    """What this thread's `generate` is at work on, and what its encoders were called with."""
+
+    depth = 0  # of generate: an assistant may be the model itself
+    videos: list[Video] | None = None
+    length = 0  # of the prompt, the turns before included
+    encoded: Mapping[str, Any] = {}
 
 
 class LayoutFinder:
@@ -49,22 +62,38 @@ class LayoutFinder:
         else:
             listed = self._listed = list(layout)
             self._rule = lambda model, arguments: listed
-        self._of_prompt: list[Video] | None = None  # of the prompt that generate is at work on
-        self._prompt_length = 0  # of it, the turns before included
-        self._encoded: dict[str, Any] = {}  # arguments of the vision encoders' last calls
+        self._prompt = _Prompt()
 
-    def install(self, undo: list[Callable[[], object]]) -> None:
-        """Listen to the vision encoders and to `generate`; what takes that back is appended to `undo`."""
+    def install(self, modules: Iterable[nn.Module], undo: Undo) -> None:
+        """Listen to the vision encoders, and to `generate` of these modules; what takes that back goes to `undo`."""
         inner = getattr(self.model, "base_model", self.model)
         for name in _ENCODERS:
-            _wrap(inner, name, self._record_encoder, undo)
-        _wrap(self.model, "generate", self._within_generate, undo)
-        _wrap(self.model, "_expand_inputs_for_generation", self._before_expansion, undo)
+            wrap(inner, name, self._record_encoder, undo)
+        for module in modules:
+            if isinstance(module, GenerationMixin):
+                wrap(module, "generate", self._within_generate, undo)
+                wrap(module, "_expand_inputs_for_generation", self._before_expansion, undo)
+                for name in _CONTINUOUS:
+                    wrap(module, name, _refuse_continuous_batching, undo)
+
+    def forget(self) -> None:
+        """Keep nothing of what was found and encoded."""
+        self._prompt = _Prompt()
+
+    @property
+    def depth(self) -> int:
+        """How many calls of this thread's generate are at work, one in the other: an assistant may be the model."""
+        return self._prompt.depth
 
     @property
     def prompt_has_video(self) -> bool:
-        """Whether generate is at work on a prompt with a video."""
-        return bool(self._of_prompt)
+        """Whether this thread's generate is at work on a prompt with a video."""
+        return bool(self._prompt.videos)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the caller listed the layouts, as positions in the sequence."""
+        return self._listed is not None
 
     def find(self, arguments: Mapping[str, Any]) -> list[Video]:
         """The videos among the tokens of a forward with these arguments, counted from its first token.
@@ -75,13 +104,13 @@ class LayoutFinder:
         tokens = tokens_of(arguments)
         if tokens is None or tokens.shape[1] == 1:  # decoding: no time to lose
             return []
-        known = self._of_prompt
+        known = self._prompt.videos
         if known is None and self._listed is not None:
             known = _numbered(self._listed)
         if known is None:
             found = _numbered(self._rule(self.model, self._with_encoded(arguments)))
         else:
-            found = _lying_in(known, _past(arguments), tokens.shape[1])
+            found = _lying_in(known, past_of(arguments), tokens.shape[1])
         check_layouts([video.layout for video in found], *tokens.shape[:2])
         return found
 
@@ -89,35 +118,36 @@ class LayoutFinder:
         """How many of a forward's last tokens follow the prompt: candidates of assisted decoding, tokens that were
         generated without a cache, an answer whose logits are asked for."""
         tokens, keep = tokens_of(arguments), arguments.get("logits_to_keep")
-        if self._of_prompt is not None and tokens is not None:
-            return max(0, _past(arguments) + tokens.shape[1] - self._prompt_length)
+        if self._prompt.videos is not None and tokens is not None:
+            return max(0, past_of(arguments) + tokens.shape[1] - self._prompt.length)
         return max(keep - 1, 0) if isinstance(keep, int) else 0
 
     def _with_encoded(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments with what the encoders were called with, where they ran before the forward."""
         if not any(output is not None for output in (arguments.get("mm_encoder_outputs") or {}).values()):
             return arguments
-        return {**self._encoded, **{name: value for name, value in arguments.items() if value is not None}}
+        return {**self._prompt.encoded, **{name: value for name, value in arguments.items() if value is not None}}
 
     def _record_encoder(self, encode: Callable) -> Callable:
         signature = inspect.signature(encode)
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            self._encoded.update(signature.bind_partial(*args, **kwargs).arguments)
+            self._prompt.encoded = {**self._prompt.encoded, **signature.bind_partial(*args, **kwargs).arguments}
             return encode(*args, **kwargs)
 
         return recorded
 
     def _within_generate(self, generate: Callable) -> Callable:
         def scoped(*args: Any, **kwargs: Any) -> Any:
-            outer, self._of_prompt = (
-                (self._of_prompt, self._prompt_length),
-                None,
-            )  # an assistant may be the model itself
+            prompt = self._prompt
+            outer = prompt.depth, prompt.videos, prompt.length
+            prompt.depth, prompt.videos = prompt.depth + 1, None
             try:
                 return generate(*args, **kwargs)
             finally:
-                self._of_prompt, self._prompt_length = outer
+                prompt.depth, prompt.videos, prompt.length = outer
+                if prompt.depth == 0:
+                    prompt.encoded = {}
 
         return scoped
 
@@ -125,7 +155,12 @@ class LayoutFinder:
         """`generate` repeats the rows of its prompt here: it has all arguments together, and still as they were."""
 
         def announced(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-            self._of_prompt = [
+            if self._prompt.depth == 0:
+                raise RuntimeError(
+                    "reduce: generate must be looked up while the model is being reduced, as model.generate(...), but "
+                    "one from before is running"
+                )
+            self._prompt.videos = [
                 Video(VideoLayout(layout.positions, layout.sample * expand_size + copy), number)
                 for layout, number in _numbered(self._find_in_prompt(kwargs))
                 for copy in range(expand_size)
@@ -136,11 +171,11 @@ class LayoutFinder:
 
     def _find_in_prompt(self, arguments: Mapping[str, Any]) -> list[VideoLayout]:
         """The videos of generate's prompt, in positions of the sequence."""
-        tokens, past = tokens_of(arguments), _past(arguments)
+        tokens, past = tokens_of(arguments), past_of(arguments)
         if tokens is None or tokens.shape[1] == 0:
             return []
         is_whole = past == 0 or _sequence_length(arguments) == tokens.shape[1]  # the earlier turns are in it again
-        self._prompt_length = tokens.shape[1] if is_whole else past + tokens.shape[1]
+        self._prompt.length = tokens.shape[1] if is_whole else past + tokens.shape[1]
         if self._listed is not None:
             return self._listed
         if past > 0 and is_whole:
@@ -157,6 +192,16 @@ def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
     return arguments.get("input_ids") if embeddings is None else embeddings
 
 
+def _refuse_continuous_batching(method: Callable) -> Callable:
+    def refused(*args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            f"reduce: {method.__name__} must not be called while the model is being reduced: its paged KV cache cannot "
+            "hold fewer tokens in later layers; use generate"
+        )
+
+    return refused
+
+
 def _sequence_length(arguments: Mapping[str, Any]) -> int | None:
     """Length of the whole sequence, which generate's mask and positions have, and its tokens may have."""
     for name in ("attention_mask", "position_ids"):  # a mask of ones may have been dropped
@@ -164,12 +209,6 @@ def _sequence_length(arguments: Mapping[str, Any]) -> int | None:
             return arguments[name].shape[-1]
     tokens = tokens_of(arguments)
     return None if tokens is None else tokens.shape[1]
-
-
-def _past(arguments: Mapping[str, Any]) -> int:
-    """How many tokens of the sequence the cache stands for."""
-    cache = arguments.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _numbered(layouts: Sequence[VideoLayout]) -> list[Video]:
@@ -208,17 +247,7 @@ def _known_rule(model: Any) -> LayoutRule:
             f"reduce: layout must be given for {type(model).__name__}; it is found without for model types "
             f"{', '.join(sorted(RULES))}, got {model_type!r}"
         )
+    inner, encoder = getattr(model, "base_model", model), encoder_of(model_type)
+    if not hasattr(inner, encoder):
+        raise UnknownReleaseError(f"{type(inner).__name__} must have a method {encoder!r}")
     return RULES[model_type]
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable], undo: list[Callable[[], object]]) -> None:
-    """Put wrapper(method) in the place of a method of one object; nothing where there is none."""
-    method = getattr(owner, name, None)
-    if method is None:
-        return
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = functools.wraps(method)(wrapper(method))  # generate reads signatures
-    if before is None:
-        undo.append(lambda: owner.__dict__.pop(name))
-    else:
-        undo.append(lambda: owner.__dict__.update({name: before}))

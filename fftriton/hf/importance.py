@@ -1,12 +1,14 @@
 """Attention importance at one layer, whatever attention back end the model uses.
 
-For the length of one attention call the module's config is replaced by a proxy that names a function of ours. That
-function keeps the queries and keys, puts the config back and calls the model's own choice, so outputs are unchanged.
-Where tensor parallelism splits the heads over processes, all of them get the mean over all heads.
+While a prompt is reduced, the config of each attention module is a proxy. In the thread and the layer that listens, it
+names an attention function of ours, which keeps the queries and keys and calls the model's own choice, so outputs are
+unchanged. Where tensor parallelism splits the heads over processes, all of them get the mean over all heads.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fftriton_kernels import attention_column_sum
 
-from .compat import attention_function, head_group
+from .compat import attention_function, attention_name, head_group
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class Attention:
 
 
 class AttentionTap:
-    """Keeps the queries and keys of the attention calls that it is opened for."""
+    """Keeps the queries and keys of the attention calls that it listens to, for each thread its own."""
 
     def __init__(self) -> None:
         self.name = f"fftriton_{id(self)}"
-        self.seen: Attention | None = None
+        self._local = _Heard()
 
     def install(self) -> None:
         """Make the tap's attention function known to transformers."""
@@ -80,34 +82,56 @@ class AttentionTap:
         """Take it out again."""
         ALL_ATTENTION_FUNCTIONS.pop(self.name, None)
 
-    def open(self, attention: Any) -> None:
-        """Listen to the next call of this module."""
-        self.seen = None
-        self.close(attention)  # where a KeyboardInterrupt left it open: torch runs no hook behind one
-        attention.config = _NamedConfig(attention.config, self.name)
+    def open(self, attentions: Iterable[Any]) -> None:
+        """Make it possible to listen to these modules."""
+        for attention in attentions:
+            attention.config = _TappedConfig(attention.config, self)
 
     @staticmethod
-    def close(attention: Any) -> None:
-        """Put the module's config back; harmless where it is back already."""
-        if isinstance(attention.config, _NamedConfig):
-            attention.config = attention.config.original
+    def close(attentions: Iterable[Any]) -> None:
+        """Put the modules' configs back; harmless where they are back already."""
+        for attention in attentions:
+            if isinstance(attention.config, _TappedConfig):
+                attention.config = attention.config.original
+
+    @property
+    def listening(self) -> bool:
+        """Whether this thread's next attention call is to be heard."""
+        return self._local.listening
+
+    def listen(self) -> None:
+        """Listen to this thread's next attention call."""
+        self._local.listening, self._local.seen = True, None
+
+    def stop(self) -> None:
+        """Do not listen any more."""
+        self._local.listening = False
 
     def take(self) -> Attention | None:
-        """What was heard since `open`; None where the module asked its config for no function."""
-        seen, self.seen = self.seen, None
+        """What was heard since `listen`; None where the module asked its config for no function."""
+        seen, self._local.seen = self._local.seen, None
         return seen
 
     def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.close(module)
-        self.seen = Attention(query, key, kwargs.get("scaling"), head_group(module, query.shape[1]))
+        self.stop()
+        self._local.seen = Attention(query, key, kwargs.get("scaling"), head_group(module, query.shape[1]))
         return attention_function(module)(module, query, key, value, *args, **kwargs)
 
 
-class _NamedConfig:
-    """A config that names another attention implementation and is the original in all else."""
+class _Heard(threading.local):
+    listening = False
+    seen: Attention | None = None
 
-    def __init__(self, original: Any, name: str) -> None:
-        self.original, self._attn_implementation = original, name
+
+class _TappedConfig:
+    """A config that names another attention implementation to a thread that listens; the original in all else."""
+
+    def __init__(self, original: Any, tap: AttentionTap) -> None:
+        self.original, self._tap = original, tap
+
+    @property
+    def _attn_implementation(self) -> str:
+        return self._tap.name if self._tap.listening else attention_name(self.original)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.original, name)

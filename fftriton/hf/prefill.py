@@ -7,6 +7,7 @@ right end of its row, behind padding up to the longest. A batch of one is never 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,13 +17,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..layout import VideoLayout, patch_ids
-from ..methods.base import Method, Prompt, VideoTokens
+from ..methods.base import Merge, Method, Prompt, VideoTokens
 from .cache import ReducedLayer
-from .compat import causal_mask
+from .compat import UnknownReleaseError, attention_name, causal_mask
 from .finder import Video
-from .importance import Attention, AttentionTap
+from .importance import Attention
+from .invariants import STRUCTURE, Invariants, check_left, versions
 from .report import BatchReport, MergeStep, Report, Stopwatch
 from .window import Windows
+
+_STAND_IN = 0.5  # what a layer adds to a residual that is thrown away; not 0, so that its sum can be checked
 
 CacheLayers = Sequence[ReducedLayer | None] | None
 """A KV cache's layers, None for a recurrent one; None without a cache."""
@@ -63,8 +67,10 @@ class Continuation:
             if self.packed:
                 cached.fixed = past + rows + cached.missing - self.free_tail
         changed: dict[str, Any] = {}
+        if "attention_mask" not in given:
+            raise UnknownReleaseError(f"the decoder must call its layers with 'attention_mask', got {', '.join(given)}")
         narrow = window if rows > 1 else None  # for one token the cache holds no more than it may attend to
-        if given.get("attention_mask") is not None or valid is not None or (rows > 1 and past > 0) or narrow:
+        if given["attention_mask"] is not None or valid is not None or (rows > 1 and past > 0) or narrow:
             changed["attention_mask"] = self._mask(config, hidden, valid, past, narrow)
         return changed
 
@@ -88,7 +94,7 @@ class Continuation:
             if window is not None and (mask is None or (isinstance(mask, Tensor) and mask.ndim < 4)):
                 raise ValueError(
                     "reduce: attn_implementation must be one that takes a mask of queries and keys, such as sdpa or "
-                    f"eager, for a method that restricts attention; got {config._attn_implementation!r}"
+                    f"eager, for a method that restricts attention; got {attention_name(config)!r}"
                 )
             self._masks = {key: (valid, window, mask)}
         return self._masks[key][-1]
@@ -99,35 +105,49 @@ class Sample:
 
     Attributes:
         rows: where its tokens stand in the batch's hidden states.
+        places: where they stood in the padded prompt; None where those are their numbers.
         later: how many text tokens at the end are continuations of the prompt (candidates of assisted decoding, an
             answer to be scored): their attention does not count.
         past: tokens before those of this forward.
     """
 
     def __init__(
-        self, calls: Method | None, report: Report, rows: slice | Tensor, tokens: VideoTokens, later: int
-    ) -> None:
-        self.calls, self.report, self.rows, self.tokens, self.later = calls, report, rows, tokens, later
+        self, calls: Method | None, report: Report, rows: slice | Tensor, places: Tensor | None, tokens: VideoTokens,
+        later: int,
+    ) -> None:  # fmt: skip
+        self.calls, self.report, self.rows, self.places = calls, report, rows, places
+        self.tokens, self.later = tokens, later
         self.past = 0
+
+    @property
+    def position(self) -> Tensor:
+        """[n] int64: where the tokens that are left stood in the padded prompt."""
+        return self._place(self.tokens.position[0])
 
     def seen(self) -> tuple[Tensor, int]:
         """The positions [n] that the last token attends to, and how many of them are video."""
-        position, window = self.tokens.position[0], self.report.window
+        position, window = self.position, self.report.window
         if window is None:
             return position, self.tokens.num_video
         order = self.past + torch.arange(len(position), device=position.device)
         seen = (order < window.sinks) | (order >= self.past + len(position) - window.recent)
         return position[seen], int((self.tokens.patch[0, seen] >= 0).sum())
 
-    def ask(self, stage: str, index: int, before: VideoTokens) -> VideoTokens:
+    def ask(self, stage: str, index: int, before: VideoTokens, invariants: Invariants, verify: bool) -> VideoTokens:
         """What the method leaves of the tokens; `before` itself where it changes nothing."""
         if self.calls is None:
             return before
-        watch = self.report._stopwatch
+        watch, count = self.report._stopwatch, versions(before)
         start = watch.now()
-        after = getattr(self.calls, stage)(index, before)
+        with nullcontext():
+            after = getattr(self.calls, stage)(index, before)
+        if count != versions(before):
+            raise RuntimeError(
+                f"reduce: {self.report.method}, {stage} of layer {index}: must not write to the tensors it is given"
+            )
         if after is None:
             return before
+        check_left(self.report.method, stage, index, before, after, invariants, verify)
         watch.spans.append(("prune" if after.merge is None else "merge", start, watch.now()))
         if after.between is not None:
             self._note(stage, index, before, after.between)
@@ -138,10 +158,13 @@ class Sample:
         """Put one step of a call into the report."""
         if after.merge is None:
             self.report.prune_layer = index
-            self.report._prunings.append((before.position[0], after.position[0]))
+            self.report._prunings.append((self._place(before.position[0]), self._place(after.position[0])))
         else:
-            step = MergeStep(index, stage, before.num_video, after.num_video, after.merge)
-            self.report.merge_steps.append(step)
+            merge = Merge(after.merge.roots, self._place(after.merge.position))
+            self.report.merge_steps.append(MergeStep(index, stage, before.num_video, after.num_video, merge))
+
+    def _place(self, position: Tensor) -> Tensor:
+        return position if self.places is None else self.places.to(position.device)[position]
 
 
 class Prefill(Continuation):
@@ -153,15 +176,24 @@ class Prefill(Continuation):
         attends: for each layer, whether it has attention; else it is recurrent.
         additions: [B, N, D] each, what the decoder would have added to the outputs of its first layers.
         later: how many tokens at the end are continuations of the prompt.
+        targets: labels [B, N] that the reduction may write to, and how far ahead of their logits they are. The last
+            that are given without a gap are an answer, a continuation like the others.
+        verify: check all that a method and its ops do, at any cost.
     """
 
     def __init__(
         self, source: Tensor, valid: Tensor | None, cache_layers: CacheLayers,
-        method: Method, videos: Sequence[Video], attends: Sequence[bool], additions: Sequence[Tensor], later: int,
+        method: Method, videos: Sequence[Video], attends: Sequence[bool], additions: Sequence[Tensor], later: int = 0,
+        targets: Sequence[tuple[Tensor, int]] = (), verify: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(source, valid, cache_layers)
         self.method, self.videos, self.attends, self.later = method, videos, attends, later
+        self.targets, self.verify = targets, verify
+        self.asking = False  # whether the method is at work
         self._additions = additions
+        self._invariants = Invariants()
+        self._fed: Tensor | None = None  # [B, D] the last row that this layer's post_attention_layernorm got
+        self._sum: Tensor | None = None  # [B, D] what the layer is to return there
         self.samples: list[Sample] = []
         self.residual: Tensor | None = None  # [B, M, D] rows kept, waiting for their feed-forward output
         self.layer_output: Tensor | None = None  # [B, M, D] what the layer is to return
@@ -169,33 +201,50 @@ class Prefill(Continuation):
         self._rotary_like: Sequence[Tensor] = ()
         self._stopwatch = Stopwatch(source.device)
 
-    def begin(self, hidden: Tensor, rotary: Sequence[Tensor] | None) -> None:
-        """Take the prompt's hidden states [B, N, D] and rotary embeddings, before layer 0."""
+    def begin(self, hidden: Tensor, given: Mapping[str, Any]) -> None:
+        """Take the prompt's hidden states [B, N, D] and the arguments of layer 0."""
+        if given.get("position_embeddings") is None and any(self.attends):
+            raise UnknownReleaseError(
+                f"the decoder must call its layers with 'position_embeddings', got {', '.join(given)}"
+            )
         self._started = self._stopwatch.now()
-        self._rotary_like = rotary or ()
+        self._rotary_like = given.get("position_embeddings") or ()
         companions = [_rows_first(part, self.batch) for part in self._rotary_like]
         patch = patch_ids([video.layout for video in self.videos], self.batch, self.length, hidden.device)
-        position = torch.arange(self.length, device=hidden.device)[None]
         for index in range(self.batch):
             rows = _real_rows(self.valid, index, self.length)
+            number = torch.arange(self.length, device=hidden.device)
+            places = number[rows]
+            is_padded = len(places) < self.length
+            number = number[: len(places)]
             videos = [video for video in self.videos if video.layout.sample == index]
             layouts = [video.layout for video in videos]
             own, count = slice(index, index + 1), sum(len(layout.tokens) for layout in layouts)
             tokens = VideoTokens(
-                hidden.new_empty(0), position[:, rows], patch[own][:, rows], count,
+                hidden.new_empty(0), number[None], patch[own][:, rows], count,
                 tuple(part[own][:, rows] for part in companions),
                 additions=tuple(part[own][:, rows].to(hidden.device) for part in self._additions),
             )  # fmt: skip
             calls = None
             if videos:
-                prompt = Prompt(len(self.attends), self.length, layouts, self.attends, videos[0].number)
+                own_layouts = [_numbered(layout, places) for layout in layouts] if is_padded else layouts
+                prompt = Prompt(len(self.attends), tokens.length, own_layouts, self.attends, videos[0].number)
                 calls = self.method.begin(prompt)
             report = Report(
                 str(self.method), self.method.budget, layouts, tokens.length, count, _stopwatch=self._stopwatch
             )
             tail = self._tail(layouts, rows)
-            self.samples.append(Sample(calls, report, rows, tokens, self.later if self.later <= tail else 0))
+            later = max(self.later if self.later <= tail else 0, self._answer_length(index, rows, tokens.patch[0]))
+            self.samples.append(Sample(calls, report, rows, places if is_padded else None, tokens, later))
             self.free_tail = min(tail, self.free_tail if index else tail)
+
+    def _answer_length(self, index: int, rows: slice | Tensor, patch: Tensor) -> int:
+        """How many of a sample's last tokens its labels make an answer to what stands before."""
+        if not self.targets or not bool((patch >= 0).any()):
+            return 0
+        tail = len(patch) - 1 - int((patch >= 0).nonzero()[-1])
+        lengths = [_answer_length(targets[index, rows], shift) for targets, shift in self.targets]
+        return max((length for length in lengths if length < tail), default=0)
 
     def _tail(self, layouts: list[VideoLayout], rows: slice | Tensor) -> int:
         """How many tokens stand behind a sample's last video; none where the sample ends before its row does."""
@@ -219,23 +268,50 @@ class Prefill(Continuation):
         return hidden
 
     def _restrict(self) -> None:
-        """Ask the method about every sample's window."""
+        """Ask the method about every sample's window, which does not grow with what follows the prompt."""
         layers = [layer for layer in self.cache_layers or () if layer is not None]
         past = layers[0].get_seq_length() if layers else 0
         for sample in self.samples:
             if sample.calls is not None:
-                sample.past, sample.report.window = past, sample.calls.window(past + sample.tokens.length)
+                sample.past = past
+                sample.report.window = sample.calls.window(past + sample.tokens.length - sample.later)
         self.window = Windows.of([sample.report.window for sample in self.samples])
         for layer in layers:
             layer.window = self.window
 
-    def after_attention(self, index: int, hidden: Tensor, tap: AttentionTap) -> Tensor | None:
+    def after_attention(self, index: int, hidden: Tensor, heard: Attention | None) -> Tensor | None:
         """The rows [B, M, D] that the feed-forward block is to see; None where nothing changed."""
-        left = self._reduce("after_attention", index, hidden, tap.take())
+        if heard is None and self.attends[index] and self.wants_attention(index):
+            raise UnknownReleaseError(
+                f"{self.method} wants the attention scores of layer {index}, whose attention must choose its function "
+                "by config._attn_implementation, but does not"
+            )
+        self._fed = hidden[:, -1]
+        left = self._reduce("after_attention", index, hidden, heard)
         if left is hidden:
             return None
         self.residual = left
         return left
+
+    def after_feed_forward(self, added: Tensor) -> Tensor | None:
+        """What the layer is to add to the residual that it holds, where that is not `added` [B, M, D] itself."""
+        assert self._fed is not None  # torch calls the norm's hook before
+        if self.residual is None:
+            self._sum, self._fed = self._fed + added[:, -1], None
+            return None
+        self.layer_output, self.residual = self.residual + added, None
+        stand_in = added.new_full((1,), _STAND_IN)
+        self._sum, self._fed = self._fed + stand_in, None
+        return stand_in
+
+    def output(self, index: int, given: Tensor) -> Tensor:
+        """The layer's output [B, M, D], where it returned `given`."""
+        if self._sum is None:
+            raise TypeError(f"reduce: layer {index} of the decoder {STRUCTURE}")
+        self._invariants.expect_output(index, given[:, -1], self._sum)
+        self._sum = None
+        hidden, self.layer_output = given if self.layer_output is None else self.layer_output, None
+        return hidden
 
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
         if not self.attends[index]:  # takes the padding mask of its rows
@@ -265,22 +341,23 @@ class Prefill(Continuation):
         """[B, M, D] -> [B, N, D]: every row back in its place in the prompt, zeros elsewhere."""
         full = hidden.new_zeros(self.batch, self.length, hidden.shape[-1])
         for index, sample in enumerate(self.samples):
-            position = sample.tokens.position.to(hidden.device)
-            full[index].index_copy_(0, position[0], hidden[index, sample.rows])
+            full[index].index_copy_(0, sample.position.to(hidden.device), hidden[index, sample.rows])
         return full
 
-    def hide_targets(self, targets: Tensor, shift: int) -> None:
-        """Set the labels [B, N] that dropped tokens are, or were to predict from `shift` places before, to -100."""
+    def hide_targets(self) -> None:
+        """Set the labels that dropped tokens are, or were to predict, to -100."""
         if not self.packed:
             return
-        dropped = torch.ones(self.batch, self.length, dtype=torch.bool, device=targets.device)
-        for index, sample in enumerate(self.samples):
-            dropped[index, sample.tokens.position[0].to(targets.device)] = False
-        targets[dropped] = -100
-        targets[:, shift:][dropped[:, : self.length - shift]] = -100
+        for targets, shift in self.targets:
+            dropped = torch.ones(self.batch, self.length, dtype=torch.bool, device=targets.device)
+            for index, sample in enumerate(self.samples):
+                dropped[index, sample.position.to(targets.device)] = False
+            targets[dropped] = -100
+            targets[:, shift:][dropped[:, : self.length - shift]] = -100
 
     def finish(self) -> Report | BatchReport:
-        """The report of a prefill that went through."""
+        """The report of a prefill that went through. Raises where something did not hold that must."""
+        self._invariants.read()
         self._stopwatch.spans.append(("prefill", self._started, self._stopwatch.now()))
         for sample in self.samples:
             if sample.calls is not None:
@@ -294,7 +371,14 @@ class Prefill(Continuation):
             sample.tokens.at(hidden[row : row + 1, sample.rows], self._scores(attention, index, row))
             for row, sample in enumerate(self.samples)
         ]
-        after = [sample.ask(stage, index, tokens) for sample, tokens in zip(self.samples, before, strict=True)]
+        self.asking = True
+        try:
+            after = [
+                sample.ask(stage, index, tokens, self._invariants, self.verify)
+                for sample, tokens in zip(self.samples, before, strict=True)
+            ]
+        finally:
+            self.asking = False
         for sample, tokens in zip(self.samples, after, strict=True):
             sample.tokens = tokens.at(hidden.new_empty(0), None)  # a layer's input is not held while it runs
         if all(left.hidden is given.hidden for left, given in zip(after, before, strict=True)):
@@ -337,6 +421,23 @@ def _left_padded(parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return pad_sequence([part[0] for part in parts], batch_first=True, padding_side="left")
+
+
+def _numbered(layout: VideoLayout, places: Tensor) -> VideoLayout:
+    """The layout of a padded prompt, counted among the `places` [n] int64 that are no padding."""
+    positions, places = layout.positions, places.to(layout.positions.device)
+    numbers = torch.searchsorted(places, positions.clamp(min=0).contiguous())
+    return VideoLayout(positions.where(positions < 0, numbers), layout.sample)
+
+
+def _answer_length(targets: Tensor, shift: int) -> int:
+    """How many of a sample's last tokens its labels [n] make an answer: those from the last run without -100 on."""
+    labelled = (targets != -100).tolist()
+    end = next((place for place in reversed(range(len(labelled))) if labelled[place]), None)
+    if end is None:
+        return 0
+    start = next((place for place in reversed(range(end)) if not labelled[place]), -1) + 1
+    return len(labelled) - start - (1 - shift)
 
 
 def _real_rows(valid: Tensor | None, sample: int, length: int) -> slice | Tensor:

@@ -1,89 +1,152 @@
 """Runs a method inside a Hugging Face decoder, by hooks alone: no forward is replaced, and removal is exact.
 
-- before the model's forward: where are the video tokens?
-- before the decoder's forward: opens a prefill, gives the KV cache layers that may hold fewer tokens than they report.
-  Only while a prefill is open do the layers have hooks, so a decode step that needs none pays for none
-- before a layer: the method's call before attention; the layer gets the rotary embeddings and the mask of its rows
-- before a layer's post_attention_layernorm: the method's call between attention and feed-forward. The layer has bound
-  its residual already, so the feed-forward block adds to the rows kept, and the layer's own sum is thrown away
-- behind the last layer: rows go back to their places in the prompt, zeros for those that left
+A call passes by three places:
+- the modules around the decoder, the outermost first: what was the call given, and where are the videos?
+- the decoder: is there something to reduce or to mask? Then a forward is opened: its KV cache gets layers that may hold
+  fewer tokens than they report, and the decoder's layers get hooks (layers.py)
+- the decoder again, when its layers are done: does all hold that must (invariants.py)? The forward is closed, the
+  report is made
 
-Compiled code stays unaware of all this: see compiled.py.
+What one call needs is an object of that call, and each thread has its own. Compiled code stays unaware of all this: see
+compiled.py.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..layout import VideoLayout
+from ..layout import VideoLayout, check_layouts
+from ..methods import KeepAll
 from ..methods.base import Method
 from .cache import Checkpoint, Permit, ReducedLayer, prepare
-from .compat import causal_mask, first_of, has_axes, with_first
+from .compat import CACHE, attention_name, cache_in, causal_mask, check_decoder, has_axes, past_of
 from .compiled import Gates
 from .families import LayoutRule, take_deepstack
 from .finder import LayoutFinder, Video, tokens_of
-from .importance import AttentionTap
+from .hooks import Hook, Undo
+from .invariants import check_growth, check_lengths
+from .layers import Forward, LayerHooks, has_attention, hooked_in
 from .prefill import Continuation, Prefill
+from .probe import check_structure
 from .report import BatchReport, Report
 
 _reduced: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders that have a reduction installed
 _reduced_lock = threading.Lock()
 
 
-class Reduction(AbstractContextManager["Reduction"]):
-    """A method at work on a model: between `install` and `remove`, or inside a `with` block.
+@dataclass
+class Call:
+    """One call of the model on its way to the decoder's layers and back.
+
+    Args:
+        level: of the modules around the decoder, which one was called, 0 the outermost.
 
     Attributes:
-        report: of the last prompt that held a video, a BatchReport for a batch of more than one; None before.
+        shape: [B, N] of the tokens that it was given; None where no module has been given any.
+        videos: what it holds.
+        later: how many of its last tokens are no part of the prompt.
+        targets: its labels [B, N], copies that may be written to, and how far ahead of their logits they are.
+        wants_states: whether hidden states are asked for; `states` are what they are.
+        has_vision: whether it was given pixels, embeddings, or placeholders (a bool on the device).
+        begun: whether the decoder has been reached.
+        layers: the KV cache's; `checkpoint` what they held, `expected` tokens of which they are to stand for.
+        forward: what has been opened for it.
     """
 
-    def __init__(self, model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None) -> None:
+    level: int
+    shape: torch.Size | None = None
+    videos: list[Video] = field(default_factory=list)
+    later: int = 0
+    targets: list[tuple[Tensor, int]] = field(default_factory=list)
+    wants_states: bool | None = None
+    states: list[Tensor] | None = None
+    has_vision: bool | Tensor = False
+    begun: bool = False
+    layers: Sequence[ReducedLayer | None] = ()
+    checkpoint: Checkpoint | None = None
+    expected: int = 0
+    forward: Continuation | None = None
+
+
+class _Thread(threading.local):
+    """Where a thread is."""
+
+    call: Call | None = None
+
+
+class _OwnReport(threading.local):
+    """The report of a thread's last prompt; not known where it has had none."""
+
+    report: Report | BatchReport | None
+
+
+class Reduction(AbstractContextManager["Reduction"]):
+    """A method at work on a model: between `install` and `remove`, or inside a `with` block."""
+
+    def __init__(
+        self, model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None, verify: bool = False
+    ) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"reduce: method must be a fftriton.Method, such as FrameFusion(), got {method!r}")
-        self.model, self.method = getattr(model, "_orig_mod", model), method  # of what torch.compile(model) returns
+        if not isinstance(verify, bool):
+            raise TypeError(f"reduce: verify must be True or False, got {verify!r}")
         self.decoder = find_decoder(model)
+        root = getattr(model, "_orig_mod", model)  # of what torch.compile(model) returns
+        _check_wrapper(root)
+        self.model, self.method, self.verify = _owner(root, self.decoder), method, verify
         method.check(len(self.decoder.layers))
         if method.renumbers and has_axes(self.decoder.config):
             raise ValueError(
                 f"reduce: renumber must be False for {type(model).__name__}, whose positions have three axes (M-RoPE)"
             )
-        self.report: Report | BatchReport | None = None
+        self._cache_name = check_decoder(self.decoder)
+        check_structure(self.decoder)
         self._finder = LayoutFinder(self.model, layout)
-        self._signature = inspect.signature(self.model.forward)
+        self._modules = [module for module in root.modules() if self.decoder in module.modules()]  # outermost first
+        self._signatures = [inspect.signature(module.forward) for module in self._modules]
         self._gates = Gates(_above_hooks(model, self.decoder), self._acts, self._without_hooks)
-        self._videos: list[Video] = []  # of the forward that begins
-        self._was_called = False  # whether it came through the model's own hooks
-        self._later = 0  # how many of its last tokens are no part of the prompt
-        self._wants_states = False
-        self._states: list[Tensor] | None = None  # the hidden states that are asked for
-        self._targets: list[tuple[Tensor, int]] = []  # its labels [B, N], and how far ahead of their logits they are
-        self._forward: Continuation | None = None
-        self._checkpoint = Checkpoint(None)
         self._permit = Permit()
-        self._tap = AttentionTap()
-        self._undo: list[Callable[[], object]] = []
-        self._entry_hooks: list[RemovableHandle] = []
-        self._layer_hooks: list[RemovableHandle] = []
+        self._forward = Forward()
+        self._layers = LayerHooks(self.decoder, self._forward)
+        self._thread = _Thread()
+        self._own = _OwnReport()
+        self._last_report: Report | BatchReport | None = None
+        self._undo: Undo = []
+        self._entry_hooks: list[tuple[int, RemovableHandle]] = []
         self._warned: set[str] = set()
+        self._has_reduced = False
+        self._ran_dense: bool | Tensor = False  # whether something with vision did
         self._masks_one_token: dict[str, bool] = {}  # by attention back end: whether it wants a mask for one token
+
+    @property
+    def report(self) -> Report | BatchReport | None:
+        """What was done to this thread's last prompt, or where it had none to the last one of any: None where that held
+        no video or was not reduced, a BatchReport for a batch of more than one."""
+        return getattr(self._own, "report", self._last_report)
+
+    def _note_report(self, report: Report | BatchReport | None) -> None:
+        self._own.report = self._last_report = report
 
     def __enter__(self) -> Reduction:
         return self.install()
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, error: object, *details: object) -> None:
         self.remove()
+        if error is None:
+            self._warn_if_idle()
 
     def install(self) -> Reduction:
         """Hook into the model. Raises a RuntimeError where a reduction is at work on it already."""
@@ -100,88 +163,125 @@ class Reduction(AbstractContextManager["Reduction"]):
 
     def _install(self) -> None:
         self._undo.append(lambda: _reduced.discard(self.decoder))
-        self._tap.install()
-        self._undo.append(self._tap.remove)
-        self._finder.install(self._undo)
+        self._layers.install(self._undo)
+        self._finder.install(self._modules, self._undo)
         self._permit.active = True
         self._gates.install(self._undo)
         self._undo.append(self._remove_entry_hooks)
         self._add_entry_hooks()
 
     def remove(self) -> None:
-        """Take everything out again: the model is as it was before. Harmless when nothing is installed."""
+        """Take everything out again: the model is as it was before. Harmless when nothing is installed.
+
+        Waits for forwards of other threads to end.
+        """
         self._abandon()
+        self._layers.wait_for_others()
         while self._undo:
             self._undo.pop()()
         self._permit.active = False
+        self._finder.forget()
+        self._thread, self._forward.open = _Thread(), None
 
-    def _add_entry_hooks(self) -> None:
-        keep = self._entry_hooks.append
-        keep(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        keep(self.model.register_forward_hook(self._after_model))
-        keep(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        keep(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
+    def _add_entry_hooks(self, level: int = 0) -> None:
+        """Hook into the modules from this level on."""
 
-    def _remove_entry_hooks(self) -> None:
-        while self._entry_hooks:
-            self._entry_hooks.pop().remove()
+        def keep(handle: RemovableHandle) -> None:
+            self._entry_hooks.append((at, handle))
 
-    def _open(self, forward: Continuation) -> None:
-        """Start a forward: from here on the layers have hooks. Without a video there are only the masks to see to."""
-        self._forward = forward
-        keep, at = self._layer_hooks.append, functools.partial
-        for index, layer in enumerate(self.decoder.layers):
-            keep(layer.register_forward_pre_hook(at(self._before_layer, forward, index), with_kwargs=True))
-            if not isinstance(forward, Prefill):
+        for at, module in enumerate(self._modules):
+            if at < level:
                 continue
-            if has_attention(layer):
-                keep(layer.self_attn.register_forward_pre_hook(at(self._before_attention, forward, index)))
-                keep(layer.self_attn.register_forward_hook(self._after_attention, always_call=True))
-            before_feed_forward = at(self._before_feed_forward, forward, index)
-            keep(layer.post_attention_layernorm.register_forward_pre_hook(before_feed_forward))
-            keep(layer.mlp.register_forward_hook(at(self._after_feed_forward, forward)))
-            keep(layer.register_forward_hook(at(self._after_layer, forward, index)))
+            if module is self.decoder:
+                keep(module.register_forward_pre_hook(Hook(self._before_decoder), with_kwargs=True))
+                keep(module.register_forward_hook(Hook(self._after_decoder), always_call=True))
+            else:
+                keep(module.register_forward_pre_hook(Hook(partial(self._before_module, at)), with_kwargs=True))
+                keep(module.register_forward_hook(Hook(partial(self._after_module, at)), always_call=True))
 
-    def _close(self) -> Continuation | None:
-        """End the forward: the layers are as before."""
-        forward, self._forward = self._forward, None
-        if forward is None:
-            return None
-        for handle in self._layer_hooks:
-            handle.remove()
-        self._layer_hooks.clear()
-        for layer in filter(has_attention, self.decoder.layers):
-            self._tap.close(layer.self_attn)  # where a KeyboardInterrupt left it open: torch runs no hook behind one
-        return forward
+    def _remove_entry_hooks(self, level: int = 0) -> None:
+        for at, handle in self._entry_hooks:
+            if at >= level:
+                handle.remove()
+        self._entry_hooks = [(at, handle) for at, handle in self._entry_hooks if at < level]
 
     def _abandon(self) -> None:
-        """End a forward that did not come to its end: the KV cache, too, is as it was before it."""
-        if self._close() is not None:
-            self._checkpoint.restore()
+        """End a forward of this thread that did not come to its end: the KV cache, too, is as it was before it."""
+        self._layers.close()
+        call, self._thread.call = self._thread.call, None
+        if call is not None and call.checkpoint is not None:
+            call.checkpoint.restore()
 
-    # ---- the model and its decoder
+    # ---- the modules around the decoder
 
-    def _before_model(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        bound = self._signature.bind_partial(*args, **kwargs)
-        given = {**bound.arguments.get("kwargs", {}), **bound.arguments}
-        self._videos, self._targets, self._was_called = self._finder.find(given), [], True
-        if self._videos:
+    def _before_module(self, level: int, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        given = self._named(level, args, kwargs)
+        call = self._enter(level, given)
+        if call is None:
+            return None
+        targets = [(name, shift) for name, shift in (("labels", 1), ("shift_labels", 0)) if given.get(name) is not None]
+        if not targets or call.targets:
+            return None
+        own = {name: given[name].clone() for name, _ in targets}
+        call.targets = [(own[name], shift) for name, shift in targets]
+        return (), {**given, **own}
+
+    def _enter(self, level: int, given: Mapping[str, Any]) -> Call | None:
+        """Note what a module is given; None where the call is on its way already, and known, or has nothing to note."""
+        call = self._thread.call
+        if call is None or call.begun or call.level >= level:  # no call of a module around this one is on its way
+            self._abandon()
+            call = self._thread.call = Call(level)
+        tokens = tokens_of(given)
+        if tokens is None:
+            call.has_vision = call.has_vision or _has_pixels(given)
+            return None
+        if call.shape is None:
+            call.shape = tokens.shape[:2]
+            if given.get("inputs_embeds") is not None and level < len(self._modules):
+                call.has_vision = True
+        if tokens.shape[1] == 1:
+            return None
+        self._look(call, level, given)
+        return call if call.videos else None
+
+    def _look(self, call: Call, level: int, given: Mapping[str, Any]) -> None:
+        """Look for videos, where no module around has found any, and for all else that the call says of them."""
+        if call.has_vision is False:
+            call.has_vision = _has_pixels(given) or self._has_placeholders(given)
+        if not call.videos:
+            call.videos = self._finder.find(given)
+            if not call.videos:
+                return
             self._gates.check()
-        self._later = self._finder.count_later(given) if self._videos else 0
-        self._states, wanted = None, given.get("output_hidden_states")
-        self._wants_states = self.decoder.config.output_hidden_states if wanted is None else wanted
-        if not self._videos:
-            return None
-        if self._wants_states and given.get("return_dict", getattr(self.model.config, "return_dict", True)) is False:
+        call.later = max(call.later, self._finder.count_later(given))
+        if call.wants_states is None:
+            call.wants_states = given.get("output_hidden_states")
+        asked = self.decoder.config.output_hidden_states if call.wants_states is None else call.wants_states
+        if asked and given.get("return_dict", getattr(self.model.config, "return_dict", True)) is False:
             raise ValueError("reduce: return_dict must not be False where hidden states are asked for")
-        if given.get("labels") is None and given.get("shift_labels") is None:
-            return None
-        return self._with_own_targets(bound)
 
-    def _after_model(self, model: Any, args: tuple, output: Any) -> None:
+    def _named(self, level: int, args: tuple, kwargs: dict) -> Mapping[str, Any]:
+        """The arguments of a module's forward by name, as far as they have one."""
+        if not args:
+            return kwargs
+        try:
+            bound = self._signatures[level].bind_partial(*args, **kwargs).arguments
+        except TypeError:  # the forward will say so
+            return kwargs
+        return {**bound.pop("kwargs", {}), **bound}
+
+    def _after_module(self, level: int, module: Any, args: tuple, output: Any) -> None:
         """transformers may have noted what the layers themselves return, which is thrown away where rows leave."""
-        states, self._states = self._states, None
-        if states is None:
+        call = self._thread.call
+        if call is None:
+            return
+        if call.level == level:
+            self._thread.call = None
+            if self._finder.depth == 0:
+                self._finder.forget()
+        states = call.states
+        if output is None or states is None or getattr(output, "hidden_states", None) is None:
             return
         *_, last = given = output.hidden_states
         own = [None if noted is None else state for noted, state in zip(given, states, strict=True)]
@@ -189,89 +289,146 @@ class Reduction(AbstractContextManager["Reduction"]):
             own[-1] = last
         output.hidden_states = tuple(own)
 
-    def _with_own_targets(self, bound: inspect.BoundArguments) -> tuple[tuple, dict]:
-        """The arguments with copies of the labels, for the reduction to write to."""
-        for holder in (bound.arguments, bound.arguments.get("kwargs", {})):
-            for name, shift in (("labels", 1), ("shift_labels", 0)):
-                if holder.get(name) is not None:
-                    holder[name] = holder[name].clone()
-                    self._targets.append((holder[name], shift))
-        return bound.args, bound.kwargs
+    def _has_placeholders(self, given: Mapping[str, Any]) -> bool | Tensor:
+        """Whether there are tokens that stand for images or videos; a device is not waited for."""
+        ids = given.get("input_ids")
+        known = (getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        found = [(ids == token).any() for token in known if token is not None and ids is not None]
+        return torch.stack(found).any() if found else False
+
+    # ---- compiled code
 
     def _acts(self, module: nn.Module, hooks_ran: bool, args: tuple, kwargs: dict) -> bool:
         """Whether a compiled module's call has something to reduce or to mask."""
-        if self._forward is not None:  # the decoder is at work
+        if self._forward.open is not None:  # the decoder is at work
             return True
-        if not hooks_ran and self.model in (module, getattr(module, "_orig_mod", None)):
-            self._before_model(self.model, args, kwargs)
-        cache_layers = _reduced_layers(kwargs.get("past_key_values"))
-        source = args[0] if args else tokens_of(kwargs)
-        masks = source is not None and cache_layers and self._needs_masks(cache_layers, source)
-        return bool(self._videos or masks)
+        level = self._level_of(module)
+        given = kwargs if level is None else self._named(level, args, kwargs)
+        if not hooks_ran and level is not None:
+            self._enter(level, given)
+        call, layers, source = self._thread.call, _reduced_layers(cache_in(given)), tokens_of(given)
+        masks = source is not None and layers and self._needs_masks(layers, source)
+        return bool((call is not None and call.videos) or masks)
+
+    def _level_of(self, module: nn.Module) -> int | None:
+        plain = getattr(module, "_orig_mod", module)
+        return next((level for level, known in enumerate(self._modules) if known is plain), None)
 
     @contextmanager
-    def _without_hooks(self, kwargs: dict) -> Iterator[None]:
+    def _without_hooks(self, module: nn.Module, runs_hooks: bool, kwargs: dict) -> Iterator[None]:
         """Around a call of compiled code, which is to be as without a reduction: nothing in it is padded."""
-        if _reduced_layers(kwargs.get("past_key_values")):
+        if _reduced_layers(cache_in(kwargs)):
             kwargs["attention_mask"] = None  # being traced, transformers would make a mask for the whole sequence of it
-        self._remove_entry_hooks()
+        level = self._level_of(module)
+        if level is None:
+            inside = getattr(module, "_orig_mod", module).modules()
+            level = 0 if self.decoder in set(inside) else len(self._modules)
+        else:
+            level += not runs_hooks
+        self._remove_entry_hooks(level)
         try:
             yield
         finally:
-            self._add_entry_hooks()
+            self._add_entry_hooks(level)
+
+    # ---- the decoder
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        videos, self._videos = self._videos, []
-        was_called, self._was_called = self._was_called, False
-        self._abandon()
-        if self._finder.prompt_has_video and not was_called:  # 4.x runs the chunks of a prompt like that
+        if args:
+            args, kwargs = (), dict(self._named(len(self._modules) - 1, args, kwargs))
+        source = tokens_of(kwargs)
+        if source is None:
+            return args, kwargs  # the decoder refuses it
+        call = self._arrive(kwargs, source)
+        cache, use_cache = cache_in(kwargs), kwargs.get("use_cache")
+        if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=decoder.config)
+        if cache is not None:
+            for name in CACHE:
+                kwargs.pop(name, None)
+            kwargs[self._cache_name] = cache
+        if cache is not None and not isinstance(cache, Cache):
             raise ValueError(
-                "reduce: prefill_chunk_size must not be given before transformers 5: it passes by all hooks"
+                f"reduce: the KV cache must be a transformers.Cache, got {type(cache).__name__}: a paged cache cannot "
+                "hold fewer tokens in later layers"
             )
-        cache = kwargs.get("past_key_values")
-        use_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-        if cache is None and use_cache:
-            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
-        cache_layers = None if cache is None else prepare(cache, len(decoder.layers), self._permit)
-        reducible = [layer for layer in cache_layers or () if layer is not None]
+        layers = None if cache is None else prepare(cache, len(decoder.layers), self._permit)
+        reducible = [layer for layer in layers or () if layer is not None]
         reduced = any(layer.reduced for layer in reducible)
-        reason = self._why_not(decoder, cache, cache_layers, kwargs.get("attention_mask"))
+        if not call.videos and not reduced and (source.shape[1] > 1 or past_of(kwargs) == 0):
+            self._note_dense(call)
+        reason = self._why_not(decoder, cache, layers, kwargs.get("attention_mask"))
         if reason is not None:
             if reduced:
                 raise ValueError(f"reduce: nothing can follow the reduced prompt in the KV cache, because {reason}")
-            if videos:
+            if call.videos:
                 self._warn_once("unreduced", f"fftriton: running without reduction, because {reason}")
+                self._note_report(None)
             return args, kwargs
-        if videos and torch.is_grad_enabled() and any(map(_runs_again, decoder.layers)):
+        if call.videos and torch.is_grad_enabled() and any(map(_runs_again, decoder.layers)):
             raise ValueError("reduce: gradient checkpointing must be off: it runs layers again without their reduction")
-        source = args[0] if args else tokens_of(kwargs)
-        assert source is not None  # the decoder would refuse it
-        if not videos and not (reduced and self._needs_masks(reducible, source)):
+        if not call.videos and not reduced:
             return args, kwargs
-        if not videos and self._sees_all(reducible, source):
+        call.expected = check_lengths(reducible) + source.shape[1]
+        call.checkpoint, call.layers = Checkpoint(cache), layers or ()
+        if not call.videos and not self._needs_masks(reducible, source):
+            return args, kwargs
+        if not call.videos and self._sees_all(reducible, source):
             kwargs["attention_mask"] = source.new_zeros(len(source), 1, 1, 1, dtype=decoder.dtype)  # fits any layer
             return args, kwargs
-        length = source.shape[1]
-        past_valid, valid = _padding(kwargs.get("attention_mask"), length)
-        _check_visible(videos, valid)
+        past_valid, valid = _padding(kwargs.get("attention_mask"), source.shape[1])
+        _check_visible(call.videos, valid)
         for layer in reducible:
-            if not layer.reduced and length > 1:
+            if not layer.reduced and source.shape[1] > 1:
                 layer.valid = past_valid
-        self._checkpoint = Checkpoint(cache)
-        if not videos:
-            self._open(Continuation(source, valid, cache_layers))
-            return args, kwargs
-        attends, additions = [*map(has_attention, decoder.layers)], take_deepstack(kwargs)
-        prefill = Prefill(source, valid, cache_layers, self.method, videos, attends, additions, later=self._later)
-        prefill.states = [] if self._wants_states else None
-        self._open(prefill)
+        if call.videos:
+            attends, additions = [*map(has_attention, decoder.layers)], take_deepstack(kwargs)
+            call.forward = prefill = Prefill(
+                source, valid, layers, self.method, call.videos, attends, additions, call.later, call.targets,
+                self.verify,
+            )  # fmt: skip
+            wanted = decoder.config.output_hidden_states if call.wants_states is None else call.wants_states
+            prefill.states = [] if wanted else None
+        else:
+            call.forward = Continuation(source, valid, layers)
+        self._layers.open(call.forward)
         return args, kwargs
+
+    def _arrive(self, kwargs: Mapping[str, Any], source: Tensor) -> Call:
+        """The call that has come to the decoder.
+
+        Raises:
+            RuntimeError: the method called the model. ValueError: a call that passed by all hooks, or tokens that are
+                not those of the call.
+        """
+        if isinstance(self._forward.open, Prefill) and self._forward.open.asking:
+            raise RuntimeError(f"reduce: {self.method} must not call the model that it is at work on")
+        call = self._thread.call
+        passed_by = call is None or call.begun
+        if call is None or passed_by:
+            self._abandon()
+            call = self._thread.call = Call(
+                len(self._modules) - 1, source.shape[:2], has_vision="inputs_embeds" in kwargs
+            )
+            if self._finder.is_listed or self._finder.prompt_has_video or len(self._modules) == 1:
+                self._look(call, call.level, kwargs)
+        if (
+            passed_by and len(self._modules) > 1 and self._finder.prompt_has_video
+        ):  # 4.x runs chunks of a prompt like that
+            raise ValueError(
+                "reduce: prefill_chunk_size must not be given before transformers 5: it passes by all hooks"
+            )
+        call.begun = True
+        if call.videos and call.shape != source.shape[:2]:
+            call.later = 0
+            check_layouts([video.layout for video in call.videos], *source.shape[:2])
+        return call
 
     def _needs_masks(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
         """Whether the mask that the decoder makes for the whole sequence does not do for the rows that are there."""
         if source.shape[1] > 1 or any(layer.valid is not None for layer in cache_layers):
             return True
-        backend = self.decoder.config._attn_implementation
+        backend = attention_name(self.decoder.config)
         if backend not in self._masks_one_token:
             mask = causal_mask(self.decoder.config, source.new_empty(1, 1, 1, dtype=torch.float32), None, 1)
             self._masks_one_token[backend] = mask is not None
@@ -280,12 +437,14 @@ class Reduction(AbstractContextManager["Reduction"]):
     def _sees_all(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
         """Whether one mask that hides nothing does for all layers: eager attention adds it to scores of any length."""
         one_token = source.shape[1] == 1 and all(layer.valid is None for layer in cache_layers)
-        eager = self.decoder.config._attn_implementation == "eager"
+        eager = attention_name(self.decoder.config) == "eager"
         return one_token and eager and all(map(has_attention, self.decoder.layers))
 
     def _why_not(self, decoder: Any, cache: Any, cache_layers: Any, mask: Any) -> str | None:
         if cache is not None and cache_layers is None:
-            return f"only a plain DynamicCache can hold fewer tokens in later layers, got {type(cache).__name__}"
+            kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
+            of = f" with layers of {', '.join(kinds)}" if kinds else ""
+            return f"only a plain DynamicCache can hold fewer tokens in later layers, got {type(cache).__name__}{of}"
         other = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "linear_attention"}
         if other:
             return f"the decoder has layers other than full and linear attention: {', '.join(sorted(other))}"
@@ -296,77 +455,65 @@ class Reduction(AbstractContextManager["Reduction"]):
     def _after_decoder(self, decoder: Any, args: tuple, output: Any) -> Any:
         if output is None:  # an exception on its way
             return self._abandon()
+        call = self._thread.call
         try:
-            if isinstance(self._forward, Prefill):
-                self._finish(self._forward)
+            if call is None or self._forward.open is not call.forward:
+                raise RuntimeError(
+                    "reduce: the model was called while a call of it was at work; hooks must not do that"
+                )
+            check_growth(call.layers, call.expected, self.method)
+            if isinstance(call.forward, Prefill):
+                self._finish(call, call.forward)
         except BaseException:
             self._abandon()
             raise
-        self._close()
+        self._layers.close()
+        call.forward = call.checkpoint = None
+        call.layers = ()
+        if call.level == len(self._modules) - 1:
+            self._thread.call = None
         return output
 
-    def _finish(self, prefill: Prefill) -> None:
+    def _finish(self, call: Call, prefill: Prefill) -> None:
         """Make the report, and see to what else depends on what has been kept."""
-        for targets, shift in self._targets:
-            prefill.hide_targets(targets, shift)
-        self._states = prefill.states
-        self.report = prefill.finish()
-        reports = self.report.samples if isinstance(self.report, BatchReport) else [self.report]
-        for report in reports:
-            if report.window is None and report.budget_achieved > report.budget + 1 / max(report.num_video_tokens, 1):
+        report = prefill.finish()
+        prefill.hide_targets()
+        call.states = prefill.states
+        self._note_report(report)
+        self._has_reduced = True
+        for sample in report.samples if isinstance(report, BatchReport) else [report]:
+            if sample.window is None and sample.budget_achieved > sample.budget + 1 / max(sample.num_video_tokens, 1):
                 self._warn_once(
                     "budget",
-                    f"fftriton: the budget {report.budget:g} cannot be reached on this prompt; the least possible is "
-                    f"{report.least_budget:.4g}, and {report.budget_achieved:.4g} of the video tokens were kept",
+                    f"fftriton: the budget {sample.budget:g} cannot be reached on this prompt; the least possible is "
+                    f"{sample.least_budget:.4g}, and {sample.budget_achieved:.4g} of the video tokens were kept",
                 )
+
+    def _note_dense(self, call: Call) -> None:
+        """Remember that a prompt runs without a video that is known of."""
+        if self._finder.depth > 1 or self._finder.prompt_has_video:  # an assistant's, or candidates
+            return
+        self._note_report(None)
+        if call.has_vision is not False and not self._has_reduced:
+            seen = self._ran_dense
+            self._ran_dense = (
+                call.has_vision if seen is False else torch.as_tensor(seen) | torch.as_tensor(call.has_vision)
+            )
+
+    def _warn_if_idle(self) -> None:
+        if self._has_reduced or "unreduced" in self._warned or isinstance(self.method, KeepAll):
+            return
+        if bool(self._ran_dense):
+            self._warn_once(
+                "idle",
+                f"fftriton: nothing was reduced, though the model ran on images, videos or embeddings: no call showed "
+                f"{self.method} a video. Call the model that was given to reduce, or give a layout",
+            )
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, stacklevel=2)
-
-    # ---- one layer
-
-    def _before_layer(
-        self, forward: Continuation, index: int, layer: nn.Module, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if isinstance(forward, Prefill):
-            if index == 0:
-                forward.begin(hidden, kwargs.get("position_embeddings"))
-                forward.note_state(hidden)
-            hidden = forward.before_attention(index, hidden)
-        kwargs.update(forward.layer_arguments(index, hidden, kwargs, self.decoder.config))
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
-
-    def _before_attention(self, prefill: Prefill, index: int, attention: nn.Module, args: tuple) -> None:
-        if prefill.wants_attention(index):
-            self._tap.open(attention)
-
-    def _after_attention(self, attention: nn.Module, args: tuple, output: Any) -> None:
-        self._tap.close(attention)
-
-    def _before_feed_forward(self, prefill: Prefill, index: int, norm: nn.Module, args: tuple) -> tuple | None:
-        left = prefill.after_attention(index, args[0], self._tap)
-        return None if left is None else (left,)
-
-    def _after_feed_forward(self, prefill: Prefill, mlp: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        if prefill.residual is None:
-            return None
-        added = first_of(output)  # a mixture of experts may return its routing, too
-        prefill.layer_output, prefill.residual = prefill.residual + added, None
-        return added.new_zeros(1)
-
-    def _after_layer(self, prefill: Prefill, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
-        given = first_of(output)
-        hidden, prefill.layer_output = given if prefill.layer_output is None else prefill.layer_output, None
-        hidden = prefill.after_layer(hidden)
-        if index == len(self.decoder.layers) - 1 and prefill.packed:
-            hidden = prefill.restore(hidden)
-        prefill.note_state(hidden)
-        return None if hidden is given else with_first(output, hidden)
+            warnings.warn(message, stacklevel=3)
 
 
 def find_decoder(model: Any) -> Any:
@@ -383,11 +530,31 @@ def find_decoder(model: Any) -> Any:
     )
 
 
+def _owner(root: nn.Module, decoder: nn.Module) -> Any:
+    """The Hugging Face model that holds the decoder: `root`, or what it wraps (PEFT, DistributedDataParallel)."""
+    models = (module for module in root.modules() if isinstance(module, PreTrainedModel))
+    return next((model for model in models if decoder in model.modules()), root)
+
+
+def _check_wrapper(root: nn.Module) -> None:
+    if isinstance(root, nn.DataParallel) and len(root.device_ids) > 1:
+        raise TypeError(
+            f"reduce: model must not be a DataParallel over {len(root.device_ids)} devices, whose copies a reduction "
+            "does not reach; use DistributedDataParallel"
+        )
+
+
+def _has_pixels(given: Mapping[str, Any]) -> bool:
+    """Whether a forward is given images or videos, encoded or not."""
+    encoded = given.get("mm_encoder_outputs") or {}
+    return any(value is not None and name.startswith("pixel_values") for name, value in given.items()) or any(
+        value is not None for value in encoded.values()
+    )
+
+
 def _above_hooks(model: nn.Module, decoder: Any) -> list[nn.Module]:
     """The modules that have hooks while a prompt is reduced, and those that contain one."""
-    hooked = {decoder, *decoder.layers}
-    for layer in decoder.layers:
-        hooked |= {layer.post_attention_layernorm, layer.mlp} | ({layer.self_attn} if has_attention(layer) else set())
+    hooked = {decoder} | hooked_in(decoder.layers)
     return [module for module in model.modules() if any(part in hooked for part in module.modules())]
 
 
@@ -395,11 +562,6 @@ def _reduced_layers(cache: Any) -> list[ReducedLayer]:
     """The layers of a KV cache where they hold a reduced prompt."""
     layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, ReducedLayer)]
     return layers if any(layer.reduced for layer in layers) else []
-
-
-def has_attention(layer: nn.Module) -> bool:
-    """Whether the decoder layer has softmax attention; Qwen3.5 has layers with linear attention instead."""
-    return hasattr(layer, "self_attn")
 
 
 def _runs_again(layer: nn.Module) -> bool:

@@ -24,8 +24,8 @@ class Prompt:
 
     Args:
         num_layers: decoder layers.
-        length: tokens of the prompt, text included.
-        layouts: where its videos stand in it.
+        length: tokens of the prompt, text included and padding not.
+        layouts: where its videos stand among them.
         attends: for each layer, whether it has attention scores to give; empty where all have.
         first_video: how many videos the samples before it in the batch hold.
     """
@@ -93,7 +93,7 @@ class VideoTokens:
 
     Args:
         hidden: [B, N, D] hidden states.
-        position: [B, N] int64, the place of each row in the prompt.
+        position: [B, N] int64, the place of each row in the prompt, padding not counted.
         patch: [B, N] int64, which patch of which video a row is, the same number in every frame; -1 for other tokens.
         num_video: rows whose patch is not -1.
         companions: tensors [B, N, ...] that follow their rows (rotary embeddings, say).

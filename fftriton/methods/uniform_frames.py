@@ -42,7 +42,7 @@ class _Frames(Method):
     def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
         if layer > 0 or self.budget == 1:
             return None
-        frame = self.prompt.frame  # [N]
+        frame = self.prompt.frame[tokens.position[0].cpu()]  # [N]
         count = max(1, round(self.budget * tokens.num_video))
         size = torch.bincount(frame[frame >= 0])  # tokens of each frame
         for num_frames in range(1, len(size) + 1):

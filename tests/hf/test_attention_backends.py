@@ -5,7 +5,7 @@ import torch
 from attention_backends import BACKENDS, attention
 from families import FAMILIES as EVERY_FAMILY
 from families import collate
-from models import QWEN_FAMILIES, Listening, qwen2, tiny_qwen2, video_embeddings
+from models import QWEN_FAMILIES, Listening, behind, cache_of, qwen2, tiny_qwen2, video_embeddings
 
 import fftriton
 
@@ -86,8 +86,8 @@ def test_several_tokens_behind_a_reduced_prompt(family, backend):
     @torch.no_grad()
     def second_turn():
         with fftriton.reduce(model, METHODS["merge-prune"], layout):
-            cache = model(**inputs, use_cache=True).past_key_values
-            parts = [model(input_ids=part, past_key_values=cache).logits for part in more.split([3, 1, 1], 1)]
+            cache = cache_of(model(**inputs, use_cache=True))
+            parts = [model(input_ids=part, **behind(cache)).logits for part in more.split([3, 1, 1], 1)]
         return torch.cat(parts, 1)
 
     expected = second_turn()
@@ -158,12 +158,12 @@ def test_the_stand_in_is_sent_packed_sequences_where_positions_have_gaps():
 def test_layers_have_hooks_in_decode_only_where_they_need_masks(backend):
     model, inputs, layout = qwen2()
     with attention(model, backend), fftriton.reduce(model, METHODS["merge"], layout), torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         hooks = []
         watch = model.model.norm.register_forward_pre_hook(
             lambda *_: hooks.extend(len(layer._forward_pre_hooks) for layer in model.model.layers)
         )
-        model(input_ids=torch.tensor([[3]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[3]]), **behind(cache))
         watch.remove()
         assert not any(layer._forward_pre_hooks for layer in model.model.layers)
     needs_masks = backend in ("flex_attention", "registered")  # eager does with one mask for all layers

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from by_hand import SPECIAL, Scripted
 from families import FAMILIES, collate
-from models import tiny_qwen2, video_embeddings
+from models import behind, cache_of, tiny_qwen2, video_embeddings
 
 import fftriton
 
@@ -105,15 +105,15 @@ def test_what_follows_right_padding(turn):
     lengths = batch["attention_mask"].sum(1, keepdim=True).long()
     assert lengths[0] != lengths[1]
     with fftriton.reduce(model, METHODS["scripted"], layouts) as reduction:
-        cache = model(**batch).past_key_values
+        cache = cache_of(model(**batch))
         mask = torch.cat([batch["attention_mask"], torch.ones_like(later)], 1)
         positions = lengths + torch.arange(turn)
-        logits = model(input_ids=later, past_key_values=cache, attention_mask=mask, position_ids=positions).logits
+        logits = model(input_ids=later, **behind(cache), attention_mask=mask, position_ids=positions).logits
         kept = reduction.report.kept_positions
     for row, (sample, (_, layout)) in enumerate(zip(samples, prompts, strict=True)):
         with fftriton.reduce(model, METHODS["scripted"], layout) as reduction:
-            cache = model(**sample).past_key_values
-            alone = model(input_ids=later[row : row + 1], past_key_values=cache).logits[0]
+            cache = cache_of(model(**sample))
+            alone = model(input_ids=later[row : row + 1], **behind(cache)).logits[0]
         assert (logits[row] - alone).abs().max() < 1e-4
         assert all(
             torch.equal(layer[row], own) for layer, own in zip(kept, reduction.report.kept_positions, strict=True)

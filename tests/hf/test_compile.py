@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import tiny_qwen2, video_embeddings
+from models import behind, cache_of, tiny_qwen2, video_embeddings
 from torch._dynamo.utils import counters
 
 import fftriton
@@ -138,8 +138,8 @@ def test_a_step_with_the_mask_of_the_whole_sequence():
     @torch.no_grad()
     def step(model):
         with fftriton.reduce(model, METHOD, layout):
-            cache = model(**inputs, use_cache=True).past_key_values
-            return model(input_ids=torch.tensor([[3]]), past_key_values=cache, attention_mask=mask).logits
+            cache = cache_of(model(**inputs, use_cache=True))
+            return model(input_ids=torch.tensor([[3]]), **behind(cache), attention_mask=mask).logits
 
     assert (step(model) - step(plain)).abs().max() < 1e-4
     assert backend.runs == 1

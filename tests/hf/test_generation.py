@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from by_hand import SPECIAL, STEPS, WORDS, ByHand, Scripted, generate, patches, see_prompt
 from families import FAMILIES
-from models import tiny_qwen2, tiny_qwen2_vl, video_embeddings, video_prompt
+from models import behind, cache_of, tiny_qwen2, tiny_qwen2_vl, video_embeddings, video_prompt
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -153,15 +153,15 @@ def test_second_turn(family, video):
         second = {"input_ids": second["input_ids"]}
     cache = DynamicCache(config=model.config.get_text_config())
     with fftriton.reduce(model, SCRIPT) as reduction:
-        model(**first, past_key_values=cache)
+        model(**first, **behind(cache))
         patch = patches(reduction.report.layouts, length)
-        logits = [model(**second, past_key_values=cache).logits[0, -1]]
+        logits = [model(**second, **behind(cache)).logits[0, -1]]
         if video:
             patch += patches(reduction.report.layouts, second["input_ids"].shape[1])
         later = []
         for _ in range(3):
             later.append({"input_ids": logits[-1][:WORDS].argmax()[None, None]})
-            logits.append(model(**later[-1], past_key_values=cache).logits[0, -1])
+            logits.append(model(**later[-1], **behind(cache)).logits[0, -1])
     prompt = see_prompt(model, first, second, *later)
     by_hand = ByHand(model, patch, starts=(0, length))
     assert (torch.stack(logits) - by_hand.logits(prompt, SCRIPT, last=4)).abs().max() < 1e-4
@@ -179,7 +179,7 @@ def test_second_turn_of_generate(family):
         arguments = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         answer = model.generate(**inputs, **arguments)
         ids = torch.cat([answer.sequences, question], 1)
-        again = model.generate(input_ids=ids, past_key_values=answer.past_key_values, **arguments)
+        again = model.generate(input_ids=ids, **behind(cache_of(answer)), **arguments)
     prompt, by_hand = of_prompt(model, inputs, reduction.report)
     later = again.sequences[0, inputs["input_ids"].shape[1] :]
     expected = by_hand.logits(prompt, SCRIPT, later[:-1])[-4:]
@@ -195,13 +195,13 @@ def test_second_turn_of_generate_with_a_video(family, ids):
     model, first, second = family.model(), family.inputs((4,)), family.inputs((4,), image=False, seed=5)
     with fftriton.reduce(model, SCRIPT) as reduction:
         arguments = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
-        cache = model.generate(**first, **arguments).past_key_values
+        cache = cache_of(model.generate(**first, **arguments))
         cache.crop(-2)
         every = torch.cat([first["input_ids"], second["input_ids"]], 1)
         if ids == "new" and transformers.__version__ < "5":
             pytest.skip("from 5.0 on")
         second |= {"attention_mask": torch.ones_like(every)} | ({"input_ids": every} if ids == "all" else {})
-        model.generate(**second, past_key_values=cache, **arguments)
+        model.generate(**second, **behind(cache), **arguments)
     assert reduction.report.num_tokens == every.shape[1] - first["input_ids"].shape[1]
     assert reduction.report.num_video_tokens == 16
 
@@ -211,11 +211,11 @@ def test_a_copy_of_a_cache_goes_its_own_way():
     model, (video, layout) = tiny_qwen2(), video_embeddings(4, 5)
     questions = [torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])]
     with torch.no_grad(), fftriton.reduce(model, SCRIPT, layout):
-        cache = model(inputs_embeds=video).past_key_values
-        shared = [model(input_ids=ids, past_key_values=copy.deepcopy(cache)).logits for ids in questions]
+        cache = cache_of(model(inputs_embeds=video))
+        shared = [model(input_ids=ids, **behind(copy.deepcopy(cache))).logits for ids in questions]
         for ids, logits in zip(questions, shared, strict=True):
-            alone = model(inputs_embeds=video).past_key_values
-            assert torch.equal(model(input_ids=ids, past_key_values=alone).logits, logits)
+            alone = cache_of(model(inputs_embeds=video))
+            assert torch.equal(model(input_ids=ids, **behind(alone)).logits, logits)
 
 
 # ---- chunks
@@ -233,11 +233,11 @@ def greedy_in_chunks(model, chunks):
     """As `by_hand.generate`, of chunks of ids that a user feeds to the forward."""
     cache, logits, tokens = DynamicCache(config=model.config), [], []
     for chunk in chunks:
-        out = model(input_ids=chunk, past_key_values=cache).logits[0, -1]
+        out = model(input_ids=chunk, **behind(cache)).logits[0, -1]
     for _ in range(STEPS):
         logits.append(out)
         tokens.append(int(out[:WORDS].argmax()))
-        out = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1]
+        out = model(input_ids=torch.tensor([tokens[-1:]]), **behind(cache)).logits[0, -1]
     return torch.tensor(tokens), torch.stack(logits)
 
 
@@ -291,7 +291,7 @@ def test_the_users_own_cache():
     with fftriton.reduce(model, SCRIPT, layout):
         expected = generate(model, {"inputs_embeds": video})[1]
         for cache in (DynamicCache(), DynamicCache(config=model.config)):
-            assert torch.equal(generate(model, {"inputs_embeds": video}, past_key_values=cache)[1], expected)
+            assert torch.equal(generate(model, {"inputs_embeds": video}, **behind(cache))[1], expected)
             assert cache.layers[-1].keys.shape[-2] < cache.get_seq_length()
 
 
@@ -332,12 +332,12 @@ def test_other_caches_run_unreduced_with_one_warning(kind, family):
     if kind == "offloaded":
         model, inputs = copy.deepcopy(model).cuda(), {name: value.cuda() for name, value in inputs.items()}
     new_cache = other_caches(model)[kind]
-    skip_where_it_fails_anyway(model, inputs, past_key_values=new_cache())
-    dense = generate(model, inputs, past_key_values=new_cache())
+    skip_where_it_fails_anyway(model, inputs, **behind(new_cache()))
+    dense = generate(model, inputs, **behind(new_cache()))
     with warnings.catch_warnings(record=True) as caught, fftriton.reduce(model, fftriton.FrameFusion(0.3)) as reduction:
         warnings.simplefilter("always")
         for _ in range(2):
-            assert torch.equal(generate(model, inputs, past_key_values=new_cache())[1], dense[1])
+            assert torch.equal(generate(model, inputs, **behind(new_cache()))[1], dense[1])
     ours = [str(warning.message) for warning in caught if "fftriton" in str(warning.message)]
     assert len(ours) == 1
     assert "running without reduction, because only a plain DynamicCache" in ours[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import golden_model, patch_layout
+from models import behind, cache_of, golden_model, patch_layout
 from safetensors.torch import load_file
 
 import fftriton
@@ -63,10 +63,10 @@ def test_same_greedy_tokens(name):
     with fftriton.reduce(model, method(case), layout):
         for step in range(len(case["generated_ids"])):
             if step:
-                inputs = {"input_ids": torch.tensor([[tokens[-1]]]), "past_key_values": cache}
+                inputs = {"input_ids": torch.tensor([[tokens[-1]]]), **behind(cache)}
                 inputs["position_ids"] = tensors["generated_position_ids"][step - 1].expand(*position_shape(case), 1, 1)
             out = model(**inputs, use_cache=True)
-            cache = out.past_key_values
+            cache = cache_of(out)
             tokens.append(int(out.logits[0, -1].argmax()))
     assert tokens == case["generated_ids"]
 

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 from by_hand import Scripted, check_by_hand, decoder_of, generate
-from models import Listening, snapshot, tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
+from models import (
+    Listening,
+    behind,
+    cache_of,
+    snapshot,
+    tiny_qwen2,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+    video_embeddings,
+    video_prompt,
+)
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -234,9 +244,9 @@ def test_attention_to_a_video_behind_a_first_turn(padding):
     new = video.shape[1]
 
     def turns(model):
-        cache = model(input_ids=first, attention_mask=mask, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=first, attention_mask=mask, use_cache=True))
         both = torch.cat([mask, torch.ones(1, new, dtype=torch.int64)], 1)
-        return model(inputs_embeds=video, attention_mask=both, past_key_values=cache, output_attentions=True)
+        return model(inputs_embeds=video, attention_mask=both, **behind(cache), output_attentions=True)
 
     with torch.no_grad():
         with fftriton.reduce(tiny_qwen2(), listening, lambda model, arguments: layout_of(arguments, layout)):
@@ -340,10 +350,10 @@ def test_other_caches_run_unreduced_with_one_warning():
     model, inputs, layout = qwen2()
     length = inputs["inputs_embeds"].shape[1]
     with torch.no_grad():
-        dense = model(**inputs, past_key_values=StaticCache(model.config, max_cache_len=length + 4)).logits
+        dense = model(**inputs, **behind(StaticCache(model.config, max_cache_len=length + 4))).logits
         with fftriton.reduce(model, fftriton.FrameFusion(0.3), layout):
             with pytest.warns(UserWarning, match="without reduction, because only a plain DynamicCache .* StaticCache"):
-                logits = model(**inputs, past_key_values=StaticCache(model.config, max_cache_len=length + 4)).logits
+                logits = model(**inputs, **behind(StaticCache(model.config, max_cache_len=length + 4))).logits
     assert torch.equal(logits, dense)
 
 
@@ -351,12 +361,12 @@ def test_the_cache_reports_the_whole_sequence_and_holds_the_kept_rows():
     model, inputs, layout = qwen2()
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), fftriton.reduce(model, fftriton.FrameFusion(0.3, 0.9), layout) as reduction:
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **behind(cache))
         length = inputs["inputs_embeds"].shape[1]
         for layer, rows in zip(cache.layers, reduction.report.tokens_per_layer, strict=True):
             assert layer.get_seq_length() == length
             assert layer.keys.shape[-2] == rows < length
-        model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[3, 4]]), **behind(cache))
         assert cache.get_seq_length() == length + 2
         cache.crop(-6)  # and the four words behind the video
         assert cache.layers[-1].keys.shape[-2] == reduction.report.tokens_per_layer[-1] - 4
@@ -371,8 +381,8 @@ def test_tokens_behind_a_reduced_prompt(chunk):
         model, inputs, layout = qwen2(attention)
         more = torch.randint(2, 140, (1, 6), generator=torch.Generator().manual_seed(3))
         with torch.no_grad(), fftriton.reduce(model, Scripted(), layout):
-            cache = model(**inputs, use_cache=True).past_key_values
-            parts = [model(input_ids=part, past_key_values=cache).logits for part in more.split(chunk, 1)]
+            cache = cache_of(model(**inputs, use_cache=True))
+            parts = [model(input_ids=part, **behind(cache)).logits for part in more.split(chunk, 1)]
             everything = torch.cat([inputs["inputs_embeds"], model.get_input_embeddings()(more)], 1)
             whole = model(inputs_embeds=everything).logits[:, -6:]
         assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4

@@ -7,7 +7,16 @@ import pytest
 import torch
 from by_hand import ByHand, Scripted, SeenPrompt, decoder_of, generate, patches
 from families import FAMILIES
-from models import snapshot, tiny_qwen2, tiny_qwen2_5_vl, tiny_qwen2_vl, video_embeddings, video_prompt
+from models import (
+    behind,
+    cache_of,
+    snapshot,
+    tiny_qwen2,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+    video_embeddings,
+    video_prompt,
+)
 from transformers import DynamicCache
 
 import fftriton
@@ -61,15 +70,15 @@ def test_a_forward_that_fails_can_be_repeated(place, error, turn):
         caches = [DynamicCache(config=model.config) for _ in range(2)]
         for cache in caches:
             for arguments in turns:
-                model(**arguments, past_key_values=cache)
-        expected = model(inputs_embeds=video, past_key_values=caches[0]).logits
+                model(**arguments, **behind(cache))
+        expected = model(inputs_embeds=video, **behind(caches[0])).logits
         report = reduction.report
         lengths = [layer.get_seq_length() for layer in caches[1].layers]
-        break_off(model, place, error, {"inputs_embeds": video, "past_key_values": caches[1]})
+        break_off(model, place, error, {"inputs_embeds": video, **behind(caches[1])})
         if error is not KeyboardInterrupt:  # behind which torch calls no hook: the next forward sees to it
             assert [layer.get_seq_length() for layer in caches[1].layers] == lengths
         assert reduction.report is report
-        assert torch.equal(model(inputs_embeds=video, past_key_values=caches[1]).logits, expected)
+        assert torch.equal(model(inputs_embeds=video, **behind(caches[1])).logits, expected)
         break_off(model, place, error, {"inputs_embeds": video})
     assert snapshot(model) == before
     assert torch.equal(model(inputs_embeds=video).logits, dense)
@@ -100,14 +109,14 @@ def test_recurrent_states_that_cannot_be_taken_back_are_refused(family):
     model, inputs, words = family.model(), family.inputs(), torch.tensor([[3, 4, 5]])
     cache = DynamicCache(config=model.config.get_text_config())
     with fftriton.reduce(model, SCRIPT):
-        break_off(model, "last norm", RuntimeError, inputs | {"past_key_values": cache})
+        break_off(model, "last norm", RuntimeError, inputs | {**behind(cache)})
         expected = model(**inputs).logits
-        assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)  # it was empty, and is again
-        break_off(model, "last norm", RuntimeError, {"input_ids": words, "past_key_values": cache})
+        assert torch.equal(model(**inputs, **behind(cache)).logits, expected)  # it was empty, and is again
+        break_off(model, "last norm", RuntimeError, {"input_ids": words, **behind(cache)})
         with pytest.raises(RuntimeError, match="from a forward that failed in the middle: reset it"):
-            model(input_ids=words, past_key_values=cache)
+            model(input_ids=words, **behind(cache))
         cache.reset()
-        assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)
+        assert torch.equal(model(**inputs, **behind(cache)).logits, expected)
 
 
 def test_an_installation_that_fails_is_taken_back(monkeypatch):
@@ -193,16 +202,16 @@ def test_one_model_is_reduced_once_at_a_time():
 def test_a_reduced_cache_is_refused_outside():
     model, (video, layout) = tiny_qwen2(), video_embeddings(4, 5)
     with fftriton.reduce(model, SCRIPT, layout):
-        cache = model(inputs_embeds=video).past_key_values
+        cache = cache_of(model(inputs_embeds=video))
         shared = copy.deepcopy(cache)
-        expected = model(input_ids=torch.tensor([[3]]), past_key_values=copy.deepcopy(cache)).logits
+        expected = model(input_ids=torch.tensor([[3]]), **behind(copy.deepcopy(cache))).logits
     for held in (cache, shared):
         with pytest.raises(RuntimeError, match="the KV cache holds a reduced prompt, which only a model that is being"):
-            model(input_ids=torch.tensor([[3]]), past_key_values=held)
+            model(input_ids=torch.tensor([[3]]), **behind(held))
     with fftriton.reduce(model, fftriton.KeepAll(), []):  # any reduction reads it
-        assert torch.equal(model(input_ids=torch.tensor([[3]]), past_key_values=cache).logits, expected)
+        assert torch.equal(model(input_ids=torch.tensor([[3]]), **behind(cache)).logits, expected)
     cache.reset()
-    assert torch.equal(model(inputs_embeds=video, past_key_values=cache).logits, model(inputs_embeds=video).logits)
+    assert torch.equal(model(inputs_embeds=video, **behind(cache)).logits, model(inputs_embeds=video).logits)
 
 
 @torch.no_grad()
@@ -215,22 +224,26 @@ def test_masks_that_do_not_fit():
         hiding[0, 5] = 0
         with pytest.raises(ValueError, match="attention_mask: must not hide video tokens, but does in sample 0"):
             model(inputs_embeds=video, attention_mask=hiding)
-        cache = model(inputs_embeds=video).past_key_values
+        cache = cache_of(model(inputs_embeds=video))
         square = torch.zeros(1, 1, 2, length + 2)
         with pytest.raises(
             ValueError, match="nothing can follow the reduced prompt .* attention_mask is not the two-dim"
         ):
-            model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache, attention_mask=square)
+            model(input_ids=torch.tensor([[3, 4]]), **behind(cache), attention_mask=square)
     assert snapshot(model) == before
 
 
 def test_gradient_checkpointing_is_refused():
     model, (video, layout) = copy.deepcopy(tiny_qwen2()).train(), video_embeddings(4, 5)
-    model.gradient_checkpointing_enable()
+    enable, disable = (  # renamed in 5.24
+        getattr(model, f"activation_checkpointing_{what}", getattr(model, f"gradient_checkpointing_{what}", None))
+        for what in ("enable", "disable")
+    )
+    enable()
     with fftriton.reduce(model, SCRIPT, layout):
         with pytest.raises(ValueError, match="gradient checkpointing must be off"):
             model(inputs_embeds=video, use_cache=False)
-        model.gradient_checkpointing_disable()
+        disable()
         model(inputs_embeds=video)
 
 

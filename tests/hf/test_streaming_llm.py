@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_backends import attention
 from by_hand import SPECIAL, STEPS, decoder_of, generate
-from models import tiny_qwen2, tiny_qwen2_vl, video_embeddings, video_prompt
+from models import behind, tiny_qwen2, tiny_qwen2_vl, video_embeddings, video_prompt
 from transformers import DynamicCache
 
 import fftriton
@@ -110,7 +110,7 @@ def test_the_cache_holds_sinks_and_window():
         full = []
         for step in range(4):
             inputs = inputs if step == 0 else {"input_ids": torch.tensor([[step]])}
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **behind(cache))
             assert [layer.get_seq_length() for layer in cache.layers] == [length + step] * 5
             full.append([layer.keys.shape[2] for layer in cache.layers])
         with pytest.raises(ValueError, match=f"crop: length must stay at or behind {length + 3}"):
@@ -128,10 +128,10 @@ def test_a_second_turn(turn):
     tokens = torch.arange(3 + turn) % 50
     expected = logits_by_hand(model, inputs, tokens, 8, round(0.4 * length) - 8)
     with fftriton.reduce(model, fftriton.StreamingLLM(0.4), layout):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **behind(cache))
         for token in tokens[:3]:
-            model(input_ids=token[None, None], past_key_values=cache)
-        logits = model(input_ids=tokens[None, 3:], past_key_values=cache).logits
+            model(input_ids=token[None, None], **behind(cache))
+        logits = model(input_ids=tokens[None, 3:], **behind(cache)).logits
     assert (logits - expected[:, length + 3 :]).abs().max() < 1e-4
 
 
@@ -151,11 +151,11 @@ def test_samples_picked_from_a_batch_keep_their_windows():
     def next_logits(embeddings, mask, layout, pick):
         cache = DynamicCache()
         with fftriton.reduce(model, method, layout):
-            model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache)
+            model(inputs_embeds=embeddings, attention_mask=mask, **behind(cache))
             pick(cache)
             for _ in range(2):
                 mask = torch.nn.functional.pad(mask[-1:], (0, 1), value=1)
-                logits = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+                logits = model(input_ids=token, attention_mask=mask, **behind(cache)).logits
         return logits
 
     alone = next_logits(samples[1][0], mask[1:, 24:], samples[1][1], lambda cache: None)
@@ -225,7 +225,7 @@ def test_back_ends_without_masks_are_refused(backend):
     cache = DynamicCache()
     with attention(model, backend), fftriton.reduce(model, fftriton.StreamingLLM(0.4), layout):
         with pytest.raises(ValueError, match=f"attn_implementation must be one that takes a mask .* got '{backend}'"):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **behind(cache))
     assert cache.get_seq_length() == 0
 
 
@@ -233,13 +233,13 @@ def test_back_ends_without_masks_are_refused(backend):
 def test_a_failed_forward_is_taken_back():
     model, inputs, layout = qwen2()
     cache, fail = DynamicCache(), RuntimeError("broken off")
-    turn = {"input_ids": torch.arange(4)[None], "past_key_values": cache}
+    turn = {"input_ids": torch.arange(4)[None], **behind(cache)}
 
     def broken(*_):
         raise fail
 
     with fftriton.reduce(model, fftriton.StreamingLLM(0.4), layout):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **behind(cache))
         before = [(layer.keys.clone(), layer.get_seq_length()) for layer in cache.layers]
         hook = decoder_of(model).layers[3].register_forward_pre_hook(broken)
         with pytest.raises(RuntimeError, match="broken off"):

@@ -1,0 +1,45 @@
+"""What stands in a module while its model is being reduced: hooks and wrapped methods that refuse to be copied."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+Undo = list[Callable[[], object]]
+"""What takes an installation back, the last first."""
+
+
+class Hook:
+    """A callable that a copy or a pickle of the module cannot take along: it belongs to this model's reduction."""
+
+    def __init__(self, call: Callable, original: Callable | None = None) -> None:
+        """original: the method that is wrapped; its name, signature and docstring are shown."""
+        self._call = call
+        if original is not None:
+            functools.update_wrapper(self, original)  # generate reads signatures
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        raise RuntimeError(
+            "reduce: a model cannot be copied or pickled while it is being reduced; leave the block, or remove the "
+            "reduction, before"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self.__deepcopy__({})
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable], undo: Undo) -> None:
+    """Put wrapper(method) in the place of a method of one object; nothing where there is none."""
+    method = getattr(owner, name, None)
+    if method is None:
+        return
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = Hook(wrapper(method), method)
+    if before is None:
+        undo.append(lambda: owner.__dict__.pop(name))
+    else:
+        undo.append(lambda: owner.__dict__.update({name: before}))

@@ -1,0 +1,154 @@
+"""What must hold while a method is at work, whoever broke it: a transformers release, a decoder, a method.
+
+What the host knows is checked at once. What a device has to compute is gathered there and read once, before the decoder
+returns: a wrong answer does not leave the model, and a GPU is not waited for in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Method, VideoTokens
+from .cache import ReducedLayer
+
+STRUCTURE = (
+    "must be built as norm, attention, residual, norm, feed-forward, residual: its output must be the input of "
+    "post_attention_layernorm plus the output of mlp"
+)
+_ROUNDING = 8  # roundings that a layer's own sum may be off
+_COLUMNS = 16  # of the hidden states that are looked at for NaN
+
+
+class Invariants:
+    """The rules of one forward that a device has to confirm."""
+
+    def __init__(self) -> None:
+        self._rules: list[str] = []
+        self._holds: list[Tensor] = []
+        self._layers: list[tuple[int, Tensor, Tensor]] = []
+
+    def expect(self, holds: Tensor, rule: str) -> None:
+        """holds: a bool. rule: what the error says where it is False."""
+        self._rules.append(rule)
+        self._holds.append(holds)
+
+    def expect_output(self, layer: int, output: Tensor, expected: Tensor) -> None:
+        """That a layer's last row [B, D] is the sum of what its residual and its feed-forward block gave."""
+        self._layers.append((layer, output - expected, expected))  # copies: no layer's output is held
+
+    def read(self) -> None:
+        """Wait for the devices, and raise for the first rule that does not hold.
+
+        Raises:
+            TypeError: a decoder layer of another structure. RuntimeError: any other rule.
+        """
+        if self._layers:
+            device = self._layers[-1][1].device
+            off = torch.stack([off.to(device) for _, off, _ in self._layers]).abs()
+            size = torch.stack([expected.to(device) for _, _, expected in self._layers]).abs()
+            allowed = _ROUNDING * torch.finfo(off.dtype).eps * size.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
+            right = ((off <= allowed) | off.isnan()).flatten(1).all(1).tolist()
+            for (number, _, _), fine in zip(self._layers, right, strict=True):
+                if not fine:
+                    raise TypeError(f"reduce: layer {number} of the decoder {STRUCTURE}")
+        if self._holds:
+            device = self._holds[-1].device
+            holds = torch.stack([part.to(device) for part in self._holds]).tolist()
+            for rule, fine in zip(self._rules, holds, strict=True):
+                if not fine:
+                    raise RuntimeError(rule)
+
+
+def check_left(
+    method: str, stage: str, layer: int, before: VideoTokens, after: Any, invariants: Invariants, thorough: bool
+) -> None:
+    """Check what a method leaves of the tokens [1, N, ...] that it was given.
+
+    Raises:
+        TypeError: no VideoTokens. RuntimeError: shapes, types or counts that cannot be; the rest is left to
+            `invariants`.
+    """
+
+    def rule(text: str) -> str:
+        return f"reduce: {method}, {stage} of layer {layer}: {text}"
+
+    def demand(holds: bool, text: str) -> None:
+        if not holds:
+            raise RuntimeError(rule(text))
+
+    if not isinstance(after, VideoTokens):
+        raise TypeError(rule(f"must return VideoTokens or None, got {type(after).__name__}"))
+    rows = after.position.shape[-1]
+    for name in ("hidden", "position", "patch", "companions", "additions"):
+        old, new = (_listed(getattr(tokens, name)) for tokens in (before, after))
+        demand(len(old) == len(new), f"{name} must be {len(old)} tensors, got {len(new)}")
+        for was, now in zip(old, new, strict=True):
+            shape = [1, rows, *was.shape[2:]]
+            demand(
+                list(now.shape) == shape and now.dtype == was.dtype and now.device == was.device,
+                f"{name} must be {shape} of {was.dtype} on {was.device}, got {list(now.shape)} of {now.dtype} on "
+                f"{now.device}",
+            )
+    demand(rows <= before.length, f"must not leave more than the {before.length} rows that it was given, got {rows}")
+    text = before.length - before.num_video
+    demand(
+        rows - after.num_video == text,
+        f"must keep the {text} rows that are no video, but says that of the {rows} rows that it leaves "
+        f"{after.num_video} are video",
+    )
+    given, left = before.position[0].contiguous(), after.position[0].contiguous()
+    origin = torch.searchsorted(given, left).clamp_(max=before.length - 1)
+    invariants.expect((left.diff() > 0).all(), rule("position must ascend, without a row that stands twice"))
+    invariants.expect((given[origin] == left).all(), rule("position must hold places of rows that it was given, only"))
+    invariants.expect(
+        (before.patch[0, origin] == after.patch[0]).all(), rule("patch must stay as it was for every row that is left")
+    )
+    invariants.expect(
+        (after.patch >= 0).sum() == after.num_video,
+        rule(f"num_video must be the number of video rows that are left, got {after.num_video}"),
+    )
+    step = 1 if thorough else max(1, before.hidden.shape[-1] // _COLUMNS)
+    nan_before, nan_after = (tokens.hidden[..., ::step].isnan().any() for tokens in (before, after))
+    invariants.expect(~nan_after | nan_before, rule("hidden must not become NaN"))
+    if thorough:
+        same = (before.hidden[0, origin] == after.hidden[0]) | before.hidden[0, origin].isnan()
+        invariants.expect((same.all(-1) | (after.patch[0] >= 0)).all(), rule("hidden must stay as it was in text rows"))
+
+
+def versions(tokens: VideoTokens) -> list[int] | None:
+    """How often each tensor has been written to; None in inference mode, which does not count."""
+    parts = [tokens.hidden, tokens.position, tokens.patch, *tokens.companions, *tokens.additions]
+    return None if any(part.is_inference() for part in parts) else [part._version for part in parts]
+
+
+def check_lengths(layers: Sequence[ReducedLayer]) -> int:
+    """The length of the sequence that a KV cache's layers report, all the same.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    lengths = [layer.get_seq_length() for layer in layers]
+    if lengths and min(lengths) != max(lengths):
+        raise RuntimeError(
+            f"reduce: the layers of the KV cache must stand for one sequence, but their lengths are {lengths}: a "
+            "forward failed in the middle and could not be taken back; reset the cache, or take a new one"
+        )
+    return lengths[0] if lengths else 0
+
+
+def check_growth(layers: Sequence[ReducedLayer | None], expected: int, method: Method) -> None:
+    """Raise a RuntimeError unless each layer of the KV cache stands for `expected` tokens."""
+    for number, layer in enumerate(layers):
+        if layer is not None and layer.get_seq_length() != expected:
+            raise RuntimeError(
+                f"reduce: {method}: after the forward, layer {number} of the KV cache must stand for {expected} "
+                f"tokens, but stands for {layer.get_seq_length()}: the decoder does not write to the cache that it got"
+            )
+
+
+def _listed(part: Any) -> tuple[Tensor, ...]:
+    return part if isinstance(part, tuple) else (part,)

@@ -1,0 +1,203 @@
+"""The decoder's layers while a prompt is reduced: which rows each sees, and what becomes of its output.
+
+- before a layer: the method's call before attention; the layer gets the rotary embeddings and the mask of its rows
+- before its post_attention_layernorm: the method's call between attention and feed-forward. The layer has bound its
+  residual already, so what it adds to that is thrown away, and the feed-forward block adds to the rows kept instead
+- behind the layer: its output, for the user's hooks to see and change; behind the last one, rows go back to their
+  places in the prompt, zeros for those that left
+
+The layers have hooks only while some thread has a forward open that needs them. A thread without one passes by.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .compat import first_of, with_first
+from .hooks import Hook, Undo
+from .importance import AttentionTap
+from .prefill import Continuation, Prefill
+
+
+class Forward(threading.local):
+    """The forward that this thread has open; None where it has none, or one that needs no hooks."""
+
+    open: Continuation | None = None
+
+
+class LayerHooks:
+    """Hooks of the layers, for as long as a forward is open.
+
+    Args:
+        decoder: its layers.
+        forward: which forward a thread has open.
+    """
+
+    def __init__(self, decoder: Any, forward: Forward) -> None:
+        self._decoder, self._forward = decoder, forward
+        self._tap = AttentionTap()
+        self._lock = threading.Condition()
+        self._masked, self._reduced = _Shared(self._before_layers), _Shared(self._around_layers)
+
+    def install(self, undo: Undo) -> None:
+        """Make ready to listen to attention; what takes everything back is appended to `undo`."""
+        self._tap.install()
+        undo += [self._tap.remove, self._masked.clear, self._reduced.clear]
+
+    def open(self, forward: Continuation) -> None:
+        """Start a forward of this thread. Without a video there are only the masks to see to."""
+        with self._lock:
+            self._forward.open = forward
+            self._masked.enter()
+            if isinstance(forward, Prefill):
+                self._reduced.enter()
+
+    def close(self) -> Continuation | None:
+        """End this thread's forward: where it was the only one, the layers are as before."""
+        forward, self._forward.open = self._forward.open, None
+        if forward is None:
+            return None
+        self._tap.stop()  # where a KeyboardInterrupt left it open: torch runs no hook behind one
+        self._tap.take()
+        with self._lock:
+            self._masked.leave()
+            if isinstance(forward, Prefill):
+                self._reduced.leave()
+            self._lock.notify_all()
+        return forward
+
+    def wait_for_others(self) -> None:
+        """Return as soon as no other thread that is alive has a forward open."""
+        with self._lock:
+            while self._masked.has_others():
+                self._lock.wait(0.05)
+
+    def _before_layers(self, undo: Undo) -> None:
+        for index, layer in enumerate(self._decoder.layers):
+            hook = Hook(partial(self._before_layer, index))
+            undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
+
+    def _around_layers(self, undo: Undo) -> None:
+        """The user's hooks of a layer, its norm and its feed-forward block see what the layer itself has."""
+
+        def keep(handle: RemovableHandle) -> None:
+            undo.append(handle.remove)
+
+        attentions = [layer.self_attn for layer in self._decoder.layers if has_attention(layer)]
+        undo.append(partial(self._tap.close, attentions))
+        self._tap.open(attentions)
+        for index, layer in enumerate(self._decoder.layers):
+            if has_attention(layer):
+                keep(layer.self_attn.register_forward_pre_hook(Hook(partial(self._before_attention, index))))
+                keep(layer.self_attn.register_forward_hook(Hook(self._after_attention), always_call=True))
+            before_feed_forward = Hook(partial(self._before_feed_forward, index))
+            keep(layer.post_attention_layernorm.register_forward_pre_hook(before_feed_forward, prepend=True))
+            keep(layer.mlp.register_forward_hook(Hook(self._after_feed_forward)))
+            keep(layer.register_forward_hook(Hook(partial(self._output, index)), prepend=True))
+            keep(layer.register_forward_hook(Hook(partial(self._after_layer, index))))
+
+    @property
+    def _prefill(self) -> Prefill | None:
+        forward = self._forward.open
+        return forward if isinstance(forward, Prefill) else None
+
+    def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        forward = self._forward.open
+        if forward is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if isinstance(forward, Prefill):
+            if index == 0:
+                forward.begin(hidden, kwargs)
+                forward.note_state(hidden)
+            hidden = forward.before_attention(index, hidden)
+        kwargs.update(forward.layer_arguments(index, hidden, kwargs, self._decoder.config))
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def _before_attention(self, index: int, attention: nn.Module, args: tuple) -> None:
+        prefill = self._prefill
+        if prefill is not None and prefill.wants_attention(index):
+            self._tap.listen()
+
+    def _after_attention(self, attention: nn.Module, args: tuple, output: Any) -> None:
+        self._tap.stop()
+
+    def _before_feed_forward(self, index: int, norm: nn.Module, args: tuple) -> tuple | None:
+        prefill = self._prefill
+        if prefill is None:
+            return None
+        left = prefill.after_attention(index, args[0], self._tap.take())
+        return None if left is None else (left,)
+
+    def _after_feed_forward(self, mlp: nn.Module, args: tuple, output: Any) -> Tensor | None:
+        prefill = self._prefill
+        return None if prefill is None else prefill.after_feed_forward(first_of(output))
+
+    def _output(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
+        prefill = self._prefill
+        if prefill is None:
+            return None
+        given = first_of(output)
+        hidden = prefill.output(index, given)
+        return None if hidden is given else with_first(output, hidden)
+
+    def _after_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
+        prefill = self._prefill
+        if prefill is None:
+            return None
+        given = first_of(output)
+        hidden = prefill.after_layer(given)
+        if index == len(self._decoder.layers) - 1 and prefill.packed:
+            hidden = prefill.restore(hidden)
+        prefill.note_state(hidden)
+        return None if hidden is given else with_first(output, hidden)
+
+
+class _Shared:
+    """Something that is there while at least one thread needs it."""
+
+    def __init__(self, make: Callable[[Undo], None]) -> None:
+        self._make = make
+        self._users: list[threading.Thread] = []
+        self._undo: Undo = []
+
+    def enter(self) -> None:
+        self._users.append(threading.current_thread())
+        if not self._undo:
+            self._make(self._undo)
+
+    def leave(self) -> None:
+        self._users.remove(threading.current_thread())
+        if not self._users:
+            self.clear()
+
+    def clear(self) -> None:
+        """Take it away, whoever needs it."""
+        self._users.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def has_others(self) -> bool:
+        """Whether another thread, one that is alive, needs it."""
+        return any(user.is_alive() and user is not threading.current_thread() for user in self._users)
+
+
+def has_attention(layer: nn.Module) -> bool:
+    """Whether the decoder layer has softmax attention; Qwen3.5 has layers with linear attention instead."""
+    return hasattr(layer, "self_attn")
+
+
+def hooked_in(layers: Sequence[Any]) -> set[nn.Module]:
+    """The modules of these layers that have hooks while a prompt is reduced."""
+    hooked = set(layers)
+    for layer in layers:
+        hooked |= {layer.post_attention_layernorm, layer.mlp} | ({layer.self_attn} if has_attention(layer) else set())
+    return hooked

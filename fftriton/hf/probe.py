@@ -1,0 +1,107 @@
+"""Whether a decoder's layers are built so that rows can be taken out of them, found out by running one."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compat import first_of
+from .invariants import Invariants
+
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_HOOKS = [name for name, value in nn.Module().__dict__.items() if isinstance(value, OrderedDict)]
+
+
+class _Seen(Exception):  # noqa: N818
+    """Every kind of layer has been seen."""
+
+
+def check_structure(decoder: Any) -> None:
+    """Run the first layer of each kind on two random tokens and see whether its output is what a reduction builds on.
+
+    A bare twin of the decoder runs, which shares its weights and has none of its hooks. Where that is not possible
+    (weights that are offloaded, sharded or not there yet), the first prompt shows it.
+
+    Raises:
+        TypeError: a layer of another structure.
+    """
+    if decoder in _checked:
+        return
+    wanted = {_kind(layer): index for index, layer in reversed([*enumerate(decoder.layers)])}
+    invariants = Invariants()
+    try:
+        _run(decoder, sorted(wanted.values()), invariants)
+    except Exception:  # whatever it is, the plain model will say
+        return
+    invariants.read()
+    _checked.add(decoder)
+
+
+def _run(decoder: Any, indices: list[int], invariants: Invariants) -> None:
+    twin = _twin(decoder)
+    parameter = next(decoder.parameters())
+    for index in indices:
+        _listen(twin.layers[index], index, index == indices[-1], invariants)
+    noise = torch.randn(1, 2, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            twin(inputs_embeds=noise.to(parameter.device, parameter.dtype), use_cache=False)
+    except _Seen:
+        return
+
+
+def _listen(layer: Any, index: int, last: bool, invariants: Invariants) -> None:
+    fed: list[Tensor] = []
+
+    def after_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+        if first_of(output).is_meta:
+            raise ValueError("weights must be there")
+        residual, added = fed
+        invariants.expect_output(index, first_of(output)[:, -1], residual[:, -1] + added[:, -1])
+        if last:
+            raise _Seen
+
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda norm, args: fed.append(args[0]))
+    layer.mlp.register_forward_hook(lambda mlp, args, output: fed.append(first_of(output)))
+    layer.register_forward_hook(after_layer)
+
+
+def _twin(module: nn.Module) -> Any:
+    """A module of the same class, weights and attributes, without hooks, in evaluation.
+
+    Raises:
+        ValueError: a forward of its own, which a twin cannot have.
+    """
+    twin = module.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    twin.__dict__["_modules"] = {
+        name: None if child is None else _twin(child) for name, child in module._modules.items()
+    }
+    twin.__dict__.update(training=False, _compiled_call_impl=None)
+    if hasattr(module, "config"):
+        twin.__dict__["config"] = _Eager(module.config)
+    own = twin.__dict__.pop("forward", None)
+    if own is not None and not hasattr(own, "_torchdynamo_orig_callable"):
+        raise ValueError("forward must be the class's")
+    return twin
+
+
+class _Eager:
+    """A config with eager attention, which needs no device, type or registration."""
+
+    _attn_implementation = "eager"
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def _kind(layer: nn.Module) -> tuple[type, ...]:
+    return type(layer), type(layer.mlp), *(type(child) for child in layer.children())
