@@ -38,6 +38,7 @@ class ReducedLayer(DynamicLayer):
         broken: whether a forward failed in the middle and could not be taken back.
         permit: a reduced layer can be used while it is active.
         window: all else is forgotten as soon as no later token can attend to it; None: nothing is.
+        checkpoint: of the forward that is writing here, or was when it was interrupted; None between forwards.
     """
 
     keys: Any
@@ -47,6 +48,7 @@ class ReducedLayer(DynamicLayer):
         super().__init__(*args, **kwargs)
         self._forget()
         self.permit = Permit()
+        self.checkpoint: Checkpoint | None = None
 
     def _forget(self) -> None:
         self.reduced, self.missing, self.fixed, self.broken = False, 0, 0, False
@@ -105,6 +107,7 @@ class ReducedLayer(DynamicLayer):
     def crop(self, length: int) -> None:
         """Remove -length tokens from the end or, where length is positive, all behind it. Raises a ValueError where
         that would reach into what has been reduced."""
+        self.recover()
         logical = self.get_seq_length()
         end = logical + length if length <= 0 else min(length, logical)
         if end == logical:
@@ -118,22 +121,31 @@ class ReducedLayer(DynamicLayer):
         self.values = self.values[..., :rows, :]
         self.valid = None if self.valid is None else self.valid[:, :rows]
 
+    def recover(self) -> None:
+        """Take back a forward that was interrupted in the middle."""
+        if self.checkpoint is not None:
+            self.checkpoint.restore()
+
     def reset(self) -> None:
+        self.checkpoint = None
         self.keys = self.values = None  # as a new layer has them
         self.is_initialized = False
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.recover()
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.recover()
         super().batch_repeat_interleave(repeats)
         known = self.valid if self.valid is not None else None if self.window is None else self.window.sinks
         if known is not None:
             self._select(torch.arange(len(known)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.recover()
         super().batch_select_indices(indices)
         self._select(indices)
 
@@ -146,7 +158,7 @@ class ReducedLayer(DynamicLayer):
 
 class Checkpoint:
     """What a cache held before a forward, so that one that fails can be taken back. Holds keys and values of layers
-    that forget some, and of no others.
+    that forget some, and of no others. The layers know of it until the forward has ended, well or not.
 
     What recurrent layers held, and layers that only now have come to forget, cannot be taken back: such a cache is
     emptied where it was empty, else it cannot be used any more until it is reset.
@@ -154,11 +166,22 @@ class Checkpoint:
 
     def __init__(self, cache: Any) -> None:
         layers = [] if cache is None else cache.layers
+        for layer in layers:
+            if isinstance(layer, ReducedLayer):
+                layer.recover()
         self._states = [(layer, layer.rows, _notes(layer)) for layer in layers if isinstance(layer, ReducedLayer)]
+        for layer, *_ in self._states:
+            layer.checkpoint = self
         self._recurrent = [layer for layer in layers if not isinstance(layer, ReducedLayer)]
+
+    def release(self) -> None:
+        """The forward went through."""
+        for layer, *_ in self._states:
+            layer.checkpoint = None
 
     def restore(self) -> None:
         """Take out of each layer what has come since."""
+        self.release()
         was_empty = all(rows == 0 for _, rows, _ in self._states)
         forgotten = any(layer.window is not None and notes["window"] is None for layer, _, notes in self._states)
         broken = not was_empty and (forgotten or bool(self._recurrent))

@@ -7,6 +7,7 @@ returns: a wrong answer does not leave the model, and a GPU is not waited for in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,8 +66,11 @@ class Invariants:
 
 def check_left(
     method: str, stage: str, layer: int, before: VideoTokens, after: Any, invariants: Invariants, thorough: bool
-) -> None:
+) -> VideoTokens:
     """Check what a method leaves of the tokens [1, N, ...] that it was given.
+
+    Returns:
+        It, with positions that are sure to be some of those that were given.
 
     Raises:
         TypeError: no VideoTokens. RuntimeError: shapes, types or counts that cannot be; the rest is left to
@@ -93,6 +97,7 @@ def check_left(
                 f"{name} must be {shape} of {was.dtype} on {was.device}, got {list(now.shape)} of {now.dtype} on "
                 f"{now.device}",
             )
+    demand(0 <= after.num_video <= rows, f"num_video must be from 0 to the {rows} rows left, got {after.num_video}")
     demand(rows <= before.length, f"must not leave more than the {before.length} rows that it was given, got {rows}")
     text = before.length - before.num_video
     demand(
@@ -117,6 +122,7 @@ def check_left(
     if thorough:
         same = (before.hidden[0, origin] == after.hidden[0]) | before.hidden[0, origin].isnan()
         invariants.expect((same.all(-1) | (after.patch[0] >= 0)).all(), rule("hidden must stay as it was in text rows"))
+    return replace(after, position=given[origin][None])
 
 
 def versions(tokens: VideoTokens) -> list[int] | None:

@@ -147,12 +147,14 @@ class Sample:
             )
         if after is None:
             return before
-        check_left(self.report.method, stage, index, before, after, invariants, verify)
-        watch.spans.append(("prune" if after.merge is None else "merge", start, watch.now()))
-        if after.between is not None:
-            self._note(stage, index, before, after.between)
-        self._note(stage, index, after.between or before, after)
-        return after
+        end = watch.now()
+        steps = [after] if getattr(after, "between", None) is None else [after.between, after]
+        for step in steps:
+            left = check_left(self.report.method, stage, index, before, step, invariants, verify)
+            self._note(stage, index, before, left)
+            before = left
+        watch.spans.append(("prune" if before.merge is None else "merge", start, end))
+        return before
 
     def _note(self, stage: str, index: int, before: VideoTokens, after: VideoTokens) -> None:
         """Put one step of a call into the report."""
@@ -358,6 +360,10 @@ class Prefill(Continuation):
     def finish(self) -> Report | BatchReport:
         """The report of a prefill that went through. Raises where something did not hold that must."""
         self._invariants.read()
+        if self.packed:  # in the layers before the first reduction, too: a crop that one refuses all refuse
+            held = [layer for layer in self.cache_layers or () if layer is not None]
+            for layer in held:
+                layer.fixed = max(other.fixed for other in held)
         self._stopwatch.spans.append(("prefill", self._started, self._stopwatch.now()))
         for sample in self.samples:
             if sample.calls is not None:

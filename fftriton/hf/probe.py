@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .compat import first_of
 from .invariants import Invariants
@@ -31,30 +32,47 @@ def check_structure(decoder: Any) -> None:
     """
     if decoder in _checked:
         return
-    wanted = {_kind(layer): index for index, layer in reversed([*enumerate(decoder.layers)])}
-    invariants = Invariants()
     try:
-        _run(decoder, sorted(wanted.values()), invariants)
+        twin = _twin(decoder)
+        invariants = _run(twin, next(decoder.parameters()))
     except Exception:  # whatever it is, the plain model will say
         return
     invariants.read()
     _checked.add(decoder)
 
 
-def _run(decoder: Any, indices: list[int], invariants: Invariants) -> None:
-    twin = _twin(decoder)
-    parameter = next(decoder.parameters())
-    for index in indices:
-        _listen(twin.layers[index], index, index == indices[-1], invariants)
+def check_structure_in_place(decoder: Any, source: Tensor) -> None:
+    """As `check_structure`, where that was not possible: the decoder itself runs, once.
+
+    Args:
+        decoder: hooks of its own run, too.
+        source: [B, N] or [B, N, D], what it got.
+    """
+    if decoder in _checked:
+        return
+    _checked.add(decoder)
+    _run(decoder, source if source.is_floating_point() else next(decoder.parameters())).read()
+
+
+def _run(decoder: Any, like: Tensor) -> Invariants:
+    """Random tokens of this type on this device, up to the last layer that is the first of its kind."""
+    first = {_kind(layer): index for index, layer in reversed([*enumerate(decoder.layers)])}
+    invariants, handles = Invariants(), []
     noise = torch.randn(1, 2, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     try:
+        for index in first.values():
+            handles += _listen(decoder.layers[index], index, index == max(first.values()), invariants)
         with torch.no_grad():
-            twin(inputs_embeds=noise.to(parameter.device, parameter.dtype), use_cache=False)
+            decoder(inputs_embeds=noise.to(like.device, like.dtype), use_cache=False)
     except _Seen:
-        return
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return invariants
 
 
-def _listen(layer: Any, index: int, last: bool, invariants: Invariants) -> None:
+def _listen(layer: Any, index: int, last: bool, invariants: Invariants) -> list[RemovableHandle]:
     fed: list[Tensor] = []
 
     def after_layer(layer: nn.Module, args: tuple, output: Any) -> None:
@@ -65,9 +83,11 @@ def _listen(layer: Any, index: int, last: bool, invariants: Invariants) -> None:
         if last:
             raise _Seen
 
-    layer.post_attention_layernorm.register_forward_pre_hook(lambda norm, args: fed.append(args[0]))
-    layer.mlp.register_forward_hook(lambda mlp, args, output: fed.append(first_of(output)))
-    layer.register_forward_hook(after_layer)
+    return [
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda norm, args: fed.append(args[0])),
+        layer.mlp.register_forward_hook(lambda mlp, args, output: fed.append(first_of(output))),
+        layer.register_forward_hook(after_layer),
+    ]
 
 
 def _twin(module: nn.Module) -> Any:

@@ -14,6 +14,7 @@ compiled.py.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import warnings
 import weakref
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ from .hooks import Hook, Undo
 from .invariants import check_growth, check_lengths
 from .layers import Forward, LayerHooks, has_attention, hooked_in
 from .prefill import Continuation, Prefill
-from .probe import check_structure
+from .probe import check_structure, check_structure_in_place
 from .report import BatchReport, Report
 
 _reduced: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders that have a reduction installed
@@ -62,8 +64,11 @@ class Call:
         wants_states: whether hidden states are asked for; `states` are what they are.
         has_vision: whether it was given pixels, embeddings, or placeholders (a bool on the device).
         begun: whether the decoder has been reached.
-        layers: the KV cache's; `checkpoint` what they held, `expected` tokens of which they are to stand for.
+        layers: the KV cache's; `checkpoint`, what they held; `expected`, how many tokens they are to stand for.
         forward: what has been opened for it.
+        frame: in which the decoder runs, once it does.
+        outer: the call in the midst of which this one came, by a hook of the user's.
+        refused: whether one that came in the midst of this one has just been refused.
     """
 
     level: int
@@ -79,12 +84,24 @@ class Call:
     checkpoint: Checkpoint | None = None
     expected: int = 0
     forward: Continuation | None = None
+    frame: FrameType | None = None
+    outer: Call | None = None
+    refused: bool = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the decoder is at work on it: torch runs no hook of ours behind a KeyboardInterrupt."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
 
 
 class _Thread(threading.local):
     """Where a thread is."""
 
     call: Call | None = None
+    looking = False  # whether its decoder runs only to see how it is built
 
 
 class _OwnReport(threading.local):
@@ -175,7 +192,8 @@ class Reduction(AbstractContextManager["Reduction"]):
 
         Waits for forwards of other threads to end.
         """
-        self._abandon()
+        while self._thread.call is not None:
+            self._abandon()
         self._layers.wait_for_others()
         while self._undo:
             self._undo.pop()()
@@ -206,10 +224,13 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._entry_hooks = [(at, handle) for at, handle in self._entry_hooks if at < level]
 
     def _abandon(self) -> None:
-        """End a forward of this thread that did not come to its end: the KV cache, too, is as it was before it."""
+        """End a call of this thread that did not come to its end: the KV cache, too, is as it was before it."""
         self._layers.close()
-        call, self._thread.call = self._thread.call, None
-        if call is not None and call.checkpoint is not None:
+        call = self._thread.call
+        if call is None:
+            return
+        self._thread.call = call.outer
+        if call.checkpoint is not None:
             call.checkpoint.restore()
 
     # ---- the modules around the decoder
@@ -230,36 +251,53 @@ class Reduction(AbstractContextManager["Reduction"]):
         """Note what a module is given; None where the call is on its way already, and known, or has nothing to note."""
         call = self._thread.call
         if call is None or call.begun or call.level >= level:  # no call of a module around this one is on its way
-            self._abandon()
-            call = self._thread.call = Call(level)
+            call = self._begin(Call(level))
         tokens = tokens_of(given)
         if tokens is None:
             call.has_vision = call.has_vision or _has_pixels(given)
             return None
         if call.shape is None:
-            call.shape = tokens.shape[:2]
+            call.shape, call.level = tokens.shape[:2], level
             if given.get("inputs_embeds") is not None and level < len(self._modules):
                 call.has_vision = True
         if tokens.shape[1] == 1:
             return None
-        self._look(call, level, given)
-        return call if call.videos else None
-
-    def _look(self, call: Call, level: int, given: Mapping[str, Any]) -> None:
-        """Look for videos, where no module around has found any, and for all else that the call says of them."""
-        if call.has_vision is False:
-            call.has_vision = _has_pixels(given) or self._has_placeholders(given)
-        if not call.videos:
-            call.videos = self._finder.find(given)
-            if not call.videos:
-                return
-            self._gates.check()
         call.later = max(call.later, self._finder.count_later(given))
         if call.wants_states is None:
             call.wants_states = given.get("output_hidden_states")
-        asked = self.decoder.config.output_hidden_states if call.wants_states is None else call.wants_states
-        if asked and given.get("return_dict", getattr(self.model.config, "return_dict", True)) is False:
+        if call.has_vision is False:
+            call.has_vision = _has_pixels(given) or self._has_placeholders(given)
+        if not self._finder.is_listed:
+            self._look(call, given)
+        as_tuple = given.get("return_dict", getattr(self.model.config, "return_dict", True)) is False
+        if as_tuple and (call.videos or self._finder.is_listed) and self._states_are_wanted(call):
             raise ValueError("reduce: return_dict must not be False where hidden states are asked for")
+        return call
+
+    def _begin(self, call: Call) -> Call:
+        """Start a call of this thread.
+
+        Raises:
+            RuntimeError: in the midst of one that is being reduced.
+        """
+        while (before := self._thread.call) is not None and not before.is_running:
+            self._abandon()  # a KeyboardInterrupt has ended it
+        if before is not None and before.forward is not None:
+            before.refused = True
+            who = self.method if getattr(before.forward, "asking", False) else "a hook"
+            raise RuntimeError(f"reduce: {who} must not call the model while a call of it is being reduced")
+        call.outer, self._thread.call = before, call
+        return call
+
+    def _look(self, call: Call, given: Mapping[str, Any]) -> None:
+        """Look for videos, where no module around has found any."""
+        if not call.videos:
+            call.videos = self._finder.find(given)
+            if call.videos:
+                self._gates.check()
+
+    def _states_are_wanted(self, call: Call) -> bool:
+        return self.decoder.config.output_hidden_states if call.wants_states is None else call.wants_states
 
     def _named(self, level: int, args: tuple, kwargs: dict) -> Mapping[str, Any]:
         """The arguments of a module's forward by name, as far as they have one."""
@@ -274,12 +312,12 @@ class Reduction(AbstractContextManager["Reduction"]):
     def _after_module(self, level: int, module: Any, args: tuple, output: Any) -> None:
         """transformers may have noted what the layers themselves return, which is thrown away where rows leave."""
         call = self._thread.call
-        if call is None:
+        if call is None or (output is None and self._was_refused(call)):
             return
-        if call.level == level:
-            self._thread.call = None
-            if self._finder.depth == 0:
-                self._finder.forget()
+        if call.level == level and output is None:
+            self._abandon()
+        elif call.level == level:
+            self._leave(call)
         states = call.states
         if output is None or states is None or getattr(output, "hidden_states", None) is None:
             return
@@ -288,6 +326,14 @@ class Reduction(AbstractContextManager["Reduction"]):
         if last is not None and last.shape == states[-1].shape:  # from behind the decoder's norm
             own[-1] = last
         output.hidden_states = tuple(own)
+
+    @staticmethod
+    def _was_refused(call: Call | None) -> bool:
+        """Whether an exception comes from a call in the midst of this one."""
+        if call is None or not call.refused:
+            return False
+        call.refused = False
+        return True
 
     def _has_placeholders(self, given: Mapping[str, Any]) -> bool | Tensor:
         """Whether there are tokens that stand for images or videos; a device is not waited for."""
@@ -300,7 +346,7 @@ class Reduction(AbstractContextManager["Reduction"]):
 
     def _acts(self, module: nn.Module, hooks_ran: bool, args: tuple, kwargs: dict) -> bool:
         """Whether a compiled module's call has something to reduce or to mask."""
-        if self._forward.open is not None:  # the decoder is at work
+        if self._forward.open is not None or self._thread.looking:  # the decoder is at work
             return True
         level = self._level_of(module)
         given = kwargs if level is None else self._named(level, args, kwargs)
@@ -334,6 +380,8 @@ class Reduction(AbstractContextManager["Reduction"]):
     # ---- the decoder
 
     def _before_decoder(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if self._thread.looking:
+            return args, kwargs
         if args:
             args, kwargs = (), dict(self._named(len(self._modules) - 1, args, kwargs))
         source = tokens_of(kwargs)
@@ -357,6 +405,8 @@ class Reduction(AbstractContextManager["Reduction"]):
         reduced = any(layer.reduced for layer in reducible)
         if not call.videos and not reduced and (source.shape[1] > 1 or past_of(kwargs) == 0):
             self._note_dense(call)
+        call.checkpoint, call.layers = Checkpoint(cache if reducible else None), layers or ()
+        call.expected = check_lengths(reducible) + source.shape[1]
         reason = self._why_not(decoder, cache, layers, kwargs.get("attention_mask"))
         if reason is not None:
             if reduced:
@@ -369,8 +419,6 @@ class Reduction(AbstractContextManager["Reduction"]):
             raise ValueError("reduce: gradient checkpointing must be off: it runs layers again without their reduction")
         if not call.videos and not reduced:
             return args, kwargs
-        call.expected = check_lengths(reducible) + source.shape[1]
-        call.checkpoint, call.layers = Checkpoint(cache), layers or ()
         if not call.videos and not self._needs_masks(reducible, source):
             return args, kwargs
         if not call.videos and self._sees_all(reducible, source):
@@ -382,13 +430,13 @@ class Reduction(AbstractContextManager["Reduction"]):
             if not layer.reduced and source.shape[1] > 1:
                 layer.valid = past_valid
         if call.videos:
+            self._check_structure(source)
             attends, additions = [*map(has_attention, decoder.layers)], take_deepstack(kwargs)
             call.forward = prefill = Prefill(
                 source, valid, layers, self.method, call.videos, attends, additions, call.later, call.targets,
                 self.verify,
             )  # fmt: skip
-            wanted = decoder.config.output_hidden_states if call.wants_states is None else call.wants_states
-            prefill.states = [] if wanted else None
+            prefill.states = [] if self._states_are_wanted(call) else None
         else:
             call.forward = Continuation(source, valid, layers)
         self._layers.open(call.forward)
@@ -398,31 +446,30 @@ class Reduction(AbstractContextManager["Reduction"]):
         """The call that has come to the decoder.
 
         Raises:
-            RuntimeError: the method called the model. ValueError: a call that passed by all hooks, or tokens that are
-                not those of the call.
+            ValueError: a call that passed by all hooks, or tokens that are not those of the call.
         """
-        if isinstance(self._forward.open, Prefill) and self._forward.open.asking:
-            raise RuntimeError(f"reduce: {self.method} must not call the model that it is at work on")
         call = self._thread.call
-        passed_by = call is None or call.begun
-        if call is None or passed_by:
-            self._abandon()
-            call = self._thread.call = Call(
-                len(self._modules) - 1, source.shape[:2], has_vision="inputs_embeds" in kwargs
-            )
-            if self._finder.is_listed or self._finder.prompt_has_video or len(self._modules) == 1:
-                self._look(call, call.level, kwargs)
-        if (
-            passed_by and len(self._modules) > 1 and self._finder.prompt_has_video
-        ):  # 4.x runs chunks of a prompt like that
-            raise ValueError(
-                "reduce: prefill_chunk_size must not be given before transformers 5: it passes by all hooks"
-            )
-        call.begun = True
-        if call.videos and call.shape != source.shape[:2]:
+        if call is None or call.begun:  # no module around has been called
+            if len(self._modules) > 1 and self._finder.prompt_has_video:  # 4.x runs chunks of a prompt like that
+                raise ValueError(
+                    "reduce: prefill_chunk_size must not be given before transformers 5: it passes by all hooks"
+                )
+            call = self._begin(Call(len(self._modules) - 1, has_vision=kwargs.get("inputs_embeds") is not None))
+        call.begun, call.frame = True, sys._getframe(3)  # torch's, which calls hooks and forward
+        if call.shape is None or self._finder.is_listed:
+            self._look(call, kwargs)
+        elif call.videos and call.shape != source.shape[:2]:
             call.later = 0
             check_layouts([video.layout for video in call.videos], *source.shape[:2])
         return call
+
+    def _check_structure(self, source: Tensor) -> None:
+        """Before the first prompt that is reduced, where it could not be done before."""
+        self._thread.looking = True
+        try:
+            check_structure_in_place(self.decoder, source)
+        finally:
+            self._thread.looking = False
 
     def _needs_masks(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
         """Whether the mask that the decoder makes for the whole sequence does not do for the rows that are there."""
@@ -453,9 +500,11 @@ class Reduction(AbstractContextManager["Reduction"]):
         return None
 
     def _after_decoder(self, decoder: Any, args: tuple, output: Any) -> Any:
-        if output is None:  # an exception on its way
-            return self._abandon()
         call = self._thread.call
+        if self._thread.looking:
+            return output
+        if output is None:  # an exception on its way
+            return None if self._was_refused(call) else self._abandon()
         try:
             if call is None or self._forward.open is not call.forward:
                 raise RuntimeError(
@@ -468,11 +517,18 @@ class Reduction(AbstractContextManager["Reduction"]):
             self._abandon()
             raise
         self._layers.close()
-        call.forward = call.checkpoint = None
-        call.layers = ()
+        call.forward, call.layers = None, ()
         if call.level == len(self._modules) - 1:
-            self._thread.call = None
+            self._leave(call)
         return output
+
+    def _leave(self, call: Call) -> None:
+        """A call went through."""
+        self._thread.call = call.outer
+        if call.checkpoint is not None:
+            call.checkpoint.release()
+        if self._finder.depth == 0:
+            self._finder.forget()
 
     def _finish(self, call: Call, prefill: Prefill) -> None:
         """Make the report, and see to what else depends on what has been kept."""
