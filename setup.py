@@ -12,6 +12,7 @@ EVAL = ["accelerate>=1.0", "scikit-learn>=1.2"]  # several processes; the handwr
 TEST = [
     *EVAL,
     "filelock",
+    "peft>=0.14",
     "hypothesis",
     "kernels>=0.12,<0.18",
     "pytest>=8",
