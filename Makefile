@@ -32,19 +32,19 @@ IN_OVERLAY = PYTHONPATH=$(abspath $(dir $(1)))$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 $(VENV)/overlays/%/.installed: .ci/%.txt $(INSTALLED)
 	rm -rf $(@D)
-	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	$(BIN)/pip install -qq --no-deps --target $(@D) --requirement $<
 	touch $@
 
 $(VENV)/overlays/%-newest/.installed: $(INSTALLED) always
 	rm -rf $(@D)
-	$(BIN)/pip install --quiet --target $(@D) $*
+	$(BIN)/pip install -qq --target $(@D) $*
 	touch $@
 
 .PRECIOUS: $(VENV)/overlays/%/.installed $(VENV)/overlays/%-newest/.installed
 
-lock: ## pin anew what demo and test install: the newest releases that go together, for each Python
+lock:  ## pin anew what demo and test install: the newest releases that go together, for each Python
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/pip install --quiet uv
+	build/lock/bin/pip install -qq uv
 	build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
 		--custom-compile-command 'make lock' --extra dev --output-file $(LOCK) setup.py .ci/lock.in
 
@@ -80,6 +80,6 @@ clean:
 $(INSTALLED): setup.py $(LOCK)
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info, "fftriton needs Python 3.10 or newer: make PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade $(CONSTRAINTS) pip setuptools
-	$(BIN)/pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install -qq --upgrade $(CONSTRAINTS) pip setuptools  # -qq: setuptools warns of every editable install
+	$(BIN)/pip install -qq $(CONSTRAINTS) --no-build-isolation --editable '.[dev]'
 	touch $@
