@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import fftriton.cli
@@ -66,6 +67,8 @@ def invoke(command, model, out, *more):
 @pytest.mark.parametrize("needs", OF_CONFIG)
 def test_a_checkpoint_that_needs_code_is_refused(tmp_path, marker, command, needs):
     model = checkpoint_with_code(tmp_path / "model", marker, **OF_CONFIG[needs])
+    if needs == "a kernel from the hub" and AutoConfig.from_pretrained(model)._attn_implementation is None:
+        pytest.skip("this release of transformers does not read which attention a checkpoint names")
     result = invoke(command, model, tmp_path / "out")
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.strip().splitlines()
