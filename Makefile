@@ -3,12 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Without an NVIDIA GPU a CPU build of torch is enough: the constraints pin the release that pip offers one for.
-CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint .ci/cpu-constraints.txt)
+# Every release that is installed, so that a release of tomorrow changes nothing; CONSTRAINTS= takes the newest of all.
+LOCK := .ci/lock.txt
+CONSTRAINTS ?= --constraint $(LOCK)
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: demo test test-oldest features lint format bench bench-save bench-compare gpu clean
+.PHONY: demo test test-oldest test-newest lock always features lint format bench bench-save bench-compare gpu clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -18,7 +19,9 @@ test: $(INSTALLED)  ## the whole suite; without a GPU the kernels run in Triton'
 
 test-oldest: test-transformers-4.57 test-triton-3.2  ## both of the following with the oldest supported release
 
-test-transformers-%: $(VENV)/overlays/transformers-%/.installed  ## the integration tests with transformers 4.57 or 5.17
+test-newest: test-transformers-newest test-triton-newest  ## both of the following with the newest release of today
+
+test-transformers-%: $(VENV)/overlays/transformers-%/.installed  ## the integration tests with transformers 4.57, 5.17 or 5.23
 	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto tests/hf
 
 test-triton-%: $(VENV)/overlays/triton-%/.installed  ## the tests of the kernels with Triton 3.2
@@ -29,10 +32,21 @@ IN_OVERLAY = PYTHONPATH=$(abspath $(dir $(1)))$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 $(VENV)/overlays/%/.installed: .ci/%.txt $(INSTALLED)
 	rm -rf $(@D)
-	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	$(BIN)/pip install -qq --no-deps --target $(@D) --requirement $<
 	touch $@
 
-.PRECIOUS: $(VENV)/overlays/%/.installed
+$(VENV)/overlays/%-newest/.installed: $(INSTALLED) always
+	rm -rf $(@D)
+	$(BIN)/pip install -qq --target $(@D) $*
+	touch $@
+
+.PRECIOUS: $(VENV)/overlays/%/.installed $(VENV)/overlays/%-newest/.installed
+
+lock:  ## pin anew what demo and test install: the newest releases that go together, for each Python
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install -qq uv
+	build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
+		--custom-compile-command 'make lock' --extra dev --output-file $(LOCK) setup.py .ci/lock.in
 
 features: $(INSTALLED)  ## the README's table of families and features, from the results of their tests
 	-$(BIN)/pytest --numprocesses auto -m feature --junitxml=build/features.xml
@@ -63,9 +77,9 @@ gpu: $(INSTALLED)  ## on a GPU: the whole suite, then the kernel bench
 clean:
 	rm -rf $(VENV) build dist *.egg-info fftriton-out
 
-$(INSTALLED): setup.py .ci/cpu-constraints.txt
+$(INSTALLED): setup.py $(LOCK)
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info, "fftriton needs Python 3.10 or newer: make PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/pip install -qq --upgrade $(CONSTRAINTS) pip setuptools  # -qq: setuptools warns of every editable install
+	$(BIN)/pip install -qq $(CONSTRAINTS) --no-build-isolation --editable '.[dev]'
 	touch $@

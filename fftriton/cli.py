@@ -17,7 +17,7 @@ from .run import run as run_prompt
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-_BAD_INPUT = 2  # exit code
+_FAILED = 2  # exit code: bad input, or a file that cannot be written
 
 
 @app.callback()
@@ -44,13 +44,16 @@ def run(
     max_pixels: Annotated[int | None, typer.Option(help="Most pixels of a frame; else the checkpoint's own.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; else the checkpoint's own.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device; else the GPU where there is one.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run code of its own.")
+    ] = False,
 ) -> None:
     """Ask a model about a video with its vision tokens reduced; print what it costs, draw what merged.
 
     Without --model it is a small trained model that ships in the package, and without --video two clips that do.
     """
     console = Console()
-    with _refusing():
+    with _in_one_line(ValueError, TypeError, OSError):
         options = Options(
             model=model,
             video=video,
@@ -64,19 +67,21 @@ def run(
             max_pixels=max_pixels,
             max_new_tokens=max_new_tokens,
             device=device,
+            trust_remote_code=trust_remote_code,
         )
         with make_progress(console) as progress:
             prompts = prepare(options, Bars(progress).open)
             with Bars(progress).open("Loading the model") as on_progress:
                 loaded = load_model(options)
                 on_progress(1, 1)
-    print_run(console, options)
-    results = []
-    for prompt in prompts:
-        with make_progress(console) as progress:
-            results.append(run_prompt(options, loaded, prompt, Bars(progress).open))
-        print_result(console, options, results[-1])
-    write_report(out / "report.json", options, results)
+    with _in_one_line(OSError):
+        print_run(console, options)
+        results = []
+        for prompt in prompts:
+            with make_progress(console) as progress:
+                results.append(run_prompt(options, loaded, prompt, Bars(progress).open))
+            print_result(console, options, results[-1])
+        write_report(out / "report.json", options, results)
 
 
 @app.command("eval")
@@ -94,6 +99,9 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="Method to test the others against; else the first.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for answers, results and pictures.")] = Path("fftriton-eval"),
     device: Annotated[str | None, typer.Option(help="Torch device; else the GPU where there is one.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run code of its own.")
+    ] = False,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; else the checkpoint's own.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as a JSON list, and nothing else.")
@@ -107,7 +115,7 @@ def evaluate(
     from .evaluate import output, plan, rows, runner
 
     console = Console(stderr=as_json)
-    with _refusing():
+    with _in_one_line(ValueError, TypeError, OSError):
         chosen = plan.Plan(
             methods=tuple(_split(methods)),
             budgets=tuple(_parse_budget(budget) for budget in _split(budgets)),
@@ -119,6 +127,7 @@ def evaluate(
             model=model,
             device=device,
             max_new_tokens=max_new_tokens,
+            trust_remote_code=trust_remote_code,
             out=out,
             reference=reference,
         )
@@ -126,27 +135,28 @@ def evaluate(
             results, records = runner.evaluate(chosen, Bars(progress).open)
     if not runner.is_main_process():
         return
-    files = output.write_results(chosen, results, records)
-    if as_json:
-        print(rows.as_json(results))
-        return
-    console.print(output.results_table(results))
-    for row in results:
-        if row.note is not None:
-            console.print(
-                f"{row.method} at {row.budget:.0%}: {row.note}", markup=False, highlight=False, soft_wrap=True
-            )
-    console.print("Written: " + ", ".join(str(path) for path in files), highlight=False, soft_wrap=True)
+    with _in_one_line(OSError):
+        files = output.write_results(chosen, results, records)
+        if as_json:
+            print(rows.as_json(results))
+            return
+        console.print(output.results_table(results))
+        for row in results:
+            if row.note is not None:
+                console.print(
+                    f"{row.method} at {row.budget:.0%}: {row.note}", markup=False, highlight=False, soft_wrap=True
+                )
+        console.print("Written: " + ", ".join(str(path) for path in files), highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Turn bad input into one line and an exit code."""
+def _in_one_line(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions that are the user's to mend into one line and an exit code."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except kinds as error:
         Console(stderr=True, style="bold red").print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(_BAD_INPUT) from None
+        raise typer.Exit(_FAILED) from None
 
 
 def _split(text: str) -> list[str]:

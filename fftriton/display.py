@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from . import shipped
+from .files import writing
 from .hf import Report
 from .request import Options
 from .run import Result, Way, is_right
@@ -90,8 +91,8 @@ def print_result(console: Console, options: Options, result: Result) -> None:
 def write_report(path: Path, options: Options, results: Sequence[Result]) -> None:
     """Write the figures of all tasks as JSON."""
     content = describe_run(options) | {"clips": [_as_dict(result) for result in results]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with writing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def summarise_layers(counts: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from .files import writing
 from .hf import Report
 
 FRAMES_A_ROW = 8
@@ -222,5 +223,5 @@ def _label_counts(axes: Axes, counts: list[int]) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)  # draws without a display, and leaves the process's choice of back end alone
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with writing(path) as partial:
+        figure.savefig(partial)

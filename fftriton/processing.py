@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from .checkpoints import load_config, load_part
 from .video import Video
 
 QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
@@ -33,28 +34,29 @@ class Processor(Protocol):
     def __call__(self, video: Video, question: str) -> dict[str, Tensor]: ...
 
 
-def load_processor(checkpoint: str | Path, max_pixels: int | None = None) -> Processor:
+def load_processor(checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False) -> Processor:
     """The processor of a checkpoint.
 
     Args:
         checkpoint: folder, or name on the Hugging Face hub.
         max_pixels: upper bound of a frame's pixels after resizing; None for the checkpoint's own.
+        trust_remote_code: run the checkpoint's own code if it has any.
 
     Returns:
         Hugging Face's processor where torchvision can be imported, ours for the Qwen2-VL family where it cannot.
 
     Raises:
-        ValueError: another family, and torchvision cannot be imported.
-        OSError: the checkpoint cannot be read.
+        ValueError: another family, and torchvision cannot be imported; or the checkpoint cannot be read, or needs code
+            that is not trusted.
     """
     if _torchvision_works():
-        return HubProcessor(checkpoint, max_pixels)
-    model_type = AutoConfig.from_pretrained(checkpoint).model_type
+        return HubProcessor(checkpoint, max_pixels, trust_remote_code)
+    model_type = load_config(checkpoint, trust_remote_code).model_type
     if model_type not in QWEN_MODEL_TYPES:
         raise ValueError(
             f"model must be one of {', '.join(QWEN_MODEL_TYPES)} where torchvision cannot be imported, got {model_type}"
         )
-    return QwenProcessor(checkpoint, max_pixels)
+    return QwenProcessor(checkpoint, max_pixels, trust_remote_code)
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
@@ -72,13 +74,14 @@ class HubProcessor:
     Args:
         checkpoint: folder, or name on the hub.
         max_pixels: upper bound of a frame's pixels, for processors that take one; None for the checkpoint's own.
+        trust_remote_code: run the checkpoint's own code if it has any.
 
     Raises:
-        ValueError: no processor for videos, or one that takes no bound.
+        ValueError: no processor for videos, or one that takes no bound, or that needs code that is not trusted.
     """
 
-    def __init__(self, checkpoint: str | Path, max_pixels: int | None = None):
-        self._processor = AutoProcessor.from_pretrained(checkpoint)
+    def __init__(self, checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False):
+        self._processor = load_part(AutoProcessor, checkpoint, trust_remote_code)
         if getattr(self._processor, "video_processor", None) is None:
             raise ValueError(f"model must have a processor for videos, got '{checkpoint}'")
         self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
@@ -179,14 +182,15 @@ class QwenProcessor:
     Args:
         checkpoint: folder, or name on the hub.
         max_pixels: upper bound of a frame's pixels after resizing; None for the checkpoint's own.
+        trust_remote_code: run the checkpoint's own code if it has any.
     """
 
-    def __init__(self, checkpoint: str | Path, max_pixels: int | None = None):
+    def __init__(self, checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False):
         pixels = QwenPixels.from_checkpoint(checkpoint)
         if max_pixels is not None:
             pixels = replace(pixels, max_pixels=max_pixels, min_pixels=min(pixels.min_pixels, max_pixels))
-        config = AutoConfig.from_pretrained(checkpoint)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
+        config = load_config(checkpoint, trust_remote_code)
+        self.tokenizer: PreTrainedTokenizerBase = load_part(AutoTokenizer, checkpoint, trust_remote_code)
         self._pixels = pixels
         self._video_token_id = config.video_token_id
         self._has_seconds = config.model_type == "qwen2_5_vl"  # its positions count seconds

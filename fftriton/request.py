@@ -7,22 +7,24 @@ checkpoint's configuration.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import shipped
+from .checkpoints import load_config, load_part
+from .files import check_out
 from .hf import reduce
 from .methods import Method, make_method
 from .processing import load_processor, unknown_words
-from .relevance import SiglipRelevance
+from .relevance import ContextFusion, SiglipRelevance
 from .video import OnProgress, Video, read_video
 
 OpenBar = Callable[[str], AbstractContextManager[OnProgress]]  # a progress bar for as long as a step takes
@@ -48,6 +50,7 @@ class Options:
         max_pixels: upper bound of a frame's pixels, at least 1; None for the checkpoint's own.
         max_new_tokens: longest answer, at least 1; None for the checkpoint's own.
         device: a torch device; None for the GPU where there is one.
+        trust_remote_code: run the checkpoint's own code if it has any.
 
     Raises:
         ValueError, TypeError: the parameter, the rule and the value.
@@ -65,6 +68,7 @@ class Options:
     max_pixels: int | None = None
     max_new_tokens: int | None = None
     device: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         self.make_method()
@@ -74,8 +78,6 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"out must be a folder, got the file '{self.out}'")
         self.make_device()
 
     def make_method(self, **parameters: Any) -> Method:
@@ -183,26 +185,21 @@ def prepare(options: Options, open_bar: OpenBar) -> list[Prompt]:
     Raises:
         ValueError, TypeError: a video, a model or a folder that cannot be used, or a model too shallow for the method.
     """
+    check_out(options.out)
     _quieten_transformers()
     tasks = choose_tasks(options)
     videos = []
     for task in tasks:
         with open_bar(f"Decoding {task.path.name}") as on_progress:
             videos.append(read_video(task.path, options.frames, on_progress))
-    with _naming_the_model(options.checkpoint):
-        config = AutoConfig.from_pretrained(options.checkpoint)
+    config = load_config(options.checkpoint, options.trust_remote_code)
     options.make_method().check(config.get_text_config().num_hidden_layers)
     methods = _methods(options, tasks, videos, open_bar)
-    prompts = [_encode_prompt(options, *parts) for parts in zip(tasks, videos, methods, strict=True)]
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out must be a folder that can be written, got '{options.out}': {error.strerror}") from error
-    return prompts
+    return [_encode_prompt(options, *parts) for parts in zip(tasks, videos, methods, strict=True)]
 
 
 def _encode_prompt(options: Options, task: Task, video: Video, method: Method) -> Prompt:
-    processor = load_processor(options.checkpoint, task.max_pixels)
+    processor = load_processor(options.checkpoint, task.max_pixels, options.trust_remote_code)
     return Prompt(task, video, processor(video, task.question), processor.tokenizer, method)
 
 
@@ -220,15 +217,15 @@ def _methods(options: Options, tasks: list[Task], videos: list[Video], open_bar:
     return methods
 
 
-def load_relevance(checkpoint: str) -> SiglipRelevance:
-    """The predictor of a checkpoint.
+def load_relevance(checkpoint: str, head: ContextFusion | None = None) -> SiglipRelevance:
+    """The predictor of a checkpoint, with the head that lies in its folder if none is given.
 
     Raises:
-        ValueError: it cannot be read, or is no SigLIP.
+        ValueError: it cannot be read, is no SigLIP, or needs code of its own, which no SigLIP does.
     """
     try:
-        return SiglipRelevance.from_pretrained(checkpoint)
-    except (OSError, TypeError, ValueError) as error:
+        return SiglipRelevance.from_pretrained(checkpoint, head)
+    except (ImportError, OSError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"relevance must be the checkpoint of a SigLIP, got '{checkpoint}': {reason}") from error
 
@@ -242,8 +239,10 @@ def load_model(options: Options) -> Any:
     _quieten_transformers()
     device = options.make_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with _naming_the_model(options.checkpoint):
-        model = AutoModelForImageTextToText.from_pretrained(options.checkpoint, dtype=dtype)
+    config = load_config(options.checkpoint, options.trust_remote_code)
+    model = load_part(
+        AutoModelForImageTextToText, options.checkpoint, options.trust_remote_code, config=config, dtype=dtype
+    )
     reduce(model, options.make_method())  # refuses here what it cannot reduce
     return model.to(device).eval()
 
@@ -251,14 +250,3 @@ def load_model(options: Options) -> Any:
 def _quieten_transformers() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-@contextmanager
-def _naming_the_model(checkpoint: str) -> Iterator[None]:
-    """Turn Hugging Face's pages of explanation into one line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        rule = "a folder with, or the hub's name of, a video language model that transformers can load"
-        raise ValueError(f"model must be {rule}, got '{checkpoint}': {reason}") from error

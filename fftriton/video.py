@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -73,7 +74,7 @@ def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None
     """Sample `num_frames` frames uniformly from a video file.
 
     Args:
-        path: the video file; any container and codec that FFmpeg reads.
+        path: the video file; any container and codec that FFmpeg reads. No other file is opened, whatever it names.
         num_frames: frames to sample, at least 1; a shorter video gives all that it has.
         on_progress: called after each sampled frame with (done, total).
 
@@ -81,7 +82,8 @@ def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None
         The sampled frames.
 
     Raises:
-        ValueError: the file is missing, empty, not a video, damaged or cut off, or `num_frames` is under 1.
+        ValueError: the file is missing, empty, not a video, a list of other files, damaged or cut off, or `num_frames`
+            is under 1.
     """
     if num_frames < 1:
         raise ValueError(f"frames must be at least 1, got {num_frames}")
@@ -126,20 +128,24 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"video must not be empty, got '{path}' of 0 bytes")
 
 
-def _open(path: Path) -> InputContainer:
-    try:
-        container = av.open(str(path))
-    except FFmpegError as error:
-        with path.open("rb") as file:
-            is_mp4 = file.read(8)[4:] == b"ftyp"
-        if is_mp4:  # the index, which may stand at the end, is not there
-            raise ValueError(f"video must be whole, got '{path}', which is cut off: its index is missing") from error
-        raise ValueError(f"video must be a video file, got '{path}': {error.strerror}") from error
-    # FFmpeg takes long text files for ANSI art
-    if not container.streams.video or container.format.name == "tty":
-        container.close()
-        raise ValueError(f"video must be a video file, got '{path}', which holds no video stream")
-    return container
+@contextmanager
+def _open(path: Path) -> Iterator[InputContainer]:
+    """FFmpeg reads this one file through Python and may open nothing else: no file or address that a playlist names."""
+    with path.open("rb") as file:
+        try:
+            container = av.open(file, "r", container_options={"protocol_whitelist": "none"})
+        except FFmpegError as error:
+            file.seek(0)
+            if file.read(8)[4:] == b"ftyp":  # an mp4 whose index, which may stand at the end, is not there
+                problem = "which is cut off: its index is missing"
+                raise ValueError(f"video must be whole, got '{path}', {problem}") from error
+            rule = "video must be a video file that holds its own frames, not a list of other files"
+            raise ValueError(f"{rule}, got '{path}': {error.strerror}") from error
+        with container:
+            # FFmpeg takes long text files for ANSI art
+            if not container.streams.video or container.format.name == "tty":
+                raise ValueError(f"video must be a video file, got '{path}', which holds no video stream")
+            yield container
 
 
 def _read(

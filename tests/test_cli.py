@@ -225,7 +225,7 @@ def test_bad_videos_are_refused(no_model, tmp_path):
         (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, got -3"),
         (["--device", "toaster"], "device must be one that torch can use here, got 'toaster'"),
         (["--device", "meta"], "device must be one that torch can use here, got 'meta'"),
-        (["--out", str(NEEDLE.path)], "out must be a folder, got the file"),
+        (["--out", str(NEEDLE.path)], "out must be a folder that can be written, got"),
         (["--relevance", "siglip"], "relevance must go with method kvtp, got method 'framefusion'"),
         (["--method", "kvtp", "--relevance", str(NEEDLE.path.parent)], "relevance must be the checkpoint of a SigLIP"),
     ],

@@ -1,15 +1,22 @@
-"""Importing changes nothing, the kernels stand alone, and a wheel works away from the repository."""
+"""Importing changes nothing, the kernels stand alone, wheels work elsewhere, the lock pins all that is installed."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("fftriton", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("fftriton", "kernels", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
 
 SNAPSHOT = """
 import logging, os, signal, sys, threading, warnings
@@ -107,3 +114,120 @@ print(sorted(path.name for path in assets.rglob("*") if path.suffix in (".mp4", 
     printed = assert_runs(code, tmp_path, PYTHONPATH=str(site)).splitlines()
     assert printed[0] == f"{site} {site}"
     assert printed[1] == "['bunny.mp4', 'model.safetensors', 'needle.mp4']"
+
+
+LOCK = ROOT / ".ci" / "lock.txt"
+OVERLAYS = sorted((ROOT / ".ci").glob("*-[0-9]*.txt"))
+PYTHONS = ("3.10", "3.11", "3.12")
+
+
+def environment(python):
+    """What markers see on Linux with this Python."""
+    linux = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "extra": ""}
+    return {**default_environment(), **linux, "python_version": python, "python_full_version": f"{python}.0"}
+
+
+def applies(requirement, python):
+    return requirement.marker is None or requirement.marker.evaluate(environment(python))
+
+
+def requirements(path):
+    """The lines of a requirements file."""
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    return [Requirement(line) for line in lines if line]
+
+
+def pins(python):
+    """{name: version} of the lock for one Python; a name that stands there twice for it fails."""
+    found = [requirement for requirement in requirements(LOCK) if applies(requirement, python)]
+    named = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in found}
+    assert len(named) == len(found)
+    return named
+
+
+@pytest.fixture
+def declared(monkeypatch):
+    """What setup.py asks for, with the extra dev."""
+    settings = {}
+    monkeypatch.setattr("setuptools.setup", settings.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return [Requirement(line) for line in settings["install_requires"] + settings["extras_require"]["dev"]]
+
+
+def test_the_lock_holds_names_and_versions_only():
+    """No address, no option and no local version: it works with any index and any build of torch."""
+    for line in LOCK.read_text().splitlines():
+        assert "/" not in line
+        assert line.startswith("#") or re.fullmatch(r"[a-z0-9._-]+==[a-z0-9.]+( ; [^@+]+)?", line), line
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_pins_what_setup_asks_for(declared, python):
+    locked = pins(python)
+    for requirement in [*declared, Requirement("pip"), Requirement("setuptools")]:
+        if applies(requirement, python):
+            version = locked[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), f"{requirement} with Python {python}, locked {version}"
+
+
+def test_the_lock_pins_everything_behind_that(declared):
+    """Followed through what is installed here."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    locked, seen, waiting = pins(python), set(), list(declared)
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if not applies(requirement, python) or (name, *requirement.extras) in seen:
+            continue
+        seen.add((name, *requirement.extras))
+        assert name in locked
+        inner = [Requirement(line) for line in distribution(name).requires or ()]
+        for extra in ("", *requirement.extras):
+            here = environment(python) | {"extra": extra}
+            waiting += [
+                Requirement(str(one).partition(";")[0]) for one in inner if not one.marker or one.marker.evaluate(here)
+            ]
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_overlays_pin_the_release_of_their_name(path):
+    name, _, release = path.stem.rpartition("-")
+    named = {requirement.name: str(requirement.specifier) for requirement in requirements(path)}
+    assert named[name].startswith(f"=={release}.")
+    assert all(re.fullmatch(r"==[0-9.]+", version) for version in named.values())
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_nothing_is_installed_that_the_lock_does_not_pin(tmp_path, target):
+    make = ["make", "--dry-run", "--no-print-directory", target, f"VENV={tmp_path / 'new'}"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert len(installs) == 2
+    for line in installs:
+        assert "--constraint .ci/lock.txt" in line
+        assert "--no-build-isolation" in line or " pip setuptools" in line  # what builds is pinned
+
+
+def test_the_readme_names_the_releases_of_the_lock():
+    section = (ROOT / "README.md").read_text().partition("## Two commands")[2].partition("## ")[0]
+    for python in PYTHONS:
+        locked = pins(python)
+        for name in ("torch", "triton", "transformers"):
+            assert locked[name] in section, f"{name} with Python {python}"
+
+
+def test_every_overlay_of_transformers_is_tested_by_the_workflow():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    overlays = [path.stem.rpartition("-")[2] for path in OVERLAYS if path.stem.startswith("transformers-")]
+    assert workflow["jobs"]["transformers"]["strategy"]["matrix"]["transformers"] == overlays
+
+
+def test_newest_releases_are_tested_every_night_and_named():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())
+    assert workflow[True]["schedule"]  # YAML reads `on` as a truth value
+    for job, command in {"newest": "make test-newest", "newest-of-all": "make test CONSTRAINTS="}.items():
+        *_, test, summary = workflow["jobs"][job]["steps"]
+        assert test["run"] == command
+        assert summary["if"] == "always()"
+        assert "pip freeze" in summary["run"]
+        assert "GITHUB_STEP_SUMMARY" in summary["run"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -151,6 +155,78 @@ def test_refuses_a_file_that_lacks_its_last_bytes(numbered, tmp_path):
     cut = write_bytes(tmp_path / "cut.mp4", numbered.read_bytes()[:-10])
     with pytest.raises(ValueError, match="video must be whole, .* which is cut off or damaged"):
         read_video(cut, 1)
+
+
+IN_OPEN = 0x20  # of inotify(7)
+
+
+@contextmanager
+def unopened(*paths: Path) -> Iterator[None]:
+    """Fail if any of these files is opened inside."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    try:
+        for path in paths:
+            assert libc.inotify_add_watch(watch, os.fsencode(path), IN_OPEN) >= 0, os.strerror(ctypes.get_errno())
+        yield
+        with pytest.raises(BlockingIOError):  # nothing to read: no event
+            os.read(watch, 4096)
+    finally:
+        os.close(watch)
+
+
+HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n"
+LISTS = {  # file name: what stands in it, with a place for the name of another file
+    "segments.m3u8": HLS,
+    "variants.m3u8": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1000\n{}\n",
+    "list.ffconcat": "ffconcat version 1.0\nfile {}\n",
+    "list.mp4": "ffconcat version 1.0\nfile {}\n",  # the content tells, not the name
+    "list.mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static">'
+    "<Period><AdaptationSet><Representation><BaseURL>{}</BaseURL></Representation></AdaptationSet></Period></MPD>",
+    "list.asx": '<asx version="3.0"><entry><ref href="{}"/></entry></asx>',
+    "call.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns={}\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 45678 RTP/AVP 33\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("named", ["{path.name}", "{path}", "file://{path}", "subfile,,start,0,end,0,,:{path}"])
+def test_a_list_of_other_files_is_refused_and_none_of_them_opened(tmp_path, name, named):
+    for suffix in (".mp4", ".ts"):
+        secret = write_video(tmp_path / f"secret{suffix}", numbered_frames(60))
+        (tmp_path / name).write_text(LISTS[name].format(named.format(path=secret)))
+        with unopened(secret), pytest.raises(ValueError, match="^video must be .* not a list of other files") as error:
+            read_video(tmp_path / name, 4)
+        assert name in str(error.value)
+
+
+def test_a_playlist_of_variants_opens_no_other_playlist(tmp_path):
+    secret = write_video(tmp_path / "secret.ts", numbered_frames(60))
+    inner, outer = tmp_path / "segments.m3u8", tmp_path / "variants.m3u8"
+    inner.write_text(HLS.format(secret.name))
+    outer.write_text(LISTS["variants.m3u8"].format(inner.name))
+    with unopened(inner, secret), pytest.raises(ValueError, match="not a list of other files"):
+        read_video(outer, 4)
+
+
+def test_subtitles_that_name_their_pictures_are_refused(tmp_path):
+    """FFmpeg opens the .sub beside a VobSub index."""
+    pictures = write_bytes(tmp_path / "text.sub", b"\0\0\1\xba" + bytes(3000))
+    (tmp_path / "text.idx").write_text("# VobSub index file, v7 (do not modify this line!)\nid: en, index: 0\n")
+    with unopened(pictures), pytest.raises(ValueError, match="not a list of other files"):
+        read_video(tmp_path / "text.idx", 4)
+
+
+def test_a_name_like_a_pattern_is_that_of_one_file(tmp_path):
+    """FFmpeg reads img%03d.png as img000.png, img001.png, ..."""
+    names = ["img%03d.png", "img000.png", "img001.png"]
+    for level, name in enumerate(names):
+        image = np.full((32, 48, 3), 100 * level, np.uint8)
+        av.VideoFrame.from_ndarray(image, format="rgb24").to_image().save(tmp_path / name, format="png")
+    with unopened(*(tmp_path / name for name in names[1:])):
+        assert read_video(tmp_path / names[0], 4).frames.max() == 0
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(ValueError, match="video must be a file that exists"):
+        read_video(tmp_path / names[0], 4)
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from triples import Triple, read_triples
 
 from fftriton.relevance import ContextFusion, SiglipRelevance
+from fftriton.request import load_relevance
 
 STATE = "trainer.pt"
 LOG = "log.csv"
@@ -240,7 +241,10 @@ def main(
 ) -> None:
     """Train a SigLIP and its context fusion head to tell the clips that a question is about."""
     fusion = None if head is Head.none else ContextFusion(clip, scaled=head is Head.scaled)
-    relevance = SiglipRelevance.from_pretrained(checkpoint, head=fusion)
+    try:
+        relevance = load_relevance(checkpoint, fusion)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     if head is Head.none:
         relevance.head = None
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -99,6 +99,7 @@ class Plan:
         model: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
         device: a torch device; None for the GPU where there is one.
         max_new_tokens: longest answer; None for the checkpoint's own.
+        trust_remote_code: run the checkpoint's own code if it has any.
         out: folder for records and results.
         reference: the method that the others are tested against, at the same budget; one of `methods`.
 
@@ -116,6 +117,7 @@ class Plan:
     model: str | None = None
     device: str | None = None
     max_new_tokens: int | None = None
+    trust_remote_code: bool = False
     out: Path = Path("fftriton-eval")
     reference: str | None = None
 
@@ -138,8 +140,6 @@ class Plan:
                 raise ValueError(f"eval: frames must be multiples of 4, got {frames}")
         if self.reference is not None:
             check_choice("eval", "reference", self.reference, self.methods)
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"eval: out must be a folder, got the file '{self.out}'")
         for name in self.methods:
             Setting(name, min(self.budgets)).method()  # a chain with a first budget of its own cannot do all
 

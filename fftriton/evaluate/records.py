@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from ..files import naming
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,18 @@ class RecordFolder:
     """
 
     def __init__(self, folder: Path, process: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._own = folder, folder / f"records-{process}.jsonl"
+        with naming(self._own):
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._own.open("a+b") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":  # left unfinished
+                        file.write(b"\n")
 
     def append(self, records: Iterable[Record]) -> None:
         """Write at once: what has been answered is never lost."""
-        with self._own.open("a", encoding="utf-8") as file:
+        with naming(self._own), self._own.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
 
     def read(self, keys: Iterable[str]) -> dict[tuple[str, int], Record]:

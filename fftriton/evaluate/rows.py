@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import writing
 from .plan import Plan, Setting
 from .records import Record
 from .statistics import mcnemar_exact, wilson_interval
@@ -157,8 +158,7 @@ def write_csv(
     """
     firsts = first_columns or [{}] * len(items)
     lines = [{**first, **_flat(asdict(item)), **origin} for first, item in zip(firsts, items, strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with writing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)

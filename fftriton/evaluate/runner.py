@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from .. import __version__
+from ..files import check_out
 from ..hf import Report, reduce
 from ..measure import TokenClock, generate, memory_before, peak_memory
 from ..methods import Method
@@ -48,14 +49,18 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
         The rows, one a setting, and the records of each setting that can work, in the order of the samples.
 
     Raises:
-        ValueError, TypeError: a model that cannot be used.
+        ValueError, TypeError: a model or a folder that cannot be used. OSError: a record cannot be written.
     """
+    check_out(plan.out)
     process, processes, wait = _processes()
     device = plan.device or (f"cuda:{process}" if processes > 1 and torch.cuda.is_available() else None)
-    options = Options(model=plan.model, device=device, max_new_tokens=plan.max_new_tokens)
+    options = Options(
+        model=plan.model, device=device, max_new_tokens=plan.max_new_tokens, trust_remote_code=plan.trust_remote_code
+    )
     with threads(options.threads):
         with open_bar("Loading the model") as on_progress:
-            answerer = Answerer(load_model(options), load_processor(options.checkpoint), options.max_new_tokens)
+            processor = load_processor(options.checkpoint, trust_remote_code=options.trust_remote_code)
+            answerer = Answerer(load_model(options), processor, options.max_new_tokens)
             on_progress(1, 1)
         layers = answerer.config.num_hidden_layers
         problems = {setting: why for setting in plan.settings if (why := setting.problem(layers)) is not None}
@@ -114,7 +119,9 @@ class Answerer:
 
     def describe(self) -> dict[str, Any]:
         """Everything about the model that an answer depends on."""
+        kind = type(self.model)  # code of a checkpoint's own may answer otherwise with the same weights
         return {
+            "class": f"{kind.__module__}.{kind.__qualname__}",
             "weights": digest_of_weights(self.model),
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,

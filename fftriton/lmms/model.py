@@ -30,7 +30,8 @@ class FFTriton(lmms):
         budget: fraction of the vision tokens to keep, in (0, 1].
         processing: "base" leaves loading, sampling of frames and prompts to lmms-eval's model; "fftriton" does these
             itself, see `VideoModel`, where lmms-eval's model cannot run (it needs torchvision and decord).
-        arguments: what the base takes: pretrained, max_num_frames, ...
+        arguments: what the base takes: pretrained, max_num_frames, ...; with processing=fftriton trust_remote_code
+            is False unless given.
 
     Raises:
         ValueError, TypeError: a method, a budget or a base that cannot be used.
@@ -83,6 +84,7 @@ class VideoModel(lmms):
         max_num_frames: frames sampled from a video file.
         device: a torch device; None for the GPU where there is one.
         batch_size: 1.
+        trust_remote_code: run the checkpoint's own code if it has any.
 
     Raises:
         ValueError: a checkpoint of another family or that cannot be used; a batch size over one.
@@ -90,13 +92,16 @@ class VideoModel(lmms):
 
     def __init__(
         self, family: str, pretrained: str | None = None, max_num_frames: int = 16, device: str | None = None,
-        batch_size: int | str = 1,
+        batch_size: int | str = 1, trust_remote_code: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if int(batch_size) != 1:
             raise ValueError(f"fftriton: batch_size must be 1 with processing=fftriton, got {batch_size}")
-        options = Options(model=pretrained, device=device, frames=int(max_num_frames))
-        self.model, self.processor = load_model(options), load_processor(options.checkpoint)
+        options = Options(
+            model=pretrained, device=device, frames=int(max_num_frames), trust_remote_code=trust_remote_code
+        )
+        self.processor = load_processor(options.checkpoint, trust_remote_code=trust_remote_code)
+        self.model = load_model(options)
         if self.model.config.model_type != family:
             raise ValueError(
                 f"fftriton: base must be {self.model.config.model_type}, as the checkpoint is, got {family}"

@@ -61,7 +61,7 @@ class SiglipRelevance:
     @classmethod
     def from_pretrained(
         cls, checkpoint: str | Path, head: str | Path | ContextFusion | None = None, batch_size: int = 32,
-        **arguments: Any,
+        trust_remote_code: bool = False, **arguments: Any,
     ) -> SiglipRelevance:  # fmt: skip
         """Load a checkpoint, with the head that lies in its folder where there is one.
 
@@ -69,19 +69,23 @@ class SiglipRelevance:
             checkpoint: folder, or name on the Hugging Face hub.
             head: a head, or its file, to use instead.
             batch_size: as for the class.
+            trust_remote_code: run the checkpoint's own code if it has any.
             arguments: for the model's `from_pretrained`, such as dtype and device_map.
 
         Raises:
-            OSError: it cannot be read. TypeError: no SigLIP.
+            OSError: it cannot be read. TypeError: no SigLIP. ValueError: it needs code that is not trusted.
         """
-        model = AutoModel.from_pretrained(checkpoint, **arguments).eval()
+        model = AutoModel.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, **arguments).eval()
         inside = Path(checkpoint) / HEAD_FILE
         if head is None and inside.is_file():
             head = inside
         if isinstance(head, str | Path):
             head = ContextFusion.load(head)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        return cls(model, tokenizer, AutoImageProcessor.from_pretrained(checkpoint), head, batch_size)
+        tokenizer, image_processor = (
+            part.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+            for part in (AutoTokenizer, AutoImageProcessor)
+        )
+        return cls(model, tokenizer, image_processor, head, batch_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model, tokenizer, image processor and head to a folder."""

@@ -1,0 +1,61 @@
+"""Writing files: a folder is tried before any work, and a file is whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PROBE_BYTES = 2**20  # about the largest file that a run writes
+
+
+def check_out(folder: Path) -> None:
+    """Check that files can be written to a folder. It need not exist yet; nothing is left behind.
+
+    Raises:
+        ValueError: the folder cannot be made or written, or its disk is full.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=_first_existing(folder)) as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be written, got '{folder}': {error.strerror}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; on exit that file takes the place of `path`, on an exception it is removed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    partial = path.with_name(f".{os.getpid()}{path.suffix}")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in the message of any OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def _first_existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    for path in (folder, *folder.absolute().parents):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        return path
+    raise FileNotFoundError(folder)
