@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.error import FFmpegError
-from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
+
+if TYPE_CHECKING:  # PyAV is imported when a file is read or written: most of the package does without
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 OnProgress = Callable[[int, int], None]  # called with (done, total)
 
+_TICKS = 1_000_000  # a container's own clock, per second
 _FALLBACK_RATE = 24.0  # frames a second, where a file states none; Hugging Face assumes the same
 
 
@@ -83,6 +85,8 @@ def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None
     Raises:
         ValueError: the file is missing, empty, not a video, damaged or cut off, or `num_frames` is under 1.
     """
+    import av
+
     if num_frames < 1:
         raise ValueError(f"frames must be at least 1, got {num_frames}")
     path = Path(path)
@@ -92,7 +96,7 @@ def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None
             scan = _scan(container, path)
         with _open(path) as container:
             return _read(container, path, scan, sample_indices(scan.num_frames, num_frames), on_progress)
-    except FFmpegError as error:
+    except av.FFmpegError as error:
         raise ValueError(f"video must decode, got '{path}', which is damaged: {error.strerror}") from error
 
 
@@ -105,6 +109,8 @@ def write_video(path: str | Path, frames: np.ndarray, rate: Fraction, crf: int) 
         rate: frames a second.
         crf: the encoder's loss, from 0 (none) to 51.
     """
+    import av
+
     options = {"crf": str(crf), "preset": "slow", "threads": "1", "x264-params": "cpu-independent=1"}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +119,7 @@ def write_video(path: str | Path, frames: np.ndarray, rate: Fraction, crf: int) 
         stream.pix_fmt = "yuv420p"
         stream.height, stream.width = frames.shape[1:3]
         for image in frames:
-            container.mux(stream.encode(VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -127,9 +133,11 @@ def _check_file(path: Path) -> None:
 
 
 def _open(path: Path) -> InputContainer:
+    import av
+
     try:
         container = av.open(str(path))
-    except FFmpegError as error:
+    except av.FFmpegError as error:
         with path.open("rb") as file:
             is_mp4 = file.read(8)[4:] == b"ftyp"
         if is_mp4:  # the index, which may stand at the end, is not there
@@ -185,8 +193,8 @@ def _check_whole(container: InputContainer, end: float, path: Path) -> None:
     """Compare where the last packet ends with the duration in the header (formats made for streaming state none)."""
     if container.duration is None or end == 0:
         return
-    stated = container.duration / av.time_base
-    found = end - (container.start_time or 0) / av.time_base
+    stated = container.duration / _TICKS
+    found = end - (container.start_time or 0) / _TICKS
     rate = container.streams.video[0].average_rate
     two_frames = 2 / float(rate) if rate else 0.0
     if found < stated - max(0.25, two_frames, 0.02 * stated):

@@ -14,6 +14,8 @@ from fftriton.processing import HubProcessor
 from fftriton.shipped import NEEDLE
 from fftriton.video import read_video
 
+pytest.importorskip("av")  # reads videos
+
 EVERY_FAMILY = pytest.mark.parametrize("name", PARTS)
 
 

@@ -129,6 +129,7 @@ def test_patch_order():
 
 
 def test_shipped_processor_gives_the_prompt_of_the_training():
+    pytest.importorskip("av")
     video = read_video(ASSETS / "clips" / "needle.mp4", 16)
     inputs = QwenProcessor(MODEL)(video, QUESTION)
     bos, system, start, end, question, token = 1, 2, 3, 4, 5, 8

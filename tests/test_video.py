@@ -5,13 +5,14 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fftriton.video import read_video, sample_indices
+
+av = pytest.importorskip("av")
 
 NUM_FRAMES = 60
 
