@@ -55,8 +55,10 @@ def scripts_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Scri
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.user_properties += [("feature", f"{family}: {feature}") for family, feature in spoken_for(item)]
-    if torch.cuda.is_available():
-        return
+    on_gpu = torch.cuda.is_available()
+    shared = on_gpu and "PYTEST_XDIST_WORKER" in os.environ
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if not on_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if shared and item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.skip(reason="takes most of a GPU's memory: pytest -m large, in one process"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import needs_torchvision
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from testing_helpers import needs_torchvision
 
 import fftriton.processing as processing
 from fftriton.processing import HubProcessor, QwenPixels, QwenProcessor, load_processor, smart_resize, unknown_words
