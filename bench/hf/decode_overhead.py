@@ -30,7 +30,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import fftriton
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-from run import identity
+from measure import identity
 
 RESULTS = Path(__file__).parents[1] / "results"
 PATCHES, FRAMES, TEXT = 49, 8, 20

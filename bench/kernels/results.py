@@ -62,13 +62,10 @@ def read_csv(path: Path) -> list[Row]:
     return [Row(**{**row, "host_ms": float(row["host_ms"]) if row.get("host_ms") else None}) for row in rows]
 
 
-def against_baseline(rows: Sequence[Row]) -> list[tuple[Row, float | None]]:
-    """Each row, and how many times faster it is than the baseline before it; None for the baseline and without one."""
-    baseline: dict[tuple[str, str, str], float] = {}
-    out: list[tuple[Row, float | None]] = []
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
+    """(op, shape, dtype) -> the row of each provider, without the ceilings."""
+    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
-        case = (row.op, row.shape, row.dtype)
-        out.append((row, baseline[case] / row.p50 if case in baseline else None))
-        if row.provider == "eager":
-            baseline[case] = row.p50
-    return out
+        if row.op not in CEILINGS:
+            cases.setdefault((row.op, row.shape, row.dtype), {})[row.provider] = row
+    return cases

@@ -19,7 +19,7 @@ from gate import ROOT, passing
 from measure import Bench, Case, cases, free_memory, identity
 from ops import OPS
 from picture import draw
-from results import Row, against_baseline, results_path, write_csv
+from results import Row, results_path, write_csv
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -60,11 +60,15 @@ def table(rows: Sequence[Row]) -> Table:
     out = Table("op", "shape", "dtype", "provider", header_style="bold")
     for heading in ("p50 ms", "p20 - p80", "rate", "of ceiling", "times faster"):
         out.add_column(heading, justify="right")
-    for row, faster in against_baseline(rows):
+    baseline: dict[tuple[str, str, str], float] = {}
+    for row in rows:
+        case = (row.op, row.shape, row.dtype)
+        faster = f"{baseline[case] / row.p50:.2f}" if case in baseline else ""
+        if row.provider == "eager":
+            baseline[case] = row.p50
         out.add_row(
-            row.op, row.shape, row.dtype, row.provider, f"{row.p50:.4g}", f"{row.p20:.4g} - {row.p80:.4g}",
-            f"{row.gbps_or_tflops:.4g} {row.metric}", f"{row.percent_of_ceiling:.0f} %",
-            "" if faster is None else f"{faster:.2f}",
+            *case, row.provider, f"{row.p50:.4g}", f"{row.p20:.4g} - {row.p80:.4g}",
+            f"{row.gbps_or_tflops:.4g} {row.metric}", f"{row.percent_of_ceiling:.0f} %", faster,
         )  # fmt: skip
     return out
 
