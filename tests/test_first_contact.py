@@ -81,6 +81,13 @@ def test_only_what_must_end_counts_against_correctness(bench, tmp_path):
     assert not bench.summary.correctness_holds(tmp_path)
 
 
+def test_what_was_skipped_was_not_checked(bench, tmp_path):
+    bench.session.Session(tmp_path, minutes=1).run([part(bench, "check", "", required=True)])
+    bench.findings.add(tmp_path, "check", "skipped", why="the interpreter does not work")
+    assert bench.summary.correctness_holds(tmp_path)
+    assert bench.summary.summarise(tmp_path).endswith("but correctness was not checked: check.")
+
+
 def test_a_tool_that_does_not_work_is_no_wrong_kernel(bench, tmp_path):
     session = bench.session.Session(tmp_path, minutes=1)
     session.run([part(bench, "tool", "raise SystemExit(1)", wrong=(9,))])

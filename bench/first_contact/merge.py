@@ -18,7 +18,7 @@ from .worker import Run
 SHAPES = [  # B, F, P, D
     (2, 3, 7, 65), (1, 64, 210, 3584), (2, 20, 49, 896), (1, 9, 100, 4097), (1, 5, 33, 8192), (3, 17, 1, 1),
 ]  # fmt: skip
-TOY = [(2, 2, 3, 33)]
+TOY = [(2, 3, 3, 33)]
 SECONDS = 8  # that a case may take
 
 

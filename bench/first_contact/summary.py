@@ -58,10 +58,22 @@ def summarise(out: Path) -> str:
     lines += tests(out)
     lines += [line[:300] for line in wrong[:WORST]]
     lines += [f"and {len(wrong) - WORST} more in {findings.FILE}"] if len(wrong) > WORST else []
-    lines += ["Correctness was NOT shown." if wrong else "Correctness held."]
+    lines += [verdict(found)]
     text = "\n".join(lines)
     (out / FILE).write_text(text + "\n")
     return text[-MOST:]
+
+
+def verdict(found: list[Finding]) -> str:
+    """The last line."""
+    if problems(found):
+        return "Correctness was NOT shown."
+    required = {f["part"] for f in found if f.get("required")}
+    unchecked = sorted({f["part"] for f in found if f["kind"] == "skipped"} & required)
+    checked = sorted({f["part"] for f in found if f["kind"] == "ok"} & required)
+    if unchecked or not checked:
+        return f"Nothing was found wrong, but correctness was not checked: {', '.join(unchecked) or 'no part did'}."
+    return "Correctness held."
 
 
 def heading(found: list[Finding]) -> list[str]:
