@@ -194,7 +194,7 @@ def cuda(bench, monkeypatch):
     for name in ("_sleep", "synchronize", "Event"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     monkeypatch.setattr(bench.timing.time, "perf_counter", lambda: fake.host / 1e3)
-    monkeypatch.setattr(bench.timing.torch, "empty", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(bench.timing, "_flush_buffer", lambda: torch.zeros(1))
     return fake
 
 

@@ -72,6 +72,13 @@ def test_what_hangs_or_crashes_loses_its_own_results_only(bench, tmp_path, monke
         assert line in text.splitlines()
 
 
+def test_a_folder_keeps_what_is_not_ours(bench, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    bench.findings.add(tmp_path, "old", "ok")
+    bench.session.Session(tmp_path, minutes=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_only_what_must_end_counts_against_correctness(bench, tmp_path):
     session = bench.session.Session(tmp_path, minutes=0)
     session.run([part(bench, "optional", "")])
@@ -149,7 +156,7 @@ def test_cases_are_shared_and_stop_in_time(bench, tmp_path):
     shares = [list(Run("", tmp_path, share=(i, 3)).cases(range(7), 1)) for i in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
     assert list(Run("late", tmp_path, deadline=time.time() + 5).cases("ab", 10)) == []
-    assert len([f for f in bench.findings.read(tmp_path) if f["kind"] == "not run"]) == 2
+    assert of_kind(bench, tmp_path, "not run")["late"]["case"] == "2 cases"
 
 
 def test_parts(bench, tmp_path):

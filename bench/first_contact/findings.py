@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 FILE = "findings.jsonl"
-KERNELS = "kernels.csv"  # beside it: the rows of the kernel bench
+KERNELS = "kernels.csv"  # the rows of the kernel bench
+PROFILE = "profile.txt"  # the profiler's tables
+SUMMARY = "summary.txt"
+LOG, GPU_TESTS, KERNEL_TESTS, SANITIZER = "log.txt", "gpu-tests.log", "kernel-tests.log", "sanitizer.log"
+ALL = (FILE, KERNELS, PROFILE, SUMMARY, LOG, GPU_TESTS, KERNEL_TESTS, SANITIZER)
 
 
 def add(out: Path, part: str, kind: str, **values: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from measure import EQUAL_HEADS, QWEN2_7B, Bench, Case, cases, free_memory, identity
@@ -43,7 +44,8 @@ def main(run: Run) -> None:
         for line in bench.failures[failed:]:
             run.note("wrong", case=line)
         free_memory()
-    run.note("ok", case="every provider of ours agrees with the baseline") if not bench.failures else None
+    if not bench.failures:
+        run.note("ok", case="our results are the baselines'")
     for line in bench.notes:
         run.note("no number", case=line)
     return None
@@ -70,10 +72,10 @@ def toy_plan() -> Iterator[Step]:
 def compile_all(run: Run) -> None:
     """Each op once, by our kernels and by torch.compile."""
     for case, _ in run.cases([step for step in plan() if step[0].shape == Shape(64, *QWEN2_7B)], CASE_SECONDS):
-        for name in ("fftriton", "torch.compile"):
-            provider = case.op.providers[name]
-            inputs = case.op.inputs(case.shape, case.dtype, run.device)
-            if name == "fftriton" or not provider.dense:
-                with run.check(f"{case.op.name} {name}"):
-                    provider.run(**inputs)
-            free_memory()
+        ours, others = case.op.providers["fftriton"], case.op.providers["torch.compile"]
+        with run.check(case.op.name):
+            ours.run(**case.op.inputs(case.shape, case.dtype, run.device))
+        if not others.dense:
+            with suppress(Exception):  # it may fail
+                others.run(**case.op.inputs(case.shape, case.dtype, run.device))
+        free_memory()

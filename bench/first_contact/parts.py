@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from . import findings
+
 BENCH = Path(__file__).resolve().parents[1]
 ROOT = BENCH.parent
 FOLDERS = (ROOT, ROOT / "kernels", BENCH, BENCH / "kernels", ROOT / "tests")
@@ -51,7 +53,7 @@ class Part:
     command: tuple[str, ...]
     seconds: float
     environment: Mapping[str, str]
-    log: str = "log.txt"
+    log: str = findings.LOG
     required: bool = False
     missing: str | None = None
     wrong: tuple[int, ...] | None = None
@@ -72,14 +74,11 @@ def gpu_phases(out: Path, minutes: float, commit: str = "") -> list[list[Part]]:
     scale, variables = minutes / MINUTES, environment()
     uncached = variables | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a step too far leaves the allocation
 
-    def own(group: str, module: str, seconds: float, shares: int = 1, warm: bool = False, **more: object) -> list[Part]:
+    def own(group: str, module: str, seconds: float, shares: int = 1, warm: bool = False, **more: bool) -> list[Part]:
         made = []
         for share in range(shares):
-            name = " ".join(
-                [module, *(["warm-up"] if warm else []), *([f"{share + 1}/{shares}"] if shares > 1 else [])]
-            )
-            options = ["--name", name, "--share", f"{share}/{shares}", *(["--warm"] if warm else [])]
-            options += ["--commit", commit] if commit else []
+            name = module + " warm-up" * warm + f" {share + 1}/{shares}" * (shares > 1)
+            options = ["--name", name, "--share", f"{share}/{shares}", "--commit", commit, *["--warm"] * warm]
             made.append(Part(name, group, worker(module, out, *options), seconds * scale, variables, **more))
         return made
 
@@ -89,34 +88,24 @@ def gpu_phases(out: Path, minutes: float, commit: str = "") -> list[list[Part]]:
         name = f"sanitizer, {tool}"
         return Part(
             name, "sanitizer", (program, *options, *worker("sanitized", out, "--name", name)), 115 * scale, uncached,
-            log="sanitizer.log", missing=None if Path(program).exists() else "compute-sanitizer was not found",
+            log=findings.SANITIZER, missing=None if Path(program).exists() else "compute-sanitizer was not found",
             wrong=(SANITIZER_FOUND,),
         )  # fmt: skip
 
     def tests(name: str, group: str, seconds: float, log: str, *options: str) -> Part:
         return Part(name, group, pytest(*options), seconds * scale, variables, log=log, missing=no_pytest())
 
-    kernel_tests = [f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS]
-    hf_tests = [f"tests/hf/test_{name}.py" for name in HF_TESTS]
+    marked = ("-m", "gpu and not large", "tests/kernels", *(f"tests/hf/test_{name}.py" for name in HF_TESTS))
+    files = [f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS]
+    others = (*in_parallel(), "-m", "not gpu and not large", *files)
     return [
         own("versions", "versions", 40),
         [
             *own("checks", "merge", 120, shares=2, required=True),
             *own("checks", "selection", 120, required=True),
             *own("checks", "attention", 120, shares=4, required=True),
-            tests(
-                "tests marked gpu", "tests", 120, "gpu-tests.log", "-m", "gpu and not large", "tests/kernels", *hf_tests
-            ),
-            tests(
-                "tests of the kernels",
-                "tests",
-                120,
-                "kernel-tests.log",
-                *in_parallel(),
-                "-m",
-                "not gpu and not large",
-                *kernel_tests,
-            ),
+            tests("tests marked gpu", "tests", 120, findings.GPU_TESTS, *marked),
+            tests("tests of the kernels", "tests", 120, findings.KERNEL_TESTS, *others),
             sanitize("memcheck"),
             sanitize("racecheck"),
             *own("kernels", "kernels", 120, shares=2, warm=True),
@@ -126,7 +115,7 @@ def gpu_phases(out: Path, minutes: float, commit: str = "") -> list[list[Part]]:
         own("prefill", "prefill", 90),
         own("profiles", "profiles", 30),
         own("graphs", "graphs", 55),
-        [tests("tests marked large", "large", 60, "gpu-tests.log", "-m", "large", "tests/kernels")],
+        [tests("tests marked large", "large", 60, findings.GPU_TESTS, "-m", "large", "tests/kernels")],
     ]
 
 
@@ -145,7 +134,7 @@ def toy_phases(out: Path) -> list[list[Part]]:
         [own("versions", "versions")],
         [own("checks", name, required=True) for name in ("merge", "selection", "attention")]
         + [
-            Part("tests", "tests", pytest(*few), limit, interpreter, "kernel-tests.log", missing=no_pytest()),
+            Part("tests", "tests", pytest(*few), limit, interpreter, findings.KERNEL_TESTS, missing=no_pytest()),
             own("sanitizer", "sanitized"),
         ],
         [own("kernels", "kernels"), own("prefill", "prefill", pytorch)],

@@ -95,7 +95,7 @@ def make_model(run: Run) -> Any:
     torch.manual_seed(0)
     with torch.device(run.device):
         dtype = torch.float32 if run.toy else torch.bfloat16
-        return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa", torch_dtype=dtype).eval()
+        return Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
 
 
 def make_prompt(run: Run, model: Any) -> Prompt:

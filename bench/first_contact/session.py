@@ -32,8 +32,8 @@ class Session:
         self._running: set[subprocess.Popen] = set()
         self._stopped = threading.Event()
         out.mkdir(parents=True, exist_ok=True)
-        for old in (*out.glob("*.jsonl"), *out.glob("*.csv"), *out.glob("*.log"), *out.glob("*.txt")):
-            old.unlink()
+        for name in findings.ALL:
+            (out / name).unlink(missing_ok=True)
 
     def run(self, parts: Sequence[Part]) -> None:
         """Run parts side by side, as many at a time as there are cores."""

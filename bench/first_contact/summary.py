@@ -11,12 +11,11 @@ from results import CEILINGS, Row, by_case, read_csv
 
 from . import findings
 
-FILE = "summary.txt"
 MOST = 11_500  # characters
 WORST = 12  # problems that are spelled out
 SHOWN = {  # what the summary has of the larger findings
     "prefill": ("method", "prefill_ms", "faster", "faster_by_flops", "decode_ms", "peak_gib", "budget", "stages_ms"),
-    "profile": ("of", "N", "elapsed_ms", "span_ms", "busy_ms", "idle_ms", "launches", "waits"),
+    "profile": ("of", "N", "elapsed_ms", "span_ms", "busy_ms", "idle_ms", "kernels", "launches", "waits"),
     "graph": ("of", "N", "replay_ms", "device_ms", "host_ms", "elapsed_ms"),
     "compile": ("of", "mode", "compile_s", "elapsed_ms"),
 }
@@ -60,7 +59,7 @@ def summarise(out: Path) -> str:
     lines += [f"and {len(wrong) - WORST} more in {findings.FILE}"] if len(wrong) > WORST else []
     lines += [verdict(found)]
     text = "\n".join(lines)
-    (out / FILE).write_text(text + "\n")
+    (out / findings.SUMMARY).write_text(text + "\n")
     return text[-MOST:]
 
 

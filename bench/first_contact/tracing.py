@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-TABLE = "profile.txt"
+from . import findings
+
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 
 
@@ -26,7 +27,7 @@ def trace(name: str, call: Callable[[], Any], device: str, out: Path) -> dict[st
     with profile(activities=activities) as recorded:
         call()
         synchronize(device)
-    with (out / TABLE).open("a") as file:
+    with (out / findings.PROFILE).open("a") as file:
         table = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60)
         file.write(f"# {name}\n{table}\n")
     calls = Counter(event.name for event in recorded.events() if event.name.startswith("cu"))
@@ -53,7 +54,7 @@ def busy_and_idle(kernels: list[tuple[float, float, str]]) -> dict[str, Any]:
         if name.startswith("_") and name.endswith("_kernel"):
             ours[name] += end - begin
     return {
-        "span_ms": (reached - kernels[0][0]) / 1e3, "busy_ms": busy / 1e3,
+        "kernels": len(kernels), "span_ms": (reached - kernels[0][0]) / 1e3, "busy_ms": busy / 1e3,
         "idle_ms": sum(gap for gap, _ in gaps) / 1e3, "largest_gaps_us": sorted(gaps, reverse=True)[:8],
         "our_kernels_us": {name: round(time, 1) for name, time in ours.most_common()},
     }  # fmt: skip

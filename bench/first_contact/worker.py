@@ -39,7 +39,7 @@ class Run:
     toy: bool = False
     warm: bool = False
     share: tuple[int, int] = (0, 1)
-    commit: str | None = None
+    commit: str = ""
 
     @property
     def device(self) -> str:
@@ -57,13 +57,16 @@ class Run:
     def cases(self, every: Iterable[Case], seconds: float) -> Iterator[Case]:
         """This process's share of the cases, while there are so many seconds left for one."""
         index, count = self.share
+        left_out = 0
         for number, case in enumerate(every):
             if number % count != index:
                 continue
             if self.left() < seconds:
-                self.note("not run", case=str(case), why="no time was left")
+                left_out += 1
                 continue
             yield case
+        if left_out:
+            self.note("not run", case=f"{left_out} cases", why="no time was left")
 
     def note(self, kind: str, **values: Any) -> None:
         """Add a finding."""
@@ -98,7 +101,7 @@ def main() -> None:
     parser.add_argument("--share", default="0/1")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--warm", action="store_true")
-    parser.add_argument("--commit")
+    parser.add_argument("--commit", default="")
     given = parser.parse_args()
     index, count = map(int, given.share.split("/"))
     deadline = float(os.environ.get("FIRST_CONTACT_DEADLINE", "inf"))
