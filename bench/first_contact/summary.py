@@ -12,7 +12,7 @@ from results import CEILINGS, Row, by_case, read_csv
 from . import findings
 
 MOST = 11_500  # characters
-WORST = 12  # problems that are spelled out
+WORST = 3  # problems of a part that are spelled out
 SHOWN = {  # what the summary has of the larger findings
     "prefill": ("method", "prefill_ms", "faster", "faster_by_flops", "decode_ms", "peak_gib", "budget", "stages_ms"),
     "profile": ("of", "N", "elapsed_ms", "span_ms", "busy_ms", "idle_ms", "kernels", "launches", "waits"),
@@ -22,24 +22,24 @@ SHOWN = {  # what the summary has of the larger findings
 Finding = dict[str, Any]
 
 
-def problems(found: list[Finding]) -> list[str]:
-    """Why correctness was not shown: what is wrong, and what had to end and did not."""
-    out = []
+def problems(found: list[Finding]) -> dict[str, list[str]]:
+    """By part, why correctness was not shown: what is wrong, and what had to end and did not."""
+    out: dict[str, list[str]] = {}
     required = {f["part"] for f in found if f.get("required")}
     for finding in found:
-        part, kind = finding["part"], finding["kind"]
+        part, kind, code = finding["part"], finding["kind"], finding.get("code")
+        must_end = part in required
         if kind in ("wrong", "error"):
-            out.append(f"{part}: {kind}: {finding['case']}: {finding.get('why', '')}")
-        elif kind == "ended" and finding["code"] is None and part in required:
-            out.append(f"{part}: stopped after {finding['limit']} s")
-        elif (
-            kind == "ended"
-            and finding["code"] not in (0, None)
-            and finding["code"] in (finding["wrong"] or [finding["code"]])
-        ):
-            out.append(f"{part}: exit status {finding['code']}, see {finding['log']}")
-        elif kind == "not run" and part in required:
-            out.append(f"{part}: not run: {finding.get('case', 'all of it')}, {finding['why']}")
+            text = f"{kind}: {finding['case']}: {finding.get('why', '')}"
+        elif kind == "ended" and code is None and must_end:
+            text = f"stopped after {finding['limit']} s"
+        elif kind == "ended" and code and code in (finding["wrong"] or [code]):
+            text = f"exit status {code}, see {finding['log']}"
+        elif kind == "not run" and must_end:
+            text = f"not run: {finding.get('case', 'all of it')}, {finding['why']}"
+        else:
+            continue
+        out.setdefault(part, []).append(f"{part}: {text}")
     return out
 
 
@@ -55,8 +55,9 @@ def summarise(out: Path) -> str:
     wrong = problems(found)
     lines = [*heading(found), "", *parts(found), "", *(kernels(rows) if rows else []), *steps(found)]
     lines += tests(out)
-    lines += [line[:300] for line in wrong[:WORST]]
-    lines += [f"and {len(wrong) - WORST} more in {findings.FILE}"] if len(wrong) > WORST else []
+    for part, texts in wrong.items():
+        lines += [text[:300] for text in texts[:WORST]]
+        lines += [f"{part}: {len(texts) - WORST} more in {findings.FILE}"] if len(texts) > WORST else []
     lines += [verdict(found)]
     text = "\n".join(lines)
     (out / findings.SUMMARY).write_text(text + "\n")
@@ -71,7 +72,8 @@ def verdict(found: list[Finding]) -> str:
     unchecked = sorted({f["part"] for f in found if f["kind"] == "skipped"} & required)
     checked = sorted({f["part"] for f in found if f["kind"] == "ok"} & required)
     if unchecked or not checked:
-        return f"Nothing was found wrong, but correctness was not checked: {', '.join(unchecked) or 'no part did'}."
+        names = f": {', '.join(unchecked)}" if unchecked else ""
+        return f"Nothing was found wrong, but correctness was not checked{names}."
     return "Correctness held."
 
 
