@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent / "kernels"))
 from first_contact import parts
-from first_contact.session import Session
+from first_contact.runner import Runner
 from first_contact.summary import correctness_holds, summarise
 
 NAME = "import results, timing; print(results.slug(timing.device_name('cuda')))"
@@ -40,11 +40,11 @@ def main() -> int:
         parser.error(f"no part is called {', '.join(unknown)}; there are {', '.join(parts.NAMES)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the parts, too
     out = (options.out or default_out(options.toy)).resolve()
-    session = Session(out, options.minutes)
+    runner = Runner(out, options.minutes)
     phases = parts.toy_phases(out) if options.toy else parts.gpu_phases(out, options.minutes, options.commit)
     try:
         for phase in phases:
-            session.run([part for part in phase if part.group in wanted])
+            runner.run([part for part in phase if part.group in wanted])
             summarise(out)  # so that there is one if this process is killed
     finally:
         print(summarise(out), flush=True)

@@ -44,14 +44,14 @@ def of_kind(bench, out: Path, kind: str) -> dict[str, dict]:
 
 
 def test_what_hangs_or_crashes_loses_its_own_results_only(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.session, "LEAST", 0.0)
-    monkeypatch.setattr(bench.session, "GRACE", 0.2)
-    session = bench.session.Session(tmp_path, minutes=1)
+    monkeypatch.setattr(bench.runner, "LEAST", 0.0)
+    monkeypatch.setattr(bench.runner, "GRACE", 0.2)
+    runner = bench.runner.Runner(tmp_path, minutes=1)
     stubborn = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('began', flush=True); time.sleep(60)"
     )
     start = time.monotonic()
-    session.run(
+    runner.run(
         [
             part(bench, "hangs", stubborn, seconds=2, required=True),
             part(bench, "crashes", "import os; print('before', flush=True); os.abort()"),
@@ -75,31 +75,31 @@ def test_what_hangs_or_crashes_loses_its_own_results_only(bench, tmp_path, monke
 def test_a_folder_keeps_what_is_not_ours(bench, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     bench.findings.add(tmp_path, "old", "ok")
-    bench.session.Session(tmp_path, minutes=1)
+    bench.runner.Runner(tmp_path, minutes=1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_only_what_must_end_counts_against_correctness(bench, tmp_path):
-    session = bench.session.Session(tmp_path, minutes=0)
-    session.run([part(bench, "optional", "")])
+    runner = bench.runner.Runner(tmp_path, minutes=0)
+    runner.run([part(bench, "optional", "")])
     assert of_kind(bench, tmp_path, "not run").keys() == {"optional"}
     assert bench.summary.correctness_holds(tmp_path)
-    session.run([part(bench, "check", "", required=True)])
+    runner.run([part(bench, "check", "", required=True)])
     assert not bench.summary.correctness_holds(tmp_path)
 
 
 def test_what_was_skipped_was_not_checked(bench, tmp_path):
-    bench.session.Session(tmp_path, minutes=1).run([part(bench, "check", "", required=True)])
+    bench.runner.Runner(tmp_path, minutes=1).run([part(bench, "check", "", required=True)])
     bench.findings.add(tmp_path, "check", "skipped", why="the interpreter does not work")
     assert bench.summary.correctness_holds(tmp_path)
     assert bench.summary.summarise(tmp_path).endswith("but correctness was not checked: check.")
 
 
 def test_a_tool_that_does_not_work_is_no_wrong_kernel(bench, tmp_path):
-    session = bench.session.Session(tmp_path, minutes=1)
-    session.run([part(bench, "tool", "raise SystemExit(1)", wrong=(9,))])
+    runner = bench.runner.Runner(tmp_path, minutes=1)
+    runner.run([part(bench, "tool", "raise SystemExit(1)", wrong=(9,))])
     assert bench.summary.correctness_holds(tmp_path)
-    session.run([part(bench, "tool", "raise SystemExit(9)", wrong=(9,))])
+    runner.run([part(bench, "tool", "raise SystemExit(9)", wrong=(9,))])
     assert not bench.summary.correctness_holds(tmp_path)
 
 

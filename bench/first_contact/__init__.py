@@ -1,1 +1,1 @@
-"""The parts of bench/gpu.py: `parts` lists them, `session` runs them, `worker` is one process, `summary` reads them."""
+"""The parts of bench/gpu.py: `parts` lists them, `runner` runs them, `worker` is one process, `summary` reads them."""

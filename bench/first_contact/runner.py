@@ -18,7 +18,7 @@ LEAST = 5.0  # seconds: with less left no part is started
 GRACE = 4.0  # seconds between the request to stop and the end; pytest and the profiler say what they have
 
 
-class Session:
+class Runner:
     """One run of bench/gpu.py.
 
     Args:
