@@ -9,7 +9,7 @@ CONSTRAINTS ?= --constraint $(LOCK)
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: demo test test-oldest test-newest lock always features lint format bench bench-save bench-compare gpu clean
+.PHONY: demo test test-oldest test-newest lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -70,9 +70,11 @@ bench-save: $(INSTALLED)  ## the micro-benchmarks, saved to compare with on this
 bench-compare: $(INSTALLED)  ## the micro-benchmarks against the last saved run: an op that takes half as long again fails
 	$(MICRO) --benchmark-compare --benchmark-compare-fail=min:50%
 
-gpu: $(INSTALLED)  ## on a GPU: the whole suite, then the kernel bench
-	$(BIN)/pytest
-	$(BIN)/python bench/kernels/run.py --device cuda
+gpu: $(INSTALLED)  ## on a GPU: checks, figures and a profile, in bench/results/<device>
+	$(BIN)/python bench/gpu.py $(GPU_FLAGS)
+
+gpu-plots: $(INSTALLED)  ## pictures and the README's tables from bench/results/<device>
+	$(BIN)/python bench/gpu_plots.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fftriton-out

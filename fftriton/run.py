@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .hf import BatchReport, Report, reduce
 from .measure import Cost, TokenClock, generate, time_call, time_generation
 from .methods import Method
-from .pictures import draw_merges, draw_tokens_per_layer, patch_fates
 from .request import OpenBar, Options, Prompt
 from .video import OnProgress
 
@@ -184,6 +183,8 @@ def answer_length(model: Any, asked: int | None) -> int:
 
 
 def _draw(options: Options, prompt: Prompt, way: Way, inputs: dict[str, Tensor]) -> list[Path]:
+    from .pictures import draw_merges, draw_tokens_per_layer, patch_fates  # matplotlib: models run without
+
     clip, video, report = prompt.task.path, prompt.video, way.report
     merges, tokens = options.out / f"{clip.stem}-merges.png", options.out / f"{clip.stem}-tokens.png"
     fates = patch_fates(report)

@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.error import FFmpegError
-from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
+
+if TYPE_CHECKING:  # PyAV is imported when a file is read or written: most of the package does without
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 OnProgress = Callable[[int, int], None]  # called with (done, total)
 
+_TICKS = 1_000_000  # a container's own clock, per second
 _FALLBACK_RATE = 24.0  # frames a second, where a file states none; Hugging Face assumes the same
 
 
@@ -85,6 +87,8 @@ def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None
         ValueError: the file is missing, empty, not a video, a list of other files, damaged or cut off, or `num_frames`
             is under 1.
     """
+    import av
+
     if num_frames < 1:
         raise ValueError(f"frames must be at least 1, got {num_frames}")
     path = Path(path)
@@ -94,7 +98,7 @@ def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None
             scan = _scan(container, path)
         with _open(path) as container:
             return _read(container, path, scan, sample_indices(scan.num_frames, num_frames), on_progress)
-    except FFmpegError as error:
+    except av.FFmpegError as error:
         raise ValueError(f"video must decode, got '{path}', which is damaged: {error.strerror}") from error
 
 
@@ -107,6 +111,8 @@ def write_video(path: str | Path, frames: np.ndarray, rate: Fraction, crf: int) 
         rate: frames a second.
         crf: the encoder's loss, from 0 (none) to 51.
     """
+    import av
+
     options = {"crf": str(crf), "preset": "slow", "threads": "1", "x264-params": "cpu-independent=1"}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +121,7 @@ def write_video(path: str | Path, frames: np.ndarray, rate: Fraction, crf: int) 
         stream.pix_fmt = "yuv420p"
         stream.height, stream.width = frames.shape[1:3]
         for image in frames:
-            container.mux(stream.encode(VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -131,10 +137,12 @@ def _check_file(path: Path) -> None:
 @contextmanager
 def _open(path: Path) -> Iterator[InputContainer]:
     """FFmpeg reads this one file through Python and may open nothing else: no file or address that a playlist names."""
+    import av
+
     with path.open("rb") as file:
         try:
             container = av.open(file, "r", container_options={"protocol_whitelist": "none"})
-        except FFmpegError as error:
+        except av.FFmpegError as error:
             file.seek(0)
             if file.read(8)[4:] == b"ftyp":  # an mp4 whose index, which may stand at the end, is not there
                 problem = "which is cut off: its index is missing"
@@ -191,8 +199,8 @@ def _check_whole(container: InputContainer, end: float, path: Path) -> None:
     """Compare where the last packet ends with the duration in the header (formats made for streaming state none)."""
     if container.duration is None or end == 0:
         return
-    stated = container.duration / av.time_base
-    found = end - (container.start_time or 0) / av.time_base
+    stated = container.duration / _TICKS
+    found = end - (container.start_time or 0) / _TICKS
     rate = container.streams.video[0].average_rate
     two_frames = 2 / float(rate) if rate else 0.0
     if found < stated - max(0.25, two_frames, 0.02 * stated):

@@ -1,9 +1,26 @@
 """Checkpoint folders of the tiny models: weights, a tokenizer of words, and the family's own processor."""
 
+import importlib
+
+import pytest
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
+
+
+def torchvision_works() -> bool:
+    """Whether Hugging Face's video processors can be used."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+needs_torchvision = pytest.mark.skipif(
+    not torchvision_works(), reason="no torchvision on PyPI imports beside a CPU build of torch"
+)
 
 QWEN = {
     "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",

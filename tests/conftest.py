@@ -32,19 +32,25 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Scripts:
-    """The modules of a folder in bench, as attributes."""
+    """The modules of a folder in bench, or of a package there, as attributes."""
+
+    def __init__(self, package: str | None) -> None:
+        self._prefix = f"{package}." if package else ""
 
     def __getattr__(self, name: str) -> ModuleType:
-        return importlib.import_module(name)
+        return importlib.import_module(self._prefix + name)
 
 
 @pytest.fixture
-def scripts_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Scripts]]:
-    """scripts_of("kvtp"): the modules in bench/kvtp. Two folders may use one name, so they are gone after the test."""
+def scripts_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scripts]]:
+    """scripts_of("kvtp"): the modules in bench/kvtp; scripts_of(".", "package"): those of a package in bench.
 
-    def scripts_of(folder: str) -> Scripts:
+    Two folders may use one name, so the modules are gone after the test.
+    """
+
+    def scripts_of(folder: str, package: str | None = None) -> Scripts:
         monkeypatch.syspath_prepend(str(BENCH / folder))
-        return Scripts()
+        return Scripts(package)
 
     yield scripts_of
     for name, module in list(sys.modules.items()):
@@ -55,8 +61,10 @@ def scripts_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Scri
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.user_properties += [("feature", f"{family}: {feature}") for family, feature in spoken_for(item)]
-    if torch.cuda.is_available():
-        return
+    on_gpu = torch.cuda.is_available()
+    shared = on_gpu and "PYTEST_XDIST_WORKER" in os.environ
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if not on_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if shared and item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.skip(reason="takes most of a GPU's memory: pytest -m large, in one process"))

@@ -82,10 +82,10 @@ def between(text):
     return text.split(BEGIN)[1].split(END)[0]
 
 
-def updated(text, new):
+def updated(text, new, begin=BEGIN, end=END):
     """The text with `new` between the markers."""
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{new}\n\n{end}{rest.partition(end)[2]}"
 
 
 def main(report):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-COLUMNS = "op,provider,shape,dtype,metric,p50,p20,p80,gbps_or_tflops,percent_of_ceiling,device,torch,triton,commit,date"
+COLUMNS = (
+    "op,provider,shape,dtype,metric,p50,p20,p80,gbps_or_tflops,percent_of_ceiling,device,torch,triton,commit,date,"
+    "host_ms,waits"
+)
 IDENTITY = {"device": "a device", "torch": "2", "triton": "3", "commit": "abc", "date": "2025-01-01"}
 EAGER_AND_OURS = ["eager", "fftriton"]
 OPS = [
@@ -22,23 +25,23 @@ OPS = [
 
 
 @pytest.fixture
-def bench(scripts_of) -> ModuleType:
-    return scripts_of("kernels").run
+def bench(scripts_of) -> Any:
+    return scripts_of("kernels")
 
 
-def tiny_case(bench: ModuleType, name: str, dtype: torch.dtype = torch.float32):
+def tiny_case(bench: Any, name: str, dtype: torch.dtype = torch.float32):
     """An op at a size that takes no time, without torch.compile, which takes seconds to say the same as eager."""
-    op = next(op for op in bench.OPS if op.name == name)
+    op = next(op for op in bench.ops.OPS if op.name == name)
     providers = {name: provider for name, provider in op.providers.items() if name != "torch.compile"}
-    return bench.Case(replace(op, providers=providers), bench.Shape(5, 33, 4, 2, 16, P=7), dtype)
+    return bench.measure.Case(replace(op, providers=providers), bench.ops.Shape(5, 33, 4, 2, 16, P=7), dtype)
 
 
-def new_bench(bench: ModuleType, device: str):
+def new_bench(bench: Any, device: str):
     ceilings = {"GB/s": 10.0, "TFLOP/s float32": 1.0, "TFLOP/s bfloat16": 1.0}
-    return bench.Bench(device, 0.001, IDENTITY, ceilings=ceilings)
+    return bench.measure.Bench(device, 0.001, IDENTITY, ceilings=ceilings)
 
 
-def measured(bench: ModuleType, case, device: str):
+def measured(bench: Any, case, device: str):
     """What one case adds to a bench."""
     result = new_bench(bench, device)
     for _ in result.measure(case):
@@ -47,9 +50,9 @@ def measured(bench: ModuleType, case, device: str):
 
 
 def test_every_op_of_the_library_is_timed(bench):
-    assert [op.name for op in bench.OPS] == OPS
-    assert all(next(iter(op.providers)) == "eager" for op in bench.OPS)
-    assert all((bench.KERNEL_TESTS / file).exists() for op in bench.OPS for file in op.tests)
+    assert [op.name for op in bench.ops.OPS] == OPS
+    assert all(next(iter(op.providers)) == "eager" for op in bench.ops.OPS)
+    assert all((bench.run.KERNEL_TESTS / file).exists() for op in bench.ops.OPS for file in op.tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -62,10 +65,8 @@ def test_providers_agree(name, dtype, bench, device):
 
 
 def test_peer_for_equal_heads_only(bench):
-    import peers
-
     q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
-    assert peers.refuse_flash_colreduce(q, k)
+    assert bench.peers.refuse_flash_colreduce(q, k)
 
 
 @pytest.mark.parametrize("name", ["topk_keep", "merge_mean", "prune_step"])
@@ -78,7 +79,7 @@ def test_wrong_result_gives_no_number(name, bench, device):
         return spoiled(first), *others
 
     providers = {"eager": case.op.providers["eager"], "wrong": replace(case.op.providers["fftriton"], run=wrong)}
-    result = measured(bench, bench.Case(replace(case.op, providers=providers), case.shape, case.dtype), device)
+    result = measured(bench, bench.measure.Case(replace(case.op, providers=providers), case.shape, case.dtype), device)
     assert [row.provider for row in result.rows] == ["eager"]
     assert "not the baseline's" in result.failures[0]
 
@@ -96,7 +97,7 @@ def test_baseline_may_write_into_its_inputs(bench, device):
     """The authors' merge works in place, so every provider has inputs of its own."""
     case = tiny_case(bench, "merge_step")
     inputs = case.op.inputs(case.shape, case.dtype, device)
-    given = bench.cloned(inputs)
+    given = bench.measure.cloned(inputs)
     case.op.providers["eager"].run(**given)
     assert not torch.equal(given["hidden"], inputs["hidden"])
     torch.testing.assert_close(case.op.inputs(case.shape, case.dtype, device), inputs)
@@ -104,25 +105,23 @@ def test_baseline_may_write_into_its_inputs(bench, device):
 
 def test_bytes_of_a_merge_step(bench):
     """Two and a half times the hidden states where half survive, which is what the formula is for."""
-    import ops
-
-    shape = bench.Shape(64)
+    shape = bench.ops.Shape(64)
     hidden = shape.N * shape.D * 2
-    assert ops.merge_step_bytes(shape, 2) == pytest.approx(2.5 * hidden, rel=0.05)
+    assert bench.ops.merge_step_bytes(shape, 2) == pytest.approx(2.5 * hidden, rel=0.05)
 
 
 def test_cases_fit_their_device(bench):
-    on_gpu = bench.cases("cuda")
+    on_gpu = bench.measure.cases("cuda")
     assert {case.dtype for case in on_gpu} == {torch.bfloat16}
     assert {case.shape.F for case in on_gpu if case.op.name == "merge_step"} == {16, 64, 256, 512}
     assert len({(case.op.name, case.label) for case in on_gpu}) == len(on_gpu)
-    steps = {(case.shape.N, case.shape.D, case.dtype) for case in bench.cases("cpu", ["merge_step"])}
+    steps = {(case.shape.N, case.shape.D, case.dtype) for case in bench.measure.cases("cpu", ["merge_step"])}
     assert steps == {(13440, D, dtype) for D in (896, 3584) for dtype in (torch.float32, torch.bfloat16)}
 
 
 def test_csv_and_picture(bench, device, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "passing", lambda files, device: set(files))
-    monkeypatch.setattr(bench, "cases", lambda device, names: [tiny_case(bench, "topk_keep")])
+    monkeypatch.setattr(bench.run, "passing", lambda files, device: set(files))
+    monkeypatch.setattr(bench.run, "cases", lambda device, names: [tiny_case(bench, "topk_keep")])
     monkeypatch.setattr("timing.COPY_BYTES", {device: 1 << 16})
     monkeypatch.setattr("timing.MATMUL_SIZE", {device: 16})
     done = run_bench(bench, "--out", str(tmp_path), "--device", device, "--seconds", "0.001", "--commit", "abc")
@@ -140,20 +139,99 @@ def test_red_test_gives_no_number(bench, tmp_path, monkeypatch):
     red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
     red.write_text("def test_it():\n    assert 1 == 2\n")
     green.write_text("def test_it():\n    pass\n")
-    assert bench.passing([red, green], "cpu") == {green}
-    monkeypatch.setattr(bench, "passing", lambda files, device: {f for f in files if f.name != "test_merge.py"})
-    kept, reasons = bench.green_cases(bench.cases("cpu"), "cpu")
+    assert bench.run.passing([red, green], "cpu") == {green}
+    monkeypatch.setattr(bench.run, "passing", lambda files, device: {f for f in files if f.name != "test_merge.py"})
+    kept, reasons = bench.run.green_cases(bench.measure.cases("cpu"), "cpu")
     without = {"merge_roots", "merge_roots_bounded", "merge_mean", "merge_step"}
     assert {case.op.name for case in kept} == set(OPS) - without
     assert len(reasons) == len(without)
 
 
 def test_nothing_green_writes_nothing(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "passing", lambda files, device: set())
+    monkeypatch.setattr(bench.run, "passing", lambda files, device: set())
     done = run_bench(bench, "--out", str(tmp_path), "--device", "cpu", "--op", "topk_keep")
     assert done.exit_code == 1
     assert "its tests fail" in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+class FakeCuda:
+    """A device and its host on clocks of their own: milliseconds; a spinning kernel's million cycles take one."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def launch(self, host: float, device: float) -> None:
+        self.host += host
+        self.device = max(self.device, self.host) + device
+
+    def _sleep(self, cycles: int) -> None:
+        self.launch(0.001, cycles / 1e6)
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def Event(self, enable_timing: bool) -> Any:  # noqa: N802
+        cuda = self
+
+        class Event:
+            def record(self) -> None:
+                self.time = max(cuda.device, cuda.host)
+
+            def query(self) -> bool:
+                return cuda.host >= self.time
+
+            def elapsed_time(self, end: Any) -> float:
+                return end.time - self.time
+
+        return Event()
+
+
+@pytest.fixture
+def cuda(bench, monkeypatch):
+    """timing with a device that is made up."""
+    fake = FakeCuda()
+    for name in ("_sleep", "synchronize", "Event"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(bench.timing.time, "perf_counter", lambda: fake.host / 1e3)
+    monkeypatch.setattr(bench.timing, "_flush_buffer", lambda: torch.zeros(1))
+    return fake
+
+
+def test_host_time_is_no_device_time(bench, cuda):
+    def call():
+        for _ in range(30):
+            cuda.launch(host=0.2, device=0.01)  # in a row they take 6 ms, on the device 0.3
+
+    times = bench.timing.time_calls({"": call}, "cuda", 0.01)[""]
+    assert times.p50 == pytest.approx(0.3)
+    assert times.host == pytest.approx(6)
+    assert not times.waits
+
+
+def test_a_call_that_waits_is_marked(bench, cuda):
+    def call():
+        cuda.launch(host=0.01, device=0.1)
+        cuda.synchronize()
+        cuda.launch(host=0.5, device=0.1)
+
+    times = bench.timing.time_calls({"": call}, "cuda", 0.01)[""]
+    assert times.waits
+    assert times.p50 == pytest.approx(0.1 + 0.5 + 0.1)
+
+
+def test_without_the_gate_no_test_runs(bench, monkeypatch):
+    monkeypatch.setattr(bench.run, "green_cases", lambda *_: pytest.fail("ran the tests"))
+    monkeypatch.setattr(bench.run, "cases", lambda device, names: [])
+    assert run_bench(bench, "--device", "cpu", "--no-gate").exit_code == 0
+
+
+def test_rows_are_read_as_they_were_written(bench, device, tmp_path):
+    rows = measured(bench, tiny_case(bench, "topk_keep"), device).rows
+    bench.results.write_csv(rows, tmp_path / "rows.csv")
+    assert [row.provider for row in bench.results.read_csv(tmp_path / "rows.csv")] == EAGER_AND_OURS
+    (saved,) = (bench.run.ROOT / "bench" / "results").glob("kernels-intel-*.csv")
+    assert all(row.host_ms is None and not row.waits for row in bench.results.read_csv(saved))
 
 
 def test_unknown_op(bench):
@@ -162,10 +240,10 @@ def test_unknown_op(bench):
     assert "no_such_op" in done.output
 
 
-def run_bench(bench: ModuleType, *arguments: str):
+def run_bench(bench: Any, *arguments: str):
     """The command line, without the process."""
     import typer
 
     app = typer.Typer()
-    app.command()(bench.main)
+    app.command()(bench.run.main)
     return CliRunner().invoke(app, arguments)

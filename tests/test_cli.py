@@ -7,7 +7,6 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,8 @@ from fftriton.display import summarise_layers
 from fftriton.request import Options, choose_tasks, prepare
 from fftriton.run import is_right
 from fftriton.shipped import BUNNY, MODEL, NEEDLE
+
+av = pytest.importorskip("av")
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from checkpoints import PARTS, save_checkpoint
+from checkpoints import PARTS, needs_torchvision, save_checkpoint
 from families import FAMILIES
-from testing_helpers import needs_torchvision
 from typer.testing import CliRunner
 
 import fftriton.cli
@@ -13,6 +12,8 @@ import fftriton.run
 from fftriton.processing import HubProcessor
 from fftriton.shipped import NEEDLE
 from fftriton.video import read_video
+
+pytest.importorskip("av")  # reads videos
 
 EVERY_FAMILY = pytest.mark.parametrize("name", PARTS)
 

@@ -29,6 +29,8 @@ from fftriton.request import Options, load_model
 from fftriton.shipped import MODEL, NEEDLE
 from fftriton.video import Video
 
+pytest.importorskip("av")  # reads videos
+
 
 def no_bar(description):
     class Bar:

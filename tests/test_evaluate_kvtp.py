@@ -16,6 +16,8 @@ from fftriton.request import Options, load_model
 from fftriton.shipped import MODEL
 from fftriton.video import Video
 
+pytest.importorskip("av")  # reads videos
+
 
 @pytest.fixture
 def predictor(scripts_of, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton_interpreter import trouble
 
 import fftriton_kernels
 
@@ -69,6 +70,8 @@ def path(request, monkeypatch, device):
     """The PyTorch path and Triton's interpreter; where there is a GPU, the PyTorch path and the GPU."""
     if request.param == "pytorch":
         return "cpu"
+    if device == "cpu" and (reason := trouble()):
+        pytest.skip(reason)
     if device == "cpu":
         monkeypatch.setattr("fftriton_kernels._dispatch.INTERPRET", True)
     return device

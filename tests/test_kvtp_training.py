@@ -98,6 +98,7 @@ def test_goes_on_where_it_stopped(bench, planted, tmp_path):
 
 
 def test_triples_from_a_video_file(bench, tmp_path):
+    pytest.importorskip("av")
     frames = np.repeat(np.arange(8, dtype=np.uint8) * 30, 16 * 16 * 3).reshape(8, 16, 16, 3)
     write_video(tmp_path / "clip.mp4", frames, 4, crf=1)
     np.save(tmp_path / "clip.npy", frames)

@@ -10,6 +10,8 @@ from fftriton.lmms import needle
 from fftriton.needle import generate_sample
 from fftriton.shipped import MODEL
 
+pytest.importorskip("av")  # reads videos
+
 REASON = "needs lmms-eval 0.7 (pip install lmms-eval; it depends on torchvision, decord and many more)"
 
 

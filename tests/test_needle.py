@@ -20,6 +20,8 @@ from fftriton.needle.vocabulary import IDS, UNKNOWN, VIDEO, VISION_START
 from fftriton.shipped import MODEL, NEEDLE
 from fftriton.video import read_video
 
+pytest.importorskip("av")  # reads videos
+
 STYLES = (covered, blended, faded_in, moved)
 
 

@@ -17,6 +17,8 @@ from fftriton.needle.scenes import real_scenes
 from fftriton.processing import load_processor
 from fftriton.shipped import BUNNY, MODEL
 
+pytest.importorskip("av")  # reads videos
+
 RESUME_AFTER = "time" if transformers.__version__ < "5" else "space"
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import needs_torchvision
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from testing_helpers import needs_torchvision
 
 import fftriton.processing as processing
 from fftriton.processing import HubProcessor, QwenPixels, QwenProcessor, load_processor, smart_resize, unknown_words
@@ -129,6 +129,7 @@ def test_patch_order():
 
 
 def test_shipped_processor_gives_the_prompt_of_the_training():
+    pytest.importorskip("av")
     video = read_video(ASSETS / "clips" / "needle.mp4", 16)
     inputs = QwenProcessor(MODEL)(video, QUESTION)
     bos, system, start, end, question, token = 1, 2, 3, 4, 5, 8

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fftriton.video import read_video, sample_indices
+
+av = pytest.importorskip("av")
 
 NUM_FRAMES = 60
 

@@ -1,16 +1,18 @@
 """What several test files share: inputs, shapes, and the rule that judges floating point errors."""
 
 import builtins
-import importlib
 import mmap
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+from unittest import SkipTest
 
-import pytest
 import torch
 from torch import Tensor
+
+from fftriton_kernels import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [  # B, F, P, D
@@ -19,20 +21,6 @@ SHAPES = [  # B, F, P, D
     (1, 5, 13, 129),  # D crosses a block edge
     (1, 1, 9, 64),  # one frame: no partner anywhere
 ]
-
-
-def torchvision_works() -> bool:
-    """Whether Hugging Face's video processors can be used."""
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-needs_torchvision = pytest.mark.skipif(
-    not torchvision_works(), reason="no torchvision on PyPI imports beside a CPU build of torch"
-)
 
 
 def make_video(B: int, F: int, P: int, D: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
@@ -75,6 +63,29 @@ def assert_no_worse_than_torch(out: Tensor, eager: Tensor, truth: Tensor) -> Non
     )
 
 
+def assert_column_sum(out: Tensor, q: Tensor, k: Tensor, **options: Any) -> None:
+    """The error of attention_column_sum against fp64 is at most twice the reference's own, plus a rounding of scores.
+
+    Args:
+        out: the op's result.
+        q: the queries that it was given.
+        k: the keys.
+        **options: its other arguments.
+    """
+    truth = reference.attention_column_sum(q.double(), k.double(), **options)
+    eager = reference.attention_column_sum(q, k, **options)
+    assert out.dtype == torch.float32
+    assert out.shape == truth.shape
+    # one rounding of a score is a relative error of the score's size; how many the sums cancel is chance
+    peak = q.double().norm(dim=-1).amax() * k.double().norm(dim=-1).amax()
+    peak *= options.get("scale") or q.shape[-1] ** -0.5
+    rounding = truth.abs() * torch.finfo(torch.float32).eps / 2 * (1 + peak)
+    allowed = 2 * (eager - truth).abs().amax(-1, keepdim=True) + rounding
+    assert ((out - truth).abs() <= allowed).all(), (
+        f"off by {(out - truth).abs().max():.2e}, eager {allowed.max() / 2:.2e}"
+    )
+
+
 @contextmanager
 def shuffled_programs(seed: int) -> Iterator[None]:
     """Triton's interpreter runs the programs of each grid in a random order (seed 0: backwards)."""
@@ -102,6 +113,9 @@ def far_rows(x: Tensor, row_stride: int = 1_100_000_000) -> Tensor:
     wrapped = 2**32  # elements that a wrapped offset may go back
     extent = wrapped + row_stride * (x.shape[1] - 1) + x[0, 0].numel()
     if x.is_cuda:
+        torch.cuda.empty_cache()
+        if extent * x.element_size() > torch.cuda.mem_get_info()[0]:
+            raise SkipTest(f"needs {extent * x.element_size() / 1e9:.0f} GB of free GPU memory")
         buffer = x.new_zeros(extent)
     else:
         reserved = mmap.mmap(-1, extent * x.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)

@@ -31,7 +31,7 @@ import fftriton
 from fftriton.hf.compat import CACHE, cache_in, parameter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-from run import identity
+from measure import identity
 
 RESULTS = Path(__file__).parents[1] / "results"
 PATCHES, FRAMES, TEXT = 49, 8, 20

@@ -1,24 +1,15 @@
-"""The bench's results: CSV rows, a table on the terminal, a picture."""
+"""The bench's results as rows of a CSV file."""
 
 from __future__ import annotations
 
 import csv
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import matplotlib
-from rich.table import Table
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-COLOURS = {"eager": "#9aa5b1", "torch.compile": "#e0a458", "fftriton": "#2a6f97"}
-OTHER = "#7f5a83"
 CEILINGS = ("copy", "matmul")
-COLUMNS = 3  # panels side by side
+NUMBERS = ("p50", "p20", "p80", "gbps_or_tflops", "percent_of_ceiling")
 
 
 @dataclass(frozen=True)
@@ -40,11 +31,18 @@ class Row:
     triton: str
     commit: str
     date: str
+    host_ms: float | None = None  # on a GPU: the host's part of one call
+    waits: str = ""  # "yes" if the call waits for the device, so that its times are elapsed time
 
 
 def results_path(folder: Path, device: str) -> Path:
     """kernels-<device>.csv."""
-    return folder / f"kernels-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
+    return folder / f"kernels-{slug(device)}.csv"
+
+
+def slug(device: str) -> str:
+    """A device's name as files and folders take it."""
+    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
@@ -57,69 +55,17 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """What a reader compares: each case's providers, the first one as the baseline."""
-    out = Table("op", "shape", "dtype", "provider", header_style="bold")
-    for heading in ("p50 ms", "p20 - p80", "rate", "of ceiling", "times faster"):
-        out.add_column(heading, justify="right")
-    baseline: dict[tuple[str, str, str], float] = {}
+def read_csv(path: Path) -> list[Row]:
+    """What `write_csv` wrote."""
+    with path.open(newline="") as file:
+        rows = [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in csv.DictReader(file)]
+    return [Row(**{**row, "host_ms": float(row["host_ms"]) if row.get("host_ms") else None}) for row in rows]
+
+
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
+    """(op, shape, dtype) -> the row of each provider, without the ceilings."""
+    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
-        case = (row.op, row.shape, row.dtype)
-        faster = f"{baseline[case] / row.p50:.2f}" if case in baseline else ""
-        if row.provider == "eager":
-            baseline[case] = row.p50
-        out.add_row(
-            *case, row.provider, f"{row.p50:.4g}", f"{row.p20:.4g} - {row.p80:.4g}",
-            f"{row.gbps_or_tflops:.4g} {row.metric}", f"{row.percent_of_ceiling:.0f} %", faster,
-        )  # fmt: skip
-    return out
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """A panel an op: for each shape, each provider's share of the ceiling."""
-    ops = list(dict.fromkeys(row.op for row in rows if row.op not in CEILINGS))
-    if not ops:
-        return
-    lines = math.ceil(len(ops) / COLUMNS)
-    figure, axes = plt.subplots(lines, COLUMNS, figsize=(15, 3.6 * lines), squeeze=False, layout="constrained")
-    for axis, op in zip(axes.flat, ops, strict=False):
-        _draw_op(axis, op, [row for row in rows if row.op == op])
-    for axis in axes.flat[len(ops) :]:
-        axis.set_axis_off()
-    colours = {row.provider: COLOURS.get(row.provider, OTHER) for row in rows if row.op not in CEILINGS}
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(handles, list(colours), loc="outside upper center", ncols=len(colours), frameon=False)
-    figure.supxlabel(_caption(rows), fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_op(axis: plt.Axes, op: str, rows: Sequence[Row]) -> None:
-    providers = list(dict.fromkeys(row.provider for row in rows))
-    cases = list(dict.fromkeys((row.shape, row.dtype) for row in rows))
-    width = 0.8 / len(providers)
-    for row in rows:
-        x = cases.index((row.shape, row.dtype)) + (providers.index(row.provider) - (len(providers) - 1) / 2) * width
-        axis.bar(x, row.percent_of_ceiling, width, color=COLOURS.get(row.provider, OTHER))
-        label = f" {row.p50:.0f}" if row.p50 >= 100 else f" {row.p50:.3g}"
-        axis.text(x, row.percent_of_ceiling, label, ha="center", va="bottom", fontsize=6, rotation=90)
-    one_dtype = len({dtype for _, dtype in cases}) == 1
-    labels = [shape if one_dtype else f"{shape} {dtype}" for shape, dtype in cases]
-    axis.set_xticks(range(len(cases)), labels, fontsize=6)
-    if len(cases) > 2:
-        plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
-    axis.set_xlim(-1, max(len(cases), 2))
-    axis.set_title(op, fontsize=10)
-    axis.set_ylabel("% of matmul rate" if rows[0].metric == "TFLOP/s" else "% of copy rate", fontsize=8)
-    axis.tick_params(axis="y", labelsize=7)
-    axis.margins(y=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _caption(rows: Sequence[Row]) -> str:
-    ceilings = ", ".join(f"{r.op} {r.dtype} {r.gbps_or_tflops:.4g} {r.metric}" for r in rows if r.op in CEILINGS)
-    first = rows[0]
-    return (
-        f"{first.device}; torch {first.torch}, triton {first.triton}; commit {first.commit}, {first.date}. "
-        f"Ceilings: {ceilings}. Numbers at the bars: median ms."
-    )
+        if row.op not in CEILINGS:
+            cases.setdefault((row.op, row.shape, row.dtype), {})[row.provider] = row
+    return cases

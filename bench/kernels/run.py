@@ -7,194 +7,26 @@ An op is timed when its tests pass and its result is the baseline's; otherwise i
 
 from __future__ import annotations
 
-import gc
 import logging
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-import triton
 import typer
 from gate import ROOT, passing
-from ops import OPS, Inputs, Op, Provider, Shape
-from results import Row, draw, results_path, table, write_csv
+from measure import Bench, Case, cases, free_memory, identity
+from ops import OPS
+from picture import draw
+from results import Row, results_path, write_csv
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from timing import Milliseconds, copy_gbps, device_name, free_bytes, matmul_tflops, time_calls
-from torch import Tensor
+from rich.table import Table
 
 KERNEL_TESTS = ROOT / "tests" / "kernels"
-QWEN2_05B, QWEN2_7B, QWEN2_72B = (896, 14, 2, 64), (3584, 28, 4, 128), (8192, 64, 8, 128)
-QWEN3_17B, EQUAL_HEADS = (2048, 16, 8, 128), (2048, 16, 16, 128)
-GPU_SHAPES = [
-    *(Shape(frames, *QWEN2_7B) for frames in (16, 64, 256, 512)),
-    *(Shape(64, *model) for model in (QWEN2_05B, QWEN3_17B, QWEN2_72B, EQUAL_HEADS)),
-    Shape(512, *QWEN2_72B),
-]
-CPU_SHAPE = Shape(16, *QWEN2_05B)
-CPU_STEPS = [Shape(64, *QWEN2_05B), Shape(64, *QWEN2_7B)]  # N = 13440
-LARGEST_ERROR = {torch.float32: 1e-4}  # of the largest entry
-LARGEST_HALF_ERROR = 5e-2  # the baselines of half types round after each addition
-SAME_ROWS = 0.98  # of those kept, where rounding may decide which of two nearly equal tokens is
-ROOM = 0.9  # of the free memory that a provider may take
 LOG_WIDTH = 150  # where the table goes to a file
 SECONDS = {"cuda": 0.1, "cpu": 1.0}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape."""
-
-    op: Op
-    shape: Shape
-    dtype: torch.dtype
-
-    @property
-    def label(self) -> str:
-        """The shape, as far as the op depends on it."""
-        return self.shape.label(self.op.axes)
-
-
-@dataclass
-class Bench:
-    """What is the same for all cases, and what they add.
-
-    Args:
-        device: "cuda" or "cpu".
-        seconds: a measurement's time.
-        identity: the CSV's columns from device to date.
-        rows: results so far.
-        ceilings: by metric, or metric and dtype.
-        notes: why a provider has no number where that is to be expected.
-        failures: why one has none where that is not.
-    """
-
-    device: str
-    seconds: float
-    identity: dict[str, str]
-    rows: list[Row] = field(default_factory=list)
-    ceilings: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def measure_ceilings(self, dtypes: Iterable[torch.dtype]) -> None:
-        """The copy bandwidth, and the rate of matrix products in each dtype."""
-        times, rate = copy_gbps(self.device, self.seconds)
-        self._add_ceiling("copy", torch.int8, "GB/s", times, rate)
-        for dtype in dtypes:
-            times, rate = matmul_tflops(self.device, dtype, self.seconds)
-            self._add_ceiling("matmul", dtype, "TFLOP/s", times, rate)
-
-    def _add_ceiling(self, name: str, dtype: torch.dtype, metric: str, times: Milliseconds, rate: float) -> None:
-        self.ceilings[_ceiling(metric, dtype)] = rate
-        self._add_row(name, "torch", "large", dtype, metric, times, rate)
-
-    def measure(self, case: Case) -> Iterator[str]:
-        """Time the providers of a case, and yield each one's name before its result is checked."""
-        given = case.op.inputs(case.shape, case.dtype, self.device)
-        baseline, calls = None, {}
-        for name, provider in case.op.providers.items():
-            yield name
-            inputs = cloned(given)  # a provider may write into its own
-            where = f"{case.op.name} {case.label} {dtype_name(case.dtype)} {name}"
-            if refusal := self._refusal(case, provider, inputs):
-                self.notes.append(f"{where}: {refusal}")
-                continue
-            try:
-                out = provider.run(**inputs)
-                if baseline is not None and not agree(out, baseline, case):
-                    self._note(provider, f"{where}: its result is not the baseline's")
-                    continue
-                baseline = out if baseline is None else baseline
-                calls[name] = partial(provider.run, **inputs)
-            except torch.cuda.OutOfMemoryError:
-                self.notes.append(f"{where}: does not fit into memory")
-            except Exception as error:
-                self._note(provider, f"{where}: {type(error).__name__}: {str(error).strip()[:200]}")
-        for name, times in time_calls(calls, self.device, self.seconds).items():
-            self._add_times(case, name, times)
-
-    def _note(self, provider: Provider, reason: str) -> None:
-        (self.notes if provider.may_fail else self.failures).append(reason)
-
-    def _refusal(self, case: Case, provider: Provider, inputs: Inputs) -> str | None:
-        if provider.dense and case.op.dense_bytes(case.shape) > ROOM * free_bytes(self.device):
-            return "does not fit into memory"
-        return provider.refuse(**inputs)
-
-    def _add_times(self, case: Case, provider: str, times: Milliseconds) -> None:
-        if case.op.flops is not None:
-            metric, work = "TFLOP/s", case.op.flops(case.shape) / 1e9
-        else:
-            metric, work = "GB/s", case.op.bytes_moved(case.shape, case.dtype.itemsize) / 1e6
-        self._add_row(case.op.name, provider, case.label, case.dtype, metric, times, work / times.p50)
-
-    def _add_row(
-        self, op: str, provider: str, shape: str, dtype: torch.dtype, metric: str, times: Milliseconds, rate: float
-    ) -> None:
-        share = 100 * rate / self.ceilings[_ceiling(metric, dtype)]
-        self.rows.append(
-            Row(
-                op, provider, shape, dtype_name(dtype), metric,
-                times.p50, times.p20, times.p80, rate, share, **self.identity,
-            )
-        )  # fmt: skip
-
-
-def _ceiling(metric: str, dtype: torch.dtype) -> str:
-    return metric if metric == "GB/s" else f"{metric} {dtype_name(dtype)}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """bfloat16, say."""
-    return str(dtype).removeprefix("torch.")
-
-
-def cloned(inputs: Inputs) -> Inputs:
-    """The same inputs in memory of their own."""
-
-    def clone(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(clone, value))
-        return value.clone() if isinstance(value, Tensor) else value
-
-    return {name: clone(value) for name, value in inputs.items()}
-
-
-def agree(out: Tensor | tuple[Tensor, ...], baseline: Tensor | tuple[Tensor, ...], case: Case) -> bool:
-    """Whether two providers computed the same: integers exactly, floats to what the dtype allows."""
-    outs, baselines = (result if isinstance(result, tuple) else (result,) for result in (out, baseline))
-    if not case.op.exact and not torch.equal(outs[0], baselines[0]):
-        shared = torch.isin(outs[0], baselines[0]).float().mean()
-        return outs[0].shape == baselines[0].shape and bool(shared >= SAME_ROWS)
-    largest = LARGEST_ERROR.get(case.dtype, LARGEST_HALF_ERROR)
-    return len(outs) == len(baselines) and all(map(_close, outs, baselines, [largest] * len(outs)))
-
-
-def _close(out: Tensor, baseline: Tensor, largest: float) -> bool:
-    if out.shape != baseline.shape or not baseline.is_floating_point():
-        return torch.equal(out, baseline)
-    error = (out.float() - baseline.float()).abs().max()
-    return bool(error <= largest * baseline.float().abs().max())  # False for NaN
-
-
-def cases(device: str, names: Sequence[str] = ()) -> list[Case]:
-    """What is timed on a device, each op at each shape that differs for it; all ops without names."""
-    chosen = [op for op in OPS if not names or op.name in names]
-    if device == "cuda":
-        every = [Case(op, shape, torch.bfloat16) for op in chosen for shape in GPU_SHAPES]
-    else:
-        every = [Case(op, CPU_SHAPE, torch.float32) for op in chosen if op.name != "merge_step"]
-        steps = [op for op in chosen if op.name == "merge_step"]
-        halves = (torch.float32, torch.bfloat16)
-        every += [Case(op, shape, dtype) for op in steps for shape in CPU_STEPS for dtype in halves]
-    return list({(case.op.name, case.label, case.dtype): case for case in every}.values())
 
 
 def green_cases(every: Sequence[Case], device: str) -> tuple[list[Case], list[str]]:
@@ -203,26 +35,6 @@ def green_cases(every: Sequence[Case], device: str) -> tuple[list[Case], list[st
     red = {case.op.name for case in every if not all(KERNEL_TESTS / file in green for file in case.op.tests)}
     kept = [case for case in every if case.op.name not in red]
     return kept, [f"{name}: its tests fail, so it gets no number" for name in sorted(red)]
-
-
-def identity(device: str, commit: str | None) -> dict[str, str]:
-    """What was measured on, with and from."""
-    return {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or checked_out(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def checked_out() -> str:
-    """The commit, with -dirty after it where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def measure_all(bench: Bench, every: Sequence[Case], console: Console) -> None:
@@ -240,8 +52,25 @@ def measure_all(bench: Bench, every: Sequence[Case], console: Console) -> None:
             for name in bench.measure(case):
                 progress.update(task, description=f"{case.op.name} {case.label} {name}")
                 progress.advance(task)
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_memory()
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """What a reader compares: each case's providers, the first one as the baseline."""
+    out = Table("op", "shape", "dtype", "provider", header_style="bold")
+    for heading in ("p50 ms", "p20 - p80", "rate", "of ceiling", "times faster"):
+        out.add_column(heading, justify="right")
+    baseline: dict[tuple[str, str, str], float] = {}
+    for row in rows:
+        case = (row.op, row.shape, row.dtype)
+        faster = f"{baseline[case] / row.p50:.2f}" if case in baseline else ""
+        if row.provider == "eager":
+            baseline[case] = row.p50
+        out.add_row(
+            *case, row.provider, f"{row.p50:.4g}", f"{row.p20:.4g} - {row.p80:.4g}",
+            f"{row.gbps_or_tflops:.4g} {row.metric}", f"{row.percent_of_ceiling:.0f} %", faster,
+        )  # fmt: skip
+    return out
 
 
 def main(
@@ -251,6 +80,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Time for one measurement; 0: 0.1 on a GPU, 1 on a CPU.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the CSV file and the picture go.")] = ROOT / "bench" / "results",
     commit: Annotated[str | None, typer.Option(help="What to call this commit where there is no git.")] = None,
+    gate: Annotated[bool, typer.Option(help="Run the tests of the ops first.")] = True,
 ) -> None:
     """Time every op of fftriton_kernels, the merge step and the prune step."""
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
@@ -260,8 +90,10 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if threads:
         torch.set_num_threads(threads)
-    console.print("Running the tests of the ops ...")
-    every, failures = green_cases(cases(device, op or ()), device)
+    every, failures = cases(device, op or ()), []
+    if gate:
+        console.print("Running the tests of the ops ...")
+        every, failures = green_cases(every, device)
     bench = Bench(device, seconds or SECONDS[device], identity(device, commit), failures=failures)
     if every:
         measure_all(bench, every, console)

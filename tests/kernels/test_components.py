@@ -69,6 +69,7 @@ def test_strides(library, index, device):
     assert library.connected_components(edges.T.contiguous().T, num_nodes).tolist() == expected
 
 
+@pytest.mark.large
 def test_rows_past_two_to_the_31_elements(device):
     edges = torch.tensor([[[4, 1], [0, 3], [3, 1]]], device=device)
     assert connected_components(far_rows(edges)[0], 5).tolist() == [0, 0, 2, 0, 0]

@@ -125,6 +125,7 @@ def test_no_partner_within_reach(library, device):
     assert (library.strided_cosine_similarity(x, 2**40) == NO_LINK).all()
 
 
+@pytest.mark.large
 def test_rows_past_two_to_the_31_elements(device):
     x = make_video(1, 4, 1, 16, torch.float16, device)
     far, predecessor = far_rows(x), torch.tensor([[-1, 0, 0, 2]], device=device)

@@ -1,4 +1,4 @@
-"""Rows more than 2^31 elements apart: a 32-bit offset would wrap around. Only the pages in use take memory."""
+"""Rows more than 2^31 elements apart, where a 32-bit offset would wrap around. On a CPU few pages take memory."""
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from fftriton_kernels import (
     reference,
     strided_cosine_similarity,
 )
+
+pytestmark = pytest.mark.large
 
 
 @pytest.fixture

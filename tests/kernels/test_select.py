@@ -282,6 +282,7 @@ def test_gather_wide_rows(device):
         assert torch.equal(out, reference.gather_rows(kept, tensor)[0])
 
 
+@pytest.mark.large
 def test_rows_past_two_to_the_31_elements(device):
     scores, kept = make_scores(1, 6, "smooth", device=device), torch.tensor([[5, -1, 2]], device=device)
     segments, counts = torch.zeros_like(scores, dtype=torch.int64), torch.tensor([2], device=device)

@@ -63,7 +63,7 @@ def test_every_candidate_gives_the_same(num_queries, dtype, inputs):
         torch.testing.assert_close(out, expected, rtol=3e-6, atol=1e-7)
 
 
-def test_tuned_tiles_are_found_again(inputs, cache_file, monkeypatch):
+def test_tuned_tiles_are_found_again(inputs, cache_file, monkeypatch, device):
     best = Tile((64, 32), 8, 3)
     monkeypatch.setattr(_tiles, "_milliseconds", lambda run: 1.0 if best in forced().values() else 2.0)
     chosen = fftriton_kernels.tune(attention_column_sum, *inputs, num_queries=1)
@@ -71,7 +71,7 @@ def test_tuned_tiles_are_found_again(inputs, cache_file, monkeypatch):
     assert json.loads(cache_file.read_text())["tiles"] == {key: [[64, 32], 8, 3] for key in chosen}
     assert _tiles.lookup("attention", inputs[0], 16) == best
     assert _tiles.lookup("attention", inputs[0], 17) != best  # the next power of two
-    x, links = torch.ones(1, 4, 33), torch.tensor([[0, 0, 2, 2]])
+    x, links = torch.ones(1, 4, 33, device=device), torch.tensor([[0, 0, 2, 2]], device=device)
     more = fftriton_kernels.tune(lambda: merge_mean(x, links) and linked_cosine_similarity(x, links))
     assert len(more) == 2
     assert json.loads(cache_file.read_text())["tiles"].keys() == {*chosen, *more}  # what was there stays
