@@ -73,7 +73,7 @@ class ReducedLayer(DynamicLayer):
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if self.broken:
             raise RuntimeError("the KV cache is from a forward that failed in the middle: reset it, or take a new one")
-        if self.reduced and not self.permit.active:
+        if (self.reduced or self.fixed) and not self.permit.active:
             raise RuntimeError(
                 "the KV cache holds a reduced prompt, which only a model that is being reduced can read: use it inside "
                 "`with fftriton.reduce(...)`"

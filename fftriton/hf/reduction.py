@@ -161,9 +161,9 @@ class Reduction(AbstractContextManager["Reduction"]):
         return self.install()
 
     def __exit__(self, error: object, *details: object) -> None:
+        if error is not None:
+            self._has_reduced = True  # one message at a time
         self.remove()
-        if error is None:
-            self._warn_if_idle()
 
     def install(self) -> Reduction:
         """Hook into the model. Raises a RuntimeError where a reduction is at work on it already."""
@@ -190,7 +190,7 @@ class Reduction(AbstractContextManager["Reduction"]):
     def remove(self) -> None:
         """Take everything out again: the model is as it was before. Harmless when nothing is installed.
 
-        Waits for forwards of other threads to end.
+        Waits for forwards of other threads to end. Warns where nothing was reduced that could have been.
         """
         while self._thread.call is not None:
             self._abandon()
@@ -200,6 +200,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._permit.active = False
         self._finder.forget()
         self._thread, self._forward.open = _Thread(), None
+        self._warn_if_idle()
 
     def _add_entry_hooks(self, level: int = 0) -> None:
         """Hook into the modules from this level on."""
