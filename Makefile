@@ -8,7 +8,7 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint .ci/cpu-constra
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: demo test test-oldest features lint format bench bench-save bench-compare gpu clean
+.PHONY: demo test test-oldest fuzz features lint format bench bench-save bench-compare gpu clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -33,6 +33,11 @@ $(VENV)/overlays/%/.installed: .ci/%.txt $(INSTALLED)
 	touch $@
 
 .PRECIOUS: $(VENV)/overlays/%/.installed
+
+MINUTES ?= 10
+
+fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the wrapper against a computation by hand
+	FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest --numprocesses auto -m fuzz
 
 features: $(INSTALLED)  ## the README's table of families and features, from the results of their tests
 	-$(BIN)/pytest --numprocesses auto -m feature --junitxml=build/features.xml

@@ -5,12 +5,16 @@ import importlib
 import mmap
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+import fftriton_kernels
+from fftriton_kernels import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [  # B, F, P, D
@@ -19,6 +23,23 @@ SHAPES = [  # B, F, P, D
     (1, 5, 13, 129),  # D crosses a block edge
     (1, 1, 9, 64),  # one frame: no partner anywhere
 ]
+
+
+class _OnACpu:
+    """The public ops as they run on CPU tensors without the interpreter."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def op(*arguments: Any, **options: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("fftriton_kernels._dispatch.INTERPRET", False)
+                return getattr(fftriton_kernels, name)(*arguments, **options)
+
+        return op
+
+
+ON_A_CPU = _OnACpu()
+LIBRARIES = {"kernel": fftriton_kernels, "cpu": ON_A_CPU, "reference": reference}
+libraries = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
 
 def torchvision_works() -> bool:
