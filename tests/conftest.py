@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 FUZZ_MINUTES = float(os.environ.get("FUZZ_MINUTES", 0))  # what `make fuzz` sets: for all tests marked `fuzz` together
 settings.register_profile(
-    "seeded", max_examples=15, derandomize=True, database=None, deadline=None,
+    "seeded", max_examples=10, derandomize=True, database=None, deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 settings.register_profile("fuzz", settings.get_profile("seeded"), derandomize=False, print_blob=True)

@@ -14,11 +14,12 @@ LAYOUTS = {
     "contiguous": torch.Tensor.contiguous,
     "strided": make_strided,
     "backwards": lambda x: x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim))),
-    "repeated": lambda x: x[:1].expand_as(x),  # a stride of 0
+    "repeated": lambda x: x[-1:].expand_as(x),  # a stride of 0
 }
 SPECIAL = (0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1.0, -1.0, 3e38, 1e-40, -2.0)
 HUGE = (2**31 - 1, 2**31, 306_783_379, 2**40, 2**63 - 1, 2**63, 10**30)
 
+rows = st.integers(0, 12)  # where each takes the interpreter a program
 lengths = st.one_of(st.integers(0, 40), st.sampled_from([127, 128, 129, 1025, 2049]))
 widths = st.one_of(st.integers(0, 40), st.sampled_from([64, 129, 300]))
 dtypes = st.sampled_from(DTYPES)
@@ -84,12 +85,14 @@ class Inputs:
         return LAYOUTS[self.layout](x.to(self.device)) if x.ndim else x.to(self.device)
 
     def links(self, outside: bool) -> Tensor:
-        """The partner of each token: any token or none; or, where that is allowed, no token."""
+        """The partner of each token: any token or none; or, where that is allowed, no token. Padding has none."""
         links = self.integers(-1, self.length, *self.shape)
         if self.index == torch.int64 and outside:
             links = torch.where(self.integers(0, 9, *self.shape) == 0, 2**40 * links, links)
         if outside:
             links = torch.where(self.integers(0, 9, *self.shape) == 0, links + 5, links)
+        if self.packed:
+            links[: int(self.options["cu_seqlens"][0])] = -1
         return self.arranged(links.to(self.index))
 
     def counts(self, most: int) -> Tensor:

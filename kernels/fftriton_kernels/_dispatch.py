@@ -17,7 +17,7 @@ _MOST = 2**31 - 1  # rows, which the kernels count in 32 bits
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernel serves this tensor; the reference does otherwise."""
+    """Whether the Triton kernel serves this tensor; `_cpu` does otherwise."""
     return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
 
 

@@ -511,7 +511,7 @@ def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int, int
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(f"{op}: H must be a multiple of Hkv, both at least 1, got H={heads} and Hkv={kv_heads}")
     if queries * (heads // kv_heads) > _MOST_PAIRS:
-        raise ValueError(f"{op}: Nq * H / Hkv must be at most {_MOST_PAIRS}, got {queries * (heads // kv_heads)}")
+        raise ValueError(f"{op}: Nq * H / Hkv must be at most 2**30, got {queries * (heads // kv_heads)}")
     return batch, heads, queries, keys, width
 
 

@@ -331,7 +331,8 @@ def merge_roots(
             at least 0, or int32 or int64 [B] on the device of `similarity`, which the host does not wait for.
         cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): similarity
             is packed sequences [T]. A stride does not reach over the start of a sequence; explicit predecessors [T] are
-            positions among the T tokens, and the caller's care. max_merges counts for each sequence, [S] as a tensor.
+            positions among the T tokens, in the sequence of the token: that is the caller's care. Padding before the
+            first sequence, as `merge_mean` leaves it, has none. max_merges counts for each sequence, [S] as a tensor.
         max_seqlen: the length of the longest packed sequence, or more. Only max_merges needs it; None: the host waits
             for it.
 
