@@ -9,7 +9,7 @@ CONSTRAINTS ?= --constraint $(LOCK)
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: demo test test-oldest test-newest lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
+.PHONY: demo test test-oldest test-newest fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -47,6 +47,11 @@ lock:  ## pin anew what demo and test install: the newest releases that go toget
 	build/lock/bin/pip install -qq uv
 	build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
 		--custom-compile-command 'make lock' --extra dev --output-file $(LOCK) setup.py .ci/lock.in
+
+MINUTES ?= 10
+
+fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the wrapper against a computation by hand
+	FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest --numprocesses auto -m fuzz
 
 features: $(INSTALLED)  ## the README's table of families and features, from the results of their tests
 	-$(BIN)/pytest --numprocesses auto -m feature --junitxml=build/features.xml

@@ -77,7 +77,12 @@ class LayoutFinder:
                     wrap(module, name, _refuse_continuous_batching, undo)
 
     def forget(self) -> None:
-        """Keep nothing of what was found and encoded."""
+        """Keep nothing of what this thread has encoded, unless its generate goes on to need it."""
+        if self._prompt.depth == 0:
+            self._prompt.encoded = {}
+
+    def clear(self) -> None:
+        """Keep nothing, of no thread."""
         self._prompt = _Prompt()
 
     @property
@@ -146,8 +151,7 @@ class LayoutFinder:
                 return generate(*args, **kwargs)
             finally:
                 prompt.depth, prompt.videos, prompt.length = outer
-                if prompt.depth == 0:
-                    prompt.encoded = {}
+                self.forget()
 
         return scoped
 

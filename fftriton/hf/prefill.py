@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fftriton_kernels import verified
+
 from ..layout import VideoLayout, patch_ids
 from ..methods.base import Merge, Method, Prompt, VideoTokens
 from .cache import ReducedLayer
@@ -139,7 +141,7 @@ class Sample:
             return before
         watch, count = self.report._stopwatch, versions(before)
         start = watch.now()
-        with nullcontext():
+        with verified() if verify else nullcontext():
             after = getattr(self.calls, stage)(index, before)
         if count != versions(before):
             raise RuntimeError(

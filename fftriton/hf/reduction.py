@@ -161,9 +161,9 @@ class Reduction(AbstractContextManager["Reduction"]):
         return self.install()
 
     def __exit__(self, error: object, *details: object) -> None:
-        if error is not None:
-            self._has_reduced = True  # one message at a time
-        self.remove()
+        self._take_out()
+        if error is None:
+            self._warn_if_idle()
 
     def install(self) -> Reduction:
         """Hook into the model. Raises a RuntimeError where a reduction is at work on it already."""
@@ -171,10 +171,11 @@ class Reduction(AbstractContextManager["Reduction"]):
             if self.decoder in _reduced:
                 raise RuntimeError("reduce: the model is being reduced already; leave or remove that reduction first")
             _reduced.add(self.decoder)
+        self._has_reduced, self._ran_dense = False, False
         try:
             self._install()
         except BaseException:
-            self.remove()
+            self._take_out()
             raise
         return self
 
@@ -192,15 +193,18 @@ class Reduction(AbstractContextManager["Reduction"]):
 
         Waits for forwards of other threads to end. Warns where nothing was reduced that could have been.
         """
+        self._take_out()
+        self._warn_if_idle()
+
+    def _take_out(self) -> None:
         while self._thread.call is not None:
             self._abandon()
         self._layers.wait_for_others()
         while self._undo:
             self._undo.pop()()
         self._permit.active = False
-        self._finder.forget()
+        self._finder.clear()
         self._thread, self._forward.open = _Thread(), None
-        self._warn_if_idle()
 
     def _add_entry_hooks(self, level: int = 0) -> None:
         """Hook into the modules from this level on."""
@@ -259,8 +263,7 @@ class Reduction(AbstractContextManager["Reduction"]):
             return None
         if call.shape is None:
             call.shape, call.level = tokens.shape[:2], level
-            if given.get("inputs_embeds") is not None and level < len(self._modules):
-                call.has_vision = True
+            call.has_vision = call.has_vision or given.get("inputs_embeds") is not None
         if tokens.shape[1] == 1:
             return None
         call.later = max(call.later, self._finder.count_later(given))
@@ -528,8 +531,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         self._thread.call = call.outer
         if call.checkpoint is not None:
             call.checkpoint.release()
-        if self._finder.depth == 0:
-            self._finder.forget()
+        self._finder.forget()
 
     def _finish(self, call: Call, prefill: Prefill) -> None:
         """Make the report, and see to what else depends on what has been kept."""

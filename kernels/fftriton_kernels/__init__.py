@@ -5,16 +5,18 @@ With TRITON_INTERPRET=1 set before the import, CPU tensors run the Triton kernel
 """
 
 from ._tiles import tune
+from ._types import NO_LINK, Merged
+from ._verify import VerificationError, verified
 from .attention import attention_column_sum
 from .components import connected_components
 from .cosine import linked_cosine_similarity, strided_cosine_similarity
 from .merge import merge_mean, merge_roots
-from .reference import NO_LINK, Merged
 from .select import gather_rows, segmented_topk_keep, topk_keep
 
 __all__ = [
     "NO_LINK",
     "Merged",
+    "VerificationError",
     "attention_column_sum",
     "connected_components",
     "gather_rows",
@@ -25,4 +27,5 @@ __all__ = [
     "strided_cosine_similarity",
     "topk_keep",
     "tune",
+    "verified",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import torch
@@ -14,10 +13,11 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INDICES = (torch.int32, torch.int64)
+_MOST = 2**31 - 1  # rows, which the kernels count in 32 bits
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernel serves this tensor; the reference does otherwise."""
+    """Whether the Triton kernel serves this tensor; `_cpu` does otherwise."""
     return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
 
 
@@ -59,9 +59,31 @@ def check_at_least(op: str, name: str, value: int, least: int) -> None:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
-def check_finite(op: str, name: str, value: float) -> None:
-    """Raise unless `value` is a finite float (or int)."""
+def check_rows(op: str, name: str, value: int) -> None:
+    """Raise unless `value` is an int that a number of rows can be."""
+    check_at_least(op, name, value, 0)
+    if value > _MOST:
+        raise ValueError(f"{op}: {name} must be at most {_MOST}, got {value}")
+
+
+def check_stride(op: str, name: str, value: int, length: int) -> int:
+    """Raise unless `value` is an int of at least 1; the stride, or the least that reaches over all tokens."""
+    check_at_least(op, name, value, 1)
+    return min(value, max(length, 1))
+
+
+def check_float(op: str, name: str, value: float) -> None:
+    """Raise unless `value` is a float (or int)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
+
+
+def is_finite(value: float) -> bool:
+    """Whether `value` is finite in fp32, as kernels take it."""
+    return abs(value) <= torch.finfo(torch.float32).max
+
+
+def check_below(op: str, name: str, index: Tensor, axis: str, size: int) -> None:
+    """Raise unless an index on a CPU is below `size`. On a GPU the host would have to wait: kernels mask it."""
+    if index.device.type == "cpu" and index.numel() and (highest := int(index.max())) >= size:
+        raise ValueError(f"{op}: {name} must be below {axis}={size}, got {highest}")

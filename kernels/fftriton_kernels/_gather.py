@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from ._dispatch import runs_triton
+from . import _cpu, reference
+from ._dispatch import check_below, runs_triton
 from ._ops import add_op_namespace_prefix
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,6 +30,7 @@ class _Layout(NamedTuple):
     """How the elements of a row lie in memory: OUTER runs of INNER elements."""
 
     bits: torch.dtype
+    rows: int
     outer: int
     inner: int
     stride_b: int
@@ -51,7 +52,7 @@ def _gather_kernel(
     out0_ptr, out1_ptr, out2_ptr, out3_ptr,        # each [B, K, WIDTH] contiguous, WIDTH = OUTER * INNER
     stride_ib, stride_ik,
     stride_tb, stride_tn, stride_outer, stride_inner,
-    K, WIDTH, INNER,
+    N, K, WIDTH, INNER,
     NESTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     # grid (ceil(K / BLOCK_K), tensors * ceil(WIDTH / BLOCK_W), B): one program copies a tile of one tensor
@@ -68,7 +69,7 @@ def _gather_kernel(
     offset = pid_b * stride_tb + row * stride_tn + place
     offs_out = (pid_b * K + offs_k) * WIDTH + offs_w
     mask = (offs_k < K) & (offs_w < WIDTH)
-    taken = (row >= 0) & (offs_w < WIDTH)
+    taken = (row >= 0) & (row < N) & (offs_w < WIDTH)
     if which == 0:
         _copy_rows(tensor0_ptr, out0_ptr, offset, offs_out, mask, taken)
     elif which == 1:
@@ -91,7 +92,7 @@ def _layout(tensor: Tensor) -> _Layout | None:
         return None
     (outer, stride_outer), (inner, stride_inner) = [(1, 0)] * (2 - len(runs)) + runs
     bits = _BITS[tensor.element_size()]
-    return _Layout(bits, outer, inner, tensor.stride(0), tensor.stride(1), stride_outer, stride_inner)
+    return _Layout(bits, tensor.shape[1], outer, inner, tensor.stride(0), tensor.stride(1), stride_outer, stride_inner)
 
 
 def _launch(index: Tensor, tensors: list[Tensor], outs: list[Tensor], layout: _Layout) -> None:
@@ -104,7 +105,8 @@ def _launch(index: Tensor, tensors: list[Tensor], outs: list[Tensor], layout: _L
     with torch.cuda.device_of(index):
         _gather_kernel[grid](
             index, *(part.view(layout.bits) for group in padded for part in group), *index.stride(),
-            layout.stride_b, layout.stride_n, layout.stride_outer, layout.stride_inner, rows, width, layout.inner,
+            layout.stride_b, layout.stride_n, layout.stride_outer, layout.stride_inner, layout.rows, rows, width,
+            layout.inner,
             NESTED=layout.outer > 1, BLOCK_K=block_k, BLOCK_W=block_w, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -118,8 +120,10 @@ def gather(index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     Tensors whose trailing dimensions do not collapse to two strided ones, or whose elements are wider than 8 bytes,
     take the PyTorch path.
     """
+    for tensor in tensors:
+        check_below("gather_rows", "kept", index, "N", tensor.shape[1])
     if not runs_triton(index):
-        return [out.contiguous() for out in reference.gather_rows(index, *tensors)]
+        return [out.contiguous() for out in _cpu.gather_rows(index, *tensors)]
     outs = [tensor.new_empty(*index.shape, *tensor.shape[2:]) for tensor in tensors]
     alike: dict[_Layout, list[int]] = {}
     for i, (tensor, out) in enumerate(zip(tensors, outs, strict=True)):
@@ -153,10 +157,11 @@ def _backward(ctx, grads):
 
 
 def _scatter_rows(index: Tensor, grad: Tensor, length: int) -> Tensor:
-    """The transpose of a gather: grad [B, K, ...] -> [B, N, ...]; what padding received goes nowhere."""
+    """The transpose of a gather: grad [B, K, ...] -> [B, N, ...]; what rows of zeros received goes nowhere."""
     batch = index.shape[0]
     sample = torch.arange(batch, device=index.device)[:, None]
-    place = torch.where(index < 0, batch * length, index + sample * length).flatten()
+    outside = (index < 0) | (index >= length)
+    place = torch.where(outside, batch * length, index + sample * length).flatten()
     out = grad.new_zeros(batch * length + 1, *grad.shape[2:]).index_add(0, place, grad.flatten(0, 1))
     return out[:-1].unflatten(0, (batch, length))
 

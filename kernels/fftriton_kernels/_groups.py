@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
+from . import _cpu
 from ._dispatch import runs_triton
 from ._ops import add_op_namespace_prefix
 from ._radix import right_end, sum_before
-from .reference import Groups
+from ._types import Groups
 
 BLOCK = 1024  # tokens a program
 _ORDER_BLOCK = 128  # list places a program of the last pass
@@ -270,7 +270,7 @@ def group_rows(roots: Tensor, predecessor: Tensor | None, stride: int, capacity:
     """
     if roots.numel() and runs_triton(roots):
         return _group_rows(roots, predecessor, stride, capacity)
-    return reference.group_rows(roots, stride if predecessor is None and stride else predecessor, capacity)
+    return _cpu.group_rows(roots, stride if predecessor is None and stride else predecessor, capacity)
 
 
 @group_rows.register_fake

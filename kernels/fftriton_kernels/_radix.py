@@ -16,7 +16,7 @@ Packed, keys are [T] and a row is a sequence: it begins at cu_seqlens[s], which 
 sequence is never selected.
 
 Bound by launches: N keys are 430 KB at N = 107520, and stay in L2.
-Reference: reference.rank_descending, reference.compact.
+Reference: reference.topk_keep.
 """
 
 from __future__ import annotations

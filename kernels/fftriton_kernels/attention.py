@@ -12,7 +12,6 @@ Source: FastV, arXiv:2403.06764 (the last query); FrameFusion, arXiv:2501.01986 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
+from . import _cpu
 from ._dispatch import (
     FLOATS,
     INDICES,
@@ -29,15 +28,19 @@ from ._dispatch import (
     block,
     check_at_least,
     check_dtype,
+    check_float,
     check_same_device,
     check_shape,
+    is_finite,
     runs_triton,
 )
 from ._ops import add_op_namespace_prefix
+from ._packed import check_bounds, check_max_seqlen
 from ._tiles import lookup
 
 _UPCAST = tl.constexpr(INTERPRET)  # the interpreter's tl.dot multiplies the raw bits of a bf16
 _MOST_WIDTH = 256  # of a head: a whole row stays on chip
+_MOST_PAIRS = 2**30  # of a query and a head of a group, which are counted in 32 bits
 _FEW_QUERIES = 8  # whose scores, where one tile holds all pairs, are kept rather than computed twice
 _ENOUGH_PROGRAMS = 1024  # to fill a GPU and even out a causal mask; with fewer, programs share a row or a column
 _LEAST_KEYS = 256  # of a share of a row
@@ -85,14 +88,15 @@ def _finite(peak):
 
 @triton.jit
 def _load_norms(peak_ptr, total_ptr, offset, mask):
-    # a row of the softmax is exp(score - shift) * weight: 0 where masked and where the row saw nothing
+    # a row of the softmax is exp(score - shift) * weight: 0 where masked and where the row saw nothing, NaN where the
+    # row saw a score of NaN or +inf
     shift = tl.load(peak_ptr + offset, mask=mask, other=float("inf"))
     shift = tl.where(shift == float("-inf"), float("inf"), shift)
     if total_ptr is None:
         weight = tl.zeros_like(shift) + 1.0
     else:
         total = tl.load(total_ptr + offset, mask=mask, other=1.0)
-        weight = tl.where(total == 0.0, 0.0, 1.0 / total)
+        weight = tl.where(total == 0.0, 0.0, tl.where(total < float("inf"), 1.0 / total, float("nan")))
     return shift, weight
 
 
@@ -283,21 +287,21 @@ def _add_norms_kernel(
     BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # grid (blocks of rows): the norms of whole rows from those of their shares, in order
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, shares, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         mask = (offs_s < shares)[:, None] & (row < rows)[None, :]
-        offset = offs_s.to(tl.int64)[:, None] * stride_ss + row.to(tl.int64)[None, :] * stride_sr
+        offset = offs_s.to(tl.int64)[:, None] * stride_ss + row[None, :] * stride_sr
         peaks = tl.load(peaks_ptr + offset, mask=mask, other=float("-inf"))
         totals = tl.load(totals_ptr + offset, mask=mask, other=0.0)
         higher = tl.maximum(peak, tl.max(peaks, 0))
         shift = _finite(higher)
         total = total * tl.exp(peak - shift) + tl.sum(totals * tl.exp(peaks - shift[None, :]), 0)
         peak = higher
-    tl.store(peak_ptr + row.to(tl.int64) * stride_pr, peak, mask=row < rows)
-    tl.store(total_ptr + row.to(tl.int64) * stride_pr, total, mask=row < rows)
+    tl.store(peak_ptr + row * stride_pr, peak, mask=row < rows)
+    tl.store(total_ptr + row * stride_pr, total, mask=row < rows)
 
 
 class _Packed(NamedTuple):
@@ -315,7 +319,7 @@ def _attention_column_sum(
 ) -> Tensor:
     if not runs_triton(q):
         columns = (begin, end)
-        return reference.attention_column_sum(
+        return _cpu.attention_column_sum(
             q, k, scale=scale, causal=causal, lse=lse, num_queries=num_queries, columns=columns
         )
     first = q.shape[2] - num_queries
@@ -342,11 +346,12 @@ def _attention_column_sum_packed(
     max_seqlen_k: int | None,
 ) -> Tensor:
     if not runs_triton(q):
-        return reference.attention_column_sum(
+        return _cpu.attention_column_sum(
             q, k, scale=scale, causal=causal, lse=lse, num_queries=num_queries,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         )  # fmt: skip
     sequences = len(cu_seqlens_q) - 1
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.clamp(0, len(q)), cu_seqlens_k.clamp(0, len(k))  # unchecked on a GPU
     if sequences * len(q) * len(k) == 0:
         return k.new_zeros(len(k), dtype=torch.float32)
     if max_seqlen_q is None or max_seqlen_k is None:
@@ -410,9 +415,13 @@ def attention_column_sum(
         max_seqlen_k: the same of the keys.
 
     Returns:
-        [B, C] fp32, C = b - a. Over all keys a sample adds up to the number of queries. A query whose log-sum-exp is
-        infinite adds nothing; one whose log-sum-exp is NaN makes its sample NaN, as torch.softmax does. Packed: [Tk]
-        fp32, 0 for a key of no sequence.
+        [B, C] fp32, C = b - a. Over all keys a sample adds up to the number of queries. Packed: [Tk] fp32, 0 for a key
+        of no sequence.
+
+        Scores that are not finite: a key whose score is -inf receives nothing from that query, and a query that sees no
+        other score adds nothing. A query that sees a score of NaN or +inf makes its sample (packed: its sequence) NaN,
+        as torch.softmax does. With `lse`, which is taken as it is, a query of +inf or -inf adds nothing and one of NaN
+        makes its sample NaN; a key whose score is NaN, or +inf for a query of infinite `lse`, becomes NaN itself.
 
     Raises:
         TypeError: a dtype that is not listed, or two dtypes for q and k. ValueError: a shape, a range or a scale that
@@ -424,7 +433,8 @@ def attention_column_sum(
     op = "attention_column_sum"
     if not isinstance(causal, bool):
         raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
-    if columns is not None and not (isinstance(columns, (tuple, list)) and len(columns) == 2):
+    pair = columns if isinstance(columns, (tuple, list)) else ()
+    if columns is not None and [isinstance(end, int) and not isinstance(end, bool) for end in pair] != [True, True]:
         raise TypeError(f"{op}: columns must be a pair of ints, got {columns}")
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         check_dtype(op, "q", q, FLOATS)
@@ -433,7 +443,9 @@ def attention_column_sum(
         check_shape(op, "k", k, Tk=None, Hkv=None, d=None)
         if columns is not None:
             raise ValueError(f"{op}: columns must be None with cu_seqlens, got {columns}")
-        _check_sequences(op, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        _check_sequences(op, cu_seqlens_q, cu_seqlens_k, len(q), len(k))
+        max_seqlen_q = check_max_seqlen(op, "max_seqlen_q", max_seqlen_q, len(q), cu_seqlens_q)
+        max_seqlen_k = check_max_seqlen(op, "max_seqlen_k", max_seqlen_k, len(k), cu_seqlens_k)
         _, heads, queries, _, width = _check_heads(op, q.transpose(0, 1)[None], k.transpose(0, 1)[None])
     else:
         lone: dict[str, object] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
@@ -447,10 +459,9 @@ def attention_column_sum(
             raise ValueError(f"{op}: causal queries are the last of the keys' positions, got Nq={queries} > Nk={keys}")
     if scale is None:
         scale = width**-0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
-    elif not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
+    check_float(op, "scale", scale)
+    if not (is_finite(scale) and scale > 0):
+        raise ValueError(f"{op}: scale must be positive and finite in fp32, got {scale}")
     if num_queries is not None:
         check_at_least(op, "num_queries", num_queries, 1)
     if lse is not None:
@@ -459,6 +470,7 @@ def attention_column_sum(
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         if lse is not None:
             check_shape(op, "lse", lse, H=heads, Tq=queries)
+        num_queries = None if num_queries is None else min(num_queries, queries)
         return _attention_column_sum_packed(
             q, k, float(scale), causal, lse, num_queries, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         )
@@ -474,16 +486,14 @@ def attention_column_sum(
     return _attention_column_sum(q, k, float(scale), causal, lse, num_queries, begin, end)
 
 
-def _check_sequences(op: str, cu_q: Tensor, cu_k: Tensor, max_q: int | None, max_k: int | None) -> None:
-    """Raise unless the bounds of packed sequences fit each other."""
-    for name, bounds in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+def _check_sequences(op: str, cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> None:
+    """Raise unless the bounds of packed sequences fit each other and the number of rows."""
+    for name, bounds, axis, total in (("cu_seqlens_q", cu_q, "Tq", queries), ("cu_seqlens_k", cu_k, "Tk", keys)):
         check_dtype(op, name, bounds, INDICES)
         check_shape(op, name, bounds, **{"S+1": None if bounds is cu_q else len(cu_q)})
         if not len(bounds) or not bounds.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous and not empty, got {list(bounds.shape)}")
-    for name, length in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
-        if length is not None:
-            check_at_least(op, name, length, 0)
+        check_bounds(op, name, bounds, axis, total)
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
@@ -500,6 +510,8 @@ def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int, int
         raise ValueError(f"{op}: d must be from 1 to {_MOST_WIDTH}, got {width}")
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(f"{op}: H must be a multiple of Hkv, both at least 1, got H={heads} and Hkv={kv_heads}")
+    if queries * (heads // kv_heads) > _MOST_PAIRS:
+        raise ValueError(f"{op}: Nq * H / Hkv must be at most 2**30, got {queries * (heads // kv_heads)}")
     return batch, heads, queries, keys, width
 
 
@@ -604,7 +616,7 @@ def _streamed_sum(
     )  # fmt: skip
     out = partial.sum(1)
     if causal:  # a row that is NaN is so where it is masked, too, in torch.softmax
-        spoiled = (peak if total is None else total).isnan()
+        spoiled = peak.isnan() if total is None else ~total.isfinite()
         out.masked_fill_(
             _spoiled_keys(spoiled[0].any(0), len(out[0]), packed) if packed else spoiled.flatten(1).any(1)[:, None],
             float("nan"),

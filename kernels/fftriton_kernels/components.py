@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from ._dispatch import INDICES, check_at_least, check_dtype, check_shape, runs_triton
+from . import _cpu
+from ._dispatch import INDICES, check_dtype, check_rows, check_shape, runs_triton
 from ._ops import add_op_namespace_prefix
 
 BLOCK = 256  # edges or nodes a program
@@ -75,7 +75,7 @@ def _flatten_kernel(parents_ptr, num_nodes, BLOCK_N: tl.constexpr):
 @torch.library.custom_op(add_op_namespace_prefix("connected_components"), mutates_args=())
 def _connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     if not runs_triton(edges):
-        return reference.connected_components(edges, num_nodes)
+        return _cpu.connected_components(edges, num_nodes)
     parents = torch.arange(num_nodes, device=edges.device)
     if edges.numel() and num_nodes:
         count = edges.shape[0]
@@ -101,7 +101,7 @@ def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     Args:
         edges: [E, 2] int32 or int64, any strides. Direction, order, repetition and loops do not matter. An edge with an
             end outside 0 .. num_nodes - 1 is no edge, so a list may be padded with -1.
-        num_nodes: how many nodes there are, at least 0.
+        num_nodes: how many nodes there are, from 0 to 2^31 - 1.
 
     Returns:
         [num_nodes] int64. label[v] <= v; nodes without an edge are their own label.
@@ -116,5 +116,5 @@ def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     op = "connected_components"
     check_dtype(op, "edges", edges, INDICES)
     check_shape(op, "edges", edges, E=None, ends=2)
-    check_at_least(op, "num_nodes", num_nodes, 0)
+    check_rows(op, "num_nodes", num_nodes)
     return _connected_components(edges, num_nodes)

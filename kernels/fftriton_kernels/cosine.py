@@ -15,13 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from ._dispatch import FLOATS, INDICES, block, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
+from . import _cpu
+from ._dispatch import (
+    FLOATS,
+    INDICES,
+    block,
+    check_below,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    check_stride,
+    runs_triton,
+)
 from ._ops import add_op_namespace_prefix
-from ._packed import any_rows, check_cu_seqlens, rows_of
+from ._packed import any_rows, check_cu_seqlens, rows_of, strided_predecessor
 from ._tiles import lookup
+from ._types import NO_LINK
 
-_NO_LINK = tl.constexpr(reference.NO_LINK)
+_NO_LINK = tl.constexpr(NO_LINK)
 _FRAMES_A_PROGRAM = 8
 
 
@@ -49,17 +60,16 @@ def _strided_cosine_kernel(
     N, P,
     D: tl.constexpr, BLOCK_D: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
-    # grid (P, ceil(frames / FRAMES), B): one program walks one patch over FRAMES frames, keeping the row before
-    pid_p = tl.program_id(0).to(tl.int64)
-    first = pid_p + tl.program_id(1).to(tl.int64) * FRAMES * P
-    pid_b = tl.program_id(2).to(tl.int64)
+    # grid (P * ceil(frames / FRAMES), B): one program walks one patch over FRAMES frames, keeping the row before
+    pid_p = tl.program_id(0).to(tl.int64) % P
+    t = pid_p + tl.program_id(0).to(tl.int64) // P * FRAMES * P
+    pid_b = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     x_ptr += pid_b * stride_xb + offs_d * stride_xd
-    before = tl.maximum(first - P, pid_p)
+    before = tl.maximum(t - P, pid_p)
     earlier = _scaled(tl.load(x_ptr + before * stride_xn, mask=offs_d < D, other=0.0).to(tl.float32))
     earlier_square = tl.sum(earlier * earlier, 0)
-    for step in range(FRAMES):
-        t = first + step * P
+    for _ in range(FRAMES):
         x = _scaled(tl.load(x_ptr + t * stride_xn, mask=offs_d < tl.where(t < N, D, 0), other=0.0).to(tl.float32))
         square = tl.sum(x * x, 0)
         similarity = tl.where(t < P, _NO_LINK, _cosine(tl.sum(x * earlier, 0), square, earlier_square))
@@ -67,6 +77,7 @@ def _strided_cosine_kernel(
             tl.store(out_ptr + pid_b * stride_ob + t * stride_on, similarity)
         earlier = x
         earlier_square = square
+        t += P
 
 
 @triton.jit
@@ -75,6 +86,7 @@ def _linked_cosine_kernel(
     stride_xb, stride_xn, stride_xd,
     stride_pb, stride_pn,
     stride_ob, stride_on,
+    N,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # grid (N, B): one program owns one output element
@@ -83,9 +95,10 @@ def _linked_cosine_kernel(
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     x_ptr += pid_b * stride_xb + offs_d * stride_xd
     partner = tl.load(predecessor_ptr + pid_b * stride_pb + pid_n * stride_pn).to(tl.int64)
-    mask_d = offs_d < tl.where(partner >= 0, D, 0)  # without a partner nothing is read: the norms are 0, so NO_LINK
+    linked = (partner >= 0) & (partner < N)
+    mask_d = offs_d < tl.where(linked, D, 0)  # without a partner nothing is read: the norms are 0, so NO_LINK
     x = _scaled(tl.load(x_ptr + pid_n * stride_xn, mask=mask_d, other=0.0).to(tl.float32))
-    y = _scaled(tl.load(x_ptr + tl.maximum(partner, 0) * stride_xn, mask=mask_d, other=0.0).to(tl.float32))
+    y = _scaled(tl.load(x_ptr + tl.where(linked, partner, 0) * stride_xn, mask=mask_d, other=0.0).to(tl.float32))
     similarity = _cosine(tl.sum(x * y, 0), tl.sum(x * x, 0), tl.sum(y * y, 0))
     tl.store(out_ptr + pid_b * stride_ob + pid_n * stride_on, similarity)
 
@@ -94,13 +107,12 @@ def _linked_cosine_kernel(
 def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
     batch, length, width = x.shape
     if not runs_triton(x):
-        return reference.strided_cosine_similarity(x, stride)
+        return _cpu.strided_cosine_similarity(x, stride)
     out = x.new_empty(batch, length, dtype=torch.float32)
     if out.numel():
-        chains = min(stride, length)
-        segments = triton.cdiv(triton.cdiv(length, chains), _FRAMES_A_PROGRAM)
+        segments = triton.cdiv(triton.cdiv(length, stride), _FRAMES_A_PROGRAM)
         with torch.cuda.device_of(x):
-            _strided_cosine_kernel[(chains, segments, batch)](
+            _strided_cosine_kernel[(stride * segments, batch)](
                 x, out, *x.stride(), *out.stride(), length, stride,
                 D=width, BLOCK_D=block(width), FRAMES=_FRAMES_A_PROGRAM,
                 num_warps=lookup("cosine", x, width).num_warps, enable_fp_fusion=True,
@@ -111,13 +123,14 @@ def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
 @torch.library.custom_op(add_op_namespace_prefix("linked_cosine_similarity"), mutates_args=())
 def _linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
     batch, length, width = x.shape
+    check_below("linked_cosine_similarity", "predecessor", predecessor, "N", length)
     if not runs_triton(x):
-        return reference.linked_cosine_similarity(x, predecessor)
+        return _cpu.linked_cosine_similarity(x, predecessor)
     out = x.new_empty(batch, length, dtype=torch.float32)
     if out.numel():
         with torch.cuda.device_of(x):
             _linked_cosine_kernel[(length, batch)](
-                x, predecessor, out, *x.stride(), *predecessor.stride(), *out.stride(),
+                x, predecessor, out, *x.stride(), *predecessor.stride(), *out.stride(), length,
                 D=width, BLOCK_D=block(width), num_warps=lookup("cosine", x, width).num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
@@ -137,7 +150,7 @@ def strided_cosine_similarity(x: Tensor, stride: int, *, cu_seqlens: Tensor | No
 
     Args:
         x: [B, N, D] fp16, bf16 or fp32, any strides.
-        stride: how many places earlier the partner stands, at least 1.
+        stride: how many places earlier the partner stands, at least 1; none has one where that is N or more.
         cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): x [T, D] is
             packed sequences, and t counts from the start of each.
 
@@ -154,12 +167,12 @@ def strided_cosine_similarity(x: Tensor, stride: int, *, cu_seqlens: Tensor | No
     op = "strided_cosine_similarity"
     check_dtype(op, "x", x, FLOATS)
     check_shape(op, "x", x, **any_rows(cu_seqlens is not None), D=None)
-    check_at_least(op, "stride", stride, 1)
     check_cu_seqlens(op, cu_seqlens, "x", x)
+    stride = check_stride(op, "stride", stride, x.shape[-2])
     if cu_seqlens is None:
         return _strided_cosine_similarity(x, stride)
-    links = reference.strided_predecessor(1, x.shape[0], stride, x.device, cu_seqlens)
-    return _strided_cosine_similarity(x[None], stride).masked_fill(links < 0, reference.NO_LINK)[0]
+    links = strided_predecessor(1, x.shape[0], stride, x.device, cu_seqlens)
+    return _strided_cosine_similarity(x[None], stride).masked_fill(links < 0, NO_LINK)[0]
 
 
 def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -168,7 +181,7 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tens
     Args:
         x: [B, N, D] fp16, bf16 or fp32, any strides.
         predecessor: [B, N] int32 or int64, the position of each token's partner in its own sample, -1 for none.
-            Values from N up are not checked: that would stall a GPU.
+            From N up, which a GPU does not check because that would stall it, there is no partner either.
         cu_seqlens: [S+1] int32 or int64: x [T, D] and predecessor [T] are packed sequences, and predecessors positions
             among the T tokens. That a partner is of the same sequence is the caller's care.
 
@@ -176,7 +189,8 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tens
         [B, N] fp32, [T] packed. NO_LINK (-2) without a partner and where either row is zero or holds a NaN or an Inf.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape that is not as above, or tensors on two devices.
+        TypeError: a dtype that is not listed. ValueError: a shape that is not as above, tensors on two devices, or, on
+            a CPU, a predecessor from N up.
 
     Source:
         FrameFusion, arXiv:2501.01986, eq. 1, with partners of any distance.

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _radix, reference
+from . import _cpu, _radix
 from ._dispatch import (
     FLOATS,
     INDICES,
@@ -29,20 +29,30 @@ from ._dispatch import (
     block,
     check_at_least,
     check_dtype,
-    check_finite,
+    check_float,
     check_same_device,
     check_shape,
+    check_stride,
+    is_finite,
     runs_triton,
 )
 from ._gather import gather
 from ._groups import group_rows
 from ._ops import add_op_namespace_prefix
-from ._packed import any_rows, check_capacity, check_cu_seqlens, rows_of
+from ._packed import (
+    any_rows,
+    check_capacity,
+    check_cu_seqlens,
+    check_max_seqlen,
+    lengths_of,
+    rows_of,
+    strided_predecessor,
+)
 from ._radix import admitted, load_keys, sort_key, tally
 from ._tiles import lookup
-from .reference import Groups, Merged
+from ._types import NO_LINK, Groups, Merged
 
-_NO_LINK = tl.constexpr(reference.NO_LINK)
+_NO_LINK = tl.constexpr(NO_LINK)
 BLOCK = 1024  # tokens a program
 _MEMBERS = 4  # rows in flight
 
@@ -195,7 +205,7 @@ def _launch_roots(
     length = similarity.shape[-1]
     packed = cu_seqlens is not None
     if packed and predecessor is None:
-        predecessor = reference.strided_predecessor(1, length, stride, similarity.device, cu_seqlens)[0]
+        predecessor = strided_predecessor(1, length, stride, similarity.device, cu_seqlens)[0]
     strided = predecessor is None
     if packed and max_merges is not None:  # the select leaves out what belongs to no sequence
         roots = torch.arange(length, device=similarity.device)
@@ -251,7 +261,7 @@ def _merge_roots(
         return similarity.new_empty(similarity.shape, dtype=torch.int64)
     if not runs_triton(similarity):
         links = stride if predecessor is None else predecessor
-        return reference.merge_roots(similarity, links, threshold, max_merges, cu_seqlens=cu_seqlens)
+        return _cpu.merge_roots(similarity, links, threshold, max_merges, cu_seqlens=cu_seqlens)
     return _launch_roots(similarity, predecessor, stride, threshold, max_merges, cu_seqlens, max_seqlen)
 
 
@@ -263,7 +273,7 @@ def _(similarity, predecessor, stride, threshold, bounds, bound, cu_seqlens=None
 @torch.library.custom_op(add_op_namespace_prefix("group_mean"), mutates_args=())
 def _group_mean(x: Tensor, kept: Tensor, row: Tensor, starts: Tensor, sizes: Tensor, members: Tensor) -> Tensor:
     if not runs_triton(x):
-        return reference.group_mean(x, Groups(kept, kept, kept, row, starts, sizes, members))
+        return _cpu.group_mean(x, Groups(kept, kept, kept, row, starts, sizes, members))
     batch, rows = kept.shape
     length, width = x.shape[1:]
     out = x.new_empty(batch, rows, width)
@@ -316,12 +326,13 @@ def merge_roots(
             is at least the threshold; NaN and NO_LINK never join.
         predecessor: the stride at which the partner stands earlier, at least 1; or [B, N] int32 or int64, any strides,
             the position of each token's partner. Anything that is not an earlier position (-1, say) is no partner.
-        threshold: a finite number, compared in fp32.
+        threshold: a number, finite in fp32, in which it is compared.
         max_merges: admit at most this many pairs of each sample, the most similar, ties to the lower index. An int of
             at least 0, or int32 or int64 [B] on the device of `similarity`, which the host does not wait for.
         cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): similarity
             is packed sequences [T]. A stride does not reach over the start of a sequence; explicit predecessors [T] are
-            positions among the T tokens, and the caller's care. max_merges counts for each sequence, [S] as a tensor.
+            positions among the T tokens, in the sequence of the token: that is the caller's care. Padding before the
+            first sequence, as `merge_mean` leaves it, has none. max_merges counts for each sequence, [S] as a tensor.
         max_seqlen: the length of the longest packed sequence, or more. Only max_merges needs it; None: the host waits
             for it.
 
@@ -340,9 +351,12 @@ def merge_roots(
     packed = cu_seqlens is not None
     check_dtype(op, "similarity", similarity, FLOATS)
     check_shape(op, "similarity", similarity, **any_rows(packed))
-    check_cu_seqlens(op, cu_seqlens, "similarity", similarity, max_seqlen)
+    check_cu_seqlens(op, cu_seqlens, "similarity", similarity)
+    max_seqlen = check_max_seqlen(op, "max_seqlen", max_seqlen, similarity.shape[-1], cu_seqlens)
     links, stride = _check_predecessor(op, similarity, predecessor, packed)
-    check_finite(op, "threshold", threshold)
+    check_float(op, "threshold", threshold)
+    if not is_finite(threshold):
+        raise ValueError(f"{op}: threshold must be finite in fp32, got {threshold}")
     bounds = bound = None
     if isinstance(max_merges, Tensor):
         check_dtype(op, "max_merges", max_merges, INDICES)
@@ -351,7 +365,7 @@ def merge_roots(
         bounds = max_merges
     elif max_merges is not None:
         check_at_least(op, "max_merges", max_merges, 0)
-        bound = max_merges
+        bound = min(max_merges, similarity.shape[-1])
     check_same_device(op, similarity=similarity, predecessor=links, max_merges=bounds)
     return _merge_roots(similarity, links, stride, float(threshold), bounds, bound, cu_seqlens, max_seqlen)
 
@@ -419,10 +433,10 @@ def merge_mean(
     if cu_seqlens is None:
         return _merge_mean(x, roots, companions, links, stride, capacity)
     if stride:
-        links = reference.strided_predecessor(1, x.shape[0], stride, x.device, cu_seqlens)[0]
+        links = strided_predecessor(1, x.shape[0], stride, x.device, cu_seqlens)[0]
     links = None if links is None else links[None]
     merged = _merge_mean(x[None], roots[None], [companion[None] for companion in companions], links, 0, capacity)
-    return reference.packed(merged, cu_seqlens)
+    return _packed(merged, cu_seqlens)
 
 
 def _merge_mean(
@@ -434,14 +448,20 @@ def _merge_mean(
     return Merged(mean, taken, groups.kept, groups.lengths, groups.predecessor if links is not None or stride else None)
 
 
+def _packed(merged: Merged, cu_seqlens: Tensor) -> Merged:
+    """The merge of a batch of one, which held the sequences cu_seqlens [S+1], without its batch dimension."""
+    kept, links = merged.kept[0], merged.predecessor
+    companions = tuple(part[0] for part in merged.companions)
+    return Merged(merged.x[0], companions, kept, lengths_of(kept, cu_seqlens), None if links is None else links[0])
+
+
 def _check_predecessor(op: str, like: Tensor, predecessor: int | Tensor, packed: bool) -> tuple[Tensor | None, int]:
     """The links as a tensor and a stride, one of which is None or 0."""
     if isinstance(predecessor, Tensor):
         check_dtype(op, "predecessor", predecessor, INDICES)
         check_shape(op, "predecessor", predecessor, **rows_of(like, packed))
         return predecessor, 0
-    check_at_least(op, "predecessor", predecessor, 1)
-    return None, predecessor
+    return None, check_stride(op, "predecessor", predecessor, like.shape[-1])
 
 
 def _check_companion(op: str, name: str, companion: Tensor, x: Tensor, packed: bool) -> None:

@@ -1,186 +1,45 @@
-"""Every op of the library in plain PyTorch: what the kernels must compute, and what runs where there is no GPU.
+"""Every op of the library in plain PyTorch, as its formula reads: what the kernels and the CPU path must compute.
 
 Half and single precision inputs are computed in fp32, double precision ones in fp64, so `op(x.double())` is the
-ground truth that tests measure errors against. Nothing is validated here; the public functions do that.
+ground truth that errors are measured against. Slow, and nothing is validated here; the public functions do that.
 
 With cu_seqlens tensors are packed: [T, ...] for [B, N, ...], and S sequences for B samples.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._pages import empty
+from ._types import NO_LINK, Groups, Merged
 
-NO_LINK = -2.0
-"""Similarity of a token that has no partner: below every cosine, so it never reaches a threshold."""
-
-_BLOCK = 2**18  # elements of x that are worked on at a time
-_REACH = 2**21  # elements between a row and its partner up to which they share a pool of converted rows
-_LONG_BAG = 1024  # members whose weight has too few bits in fp16, which counts in steps of 2**-24
-_QUERY_BLOCK = 128  # rows of a head's attention matrix that exist at a time, at most
-_SCORES = 2**24  # elements of all heads' that do
-
-
-class Merged(NamedTuple):
-    """What `merge_mean` returns. Rows are left-padded to the batch's longest M, or to the capacity asked for.
-
-    Packed sequences come back packed: x [M, D], companions [M, ...], kept and predecessor [M], lengths [S].
-    """
-
-    x: Tensor  # [B, M, D] group means in their roots' order
-    companions: tuple[Tensor, ...]  # each [B, M, ...], taken at the roots
-    kept: Tensor  # [B, M] int64 original positions ascending, -1 for padding
-    lengths: Tensor  # [B] int64 rows that are no padding
-    predecessor: Tensor | None  # [B, M] int64 links among the compacted rows, -1 for none
-
-    @property
-    def cu_seqlens(self) -> Tensor | None:
-        """[S+1] int32: where each sequence of packed rows begins and ends; None where rows are not packed.
-
-        The first is 0, or the number of padding rows where a capacity was asked for: they belong to no sequence.
-        """
-        if self.x.ndim != 2:
-            return None
-        ends = self.lengths.cumsum(0)
-        return F.pad(ends, (1, 0)).add(self.x.shape[0] - self.lengths.sum()).int()
-
-
-class Groups(NamedTuple):
-    """The rows of a sequence whose groups become one row each."""
-
-    kept: Tensor  # [B, M] int64 as in Merged
-    lengths: Tensor  # [B] int64
-    predecessor: Tensor  # [B, M] int64 links among the rows, [B, 0] without links
-    row: Tensor  # [B, N] int64 the row that each token is in, -1 for none
-    starts: Tensor  # [B, M] int64 where in members a row's tokens begin
-    sizes: Tensor  # [B, M] int64 how many there are, 0 for padding
-    members: Tensor  # [B, N] int64 tokens by row, ascending within a row, then -1
+_SCORES = 2**24  # elements of the attention matrix that exist at a time
 
 
 def strided_cosine_similarity(x: Tensor, stride: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """x [B, N, D] -> [B, N]: cosine of each row with the one `stride` places earlier."""
-    if cu_seqlens is not None:
-        links = strided_predecessor(1, x.shape[0], stride, x.device, cu_seqlens)
-        return linked_cosine_similarity(x[None], links)[0]
-    return linked_cosine_similarity(x, strided_predecessor(x.shape[0], x.shape[1], stride, x.device))
+    return linked_cosine_similarity(x, _links(stride, x.shape[:-1], x.device, cu_seqlens), cu_seqlens=cu_seqlens)
 
 
 def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """x [B, N, D], predecessor [B, N] (-1: none) -> [B, N]: cosine of each row with its predecessor."""
     if cu_seqlens is not None:
         return linked_cosine_similarity(x[None], predecessor[None])[0]
-    linked = predecessor >= 0
-    partner = torch.where(linked, predecessor.long(), torch.arange(x.shape[1], device=x.device))
-    products = [_row_products(rows, links) for rows, links in zip(x, partner, strict=True)]
-    square, dot = (
-        torch.stack(products).unbind(-1) if products else x.new_empty(2, *partner.shape, dtype=_accumulator(x))
-    )
-    norm, safe = square.sqrt(), _is_safe(square)
-    cosine = dot / (norm * norm.gather(1, partner))
-    unsafe = linked & ~(safe & safe.gather(1, partner))
-    if unsafe.any():  # rows that are zero, not finite, or so large or small that their squares are
-        for some in unsafe.nonzero().split(_block_rows(x[0])):
-            sample, token = some.unbind(1)
-            cosine[sample, token] = _scaled_cosine(x[sample, token], x[sample, partner[sample, token]])
-    return torch.where(linked, cosine, NO_LINK)
-
-
-def _row_products(x: Tensor, partner: Tensor) -> Tensor:
-    """x [N, D], partner [N] -> [N, 2]: each row times itself, and times its partner."""
-    place = torch.arange(len(x), device=x.device)
-    if x.device.type != "cpu" or not x.numel() or len(x) == 1:
-        rows = _accumulated(x)
-        return torch.stack(((rows * rows).sum(-1), (rows * rows[partner]).sum(-1)), 1)
-    if (highest := int(partner.max())) >= len(x):  # reading there would crash
-        raise IndexError(f"predecessor must be below N={len(x)}, got {highest}")
-    if x.dtype == _accumulator(x) and x.is_contiguous():
-        return _sampled_products(_pattern(torch.stack((place, partner), 1), x), x, x)
-    return _pooled_row_products(x, partner)
-
-
-def _pooled_row_products(x: Tensor, partner: Tensor) -> Tensor:
-    """As `_row_products`, block by block in a pool of fp32 rows: the last blocks, as far back as partners lie.
-
-    Where partners lie too far back or ahead, the pool holds one block and its partners.
-    """
-    place = torch.arange(len(x))
-    nearest, farthest = (int(end) for end in torch.aminmax(place - partner))
-    block = min(_block_rows(x), len(x))
-    if block < 2 * farthest:  # links of one stride lead to the same place of another block, and to the same core
-        block = -(-farthest // -(-farthest // block))
-    near = nearest >= 0 and farthest * x.shape[1] <= _REACH
-    ring = (-(-farthest // block) + 1 if near else 1) * block  # row t is in place t % ring
-    pool = torch.empty(ring if near else 2 * block, x.shape[1], dtype=_accumulator(x))
-    slots = torch.stack((place % ring, partner % ring if near else block + place % block), 1)
-    pattern = _pattern(slots[:block].clone(), pool)
-    columns, values = (part.view(block, 2) for part in (pattern.col_indices(), pattern.values()))
-    parts, turns, pool_columns = pool.split(block), ring // block, pool.mT
-    products = []
-    blocks = zip(x.split(block), partner.split(block), slots.split(block), strict=True)
-    for number, (rows, partners, slot) in enumerate(blocks):
-        own = parts[number % turns]
-        own[: len(rows)] = rows
-        if not near:
-            parts[1][: len(rows)] = x.index_select(0, partners)
-        columns[: len(rows)] = slot  # in place: to make a pattern takes as long as its products
-        values.zero_()  # beta = 0 would keep what is NaN
-        torch.sparse.sampled_addmm(pattern, own, pool_columns, beta=0.0, out=pattern)
-        products.append(values.clone())
-    return torch.cat(products)[: len(x)]
-
-
-def _pattern(columns: Tensor, y: Tensor) -> Tensor:
-    """columns [n, c] -> a sparse [n, len(y)] matrix with room for those columns of each row."""
-    rows, count = columns.shape
-    return _sparse(torch.full((rows,), count), columns.flatten(), y.new_zeros(rows * count), y)
-
-
-def _sparse(sizes: Tensor, columns: Tensor, values: Tensor, y: Tensor) -> Tensor:
-    """A sparse [n, len(y)] matrix: sizes [n] of its rows, columns [m] and values [m] row after row."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        return torch.sparse_csr_tensor(
-            F.pad(sizes.cumsum(0), (1, 0)), columns, values, size=(len(sizes), len(y)), check_invariants=False
-        )
-
-
-def _sampled_products(pattern: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """x [n, D], y [m, D] -> [n, c]: each row of x times the rows of y that the pattern names, none of them copied."""
-    return torch.sparse.sampled_addmm(pattern, x, y.mT, beta=0.0).values().view(len(x), -1)
-
-
-def _scaled_cosine(x: Tensor, y: Tensor) -> Tensor:
-    """x, y [n, D] -> [n]: their cosine, whatever their size; NO_LINK where either is zero or not finite."""
-    cosine = torch.full((len(x),), NO_LINK, dtype=_accumulator(x), device=x.device)
-    if not x.shape[1]:
-        return cosine
-    usable = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for rows in (x, y):
-        peak = rows.abs().amax(-1)
-        usable &= (peak > 0) & peak.isfinite()
-    if usable.any():
-        cosine[usable] = (_unit(x[usable]) * _unit(y[usable])).sum(-1)
-    return cosine
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """rows [n, D] -> [n, D]: of length 1, by way of a largest element of 1."""
-    rows = _accumulated(rows)
-    rows = rows / rows.abs().amax(-1, keepdim=True)
-    return rows / rows.norm(dim=-1, keepdim=True)
-
-
-def _is_safe(square: Tensor) -> Tensor:
-    """Whether a sum of squares is far enough from under- and overflow to be exact to rounding."""
-    return (square > 1e-24) & (square < 1e30)
+    if not x.numel():
+        return _accumulated(x).new_full(predecessor.shape, NO_LINK)
+    x = _accumulated(x)
+    peak = x.abs().amax(-1, keepdim=True)
+    unit = F.normalize(x / peak, dim=-1)
+    linked = (predecessor >= 0) & (predecessor < x.shape[1])
+    usable = ((peak > 0) & peak.isfinite()).squeeze(-1)
+    partner = torch.where(linked, predecessor, 0).long()
+    cosine = (unit * unit.gather(1, partner.unsqueeze(-1).expand_as(unit))).sum(-1)
+    return torch.where(linked & usable & usable.gather(1, partner), cosine, NO_LINK)
 
 
 def merge_roots(
@@ -193,37 +52,33 @@ def merge_roots(
     max_seqlen: int | None = None,
 ) -> Tensor:
     """similarity [B, N] -> [B, N] int64: the first token of each token's group. max_seqlen does not matter here."""
-    shape = similarity.shape
-    if cu_seqlens is not None:
-        similarity = similarity[None]
-        predecessor = predecessor[None] if isinstance(predecessor, Tensor) else predecessor
-    batch, length = similarity.shape
     similarity = _accumulated(similarity)
-    links = as_predecessor(predecessor, similarity, cu_seqlens)
-    position = torch.arange(length, device=similarity.device).expand(batch, -1)
-    earlier = (links >= 0) & (links < position)
-    joins = earlier & (similarity >= threshold) & (similarity > NO_LINK)  # False for NaN
+    links = _links(predecessor, similarity.shape, similarity.device, cu_seqlens)
+    position = torch.arange(similarity.shape[-1], device=similarity.device).expand_as(links)
+    joins = (links >= 0) & (links < position) & (similarity > NO_LINK)
+    joins &= similarity >= torch.tensor(threshold, dtype=torch.float32, device=similarity.device)
     if max_merges is not None:
-        joins = _highest(similarity, joins, max_merges, cu_seqlens)
+        admitted = torch.zeros_like(joins)
+        for number, rows in enumerate(_rows(similarity, cu_seqlens)):
+            admitted[rows] = _best(similarity[rows], joins[rows], _count(max_merges, number))
+        joins = admitted
     roots = torch.where(joins, links, position)
-    while not torch.equal(further := roots.gather(1, roots), roots):  # each round doubles the distance covered
+    while not torch.equal(further := roots.gather(-1, roots), roots):  # each round doubles the distance covered
         roots = further
-    return roots.view(shape)
+    return roots
 
 
 def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     """edges [E, 2] -> [num_nodes] int64: the smallest index of each node's component."""
+    edges = edges[((edges >= 0) & (edges < num_nodes)).all(1)].long()
+    ends, others = torch.cat([edges, edges.flip(1)]).unbind(1)
     label = torch.arange(num_nodes, device=edges.device)
-    first, second = edges.long().T.contiguous()
-    inside = (torch.minimum(first, second) >= 0) & (torch.maximum(first, second) < num_nodes)
-    first, second = first[inside], second[inside]
     while True:
-        one, other = label.index_select(0, first), label.index_select(0, second)
-        hooked = label.scatter_reduce(0, torch.maximum(one, other), torch.minimum(one, other), "amin")
-        hooked = hooked.index_select(0, hooked)
-        if torch.equal(hooked, label):  # labels are roots, and equal along every edge
+        lower = label.scatter_reduce(0, label[ends], label[others], "amin")  # at the root of one end, that of the other
+        lower = lower[lower]
+        if torch.equal(lower, label):
             return label
-        label = hooked
+        label = lower
 
 
 def merge_mean(
@@ -236,120 +91,54 @@ def merge_mean(
     capacity: int | None = None,
 ) -> Merged:
     """x [B, N, D], roots [B, N] (-1: leaves without a group) -> the mean of each group at its root, compacted."""
-    if cu_seqlens is not None:
-        links = None if predecessor is None else as_predecessor(predecessor, roots, cu_seqlens)
-        links = links[None] if links is not None and links.ndim == 1 else links
-        merged = merge_mean(x[None], roots[None], [part[None] for part in companions], links, capacity=capacity)
-        return packed(merged, cu_seqlens)
-    groups = group_rows(roots, predecessor, capacity)
-    taken = gather_rows(groups.kept, *companions)
-    links = None if predecessor is None else groups.predecessor
-    return Merged(group_mean(x, groups), taken, groups.kept, groups.lengths, links)
-
-
-def packed(merged: Merged, cu_seqlens: Tensor) -> Merged:
-    """The merge of a batch of one, which held the sequences cu_seqlens [S+1], without its batch dimension."""
-    kept, links = merged.kept[0], merged.predecessor
-    companions = tuple(part[0] for part in merged.companions)
-    return Merged(merged.x[0], companions, kept, lengths_of(kept, cu_seqlens), None if links is None else links[0])
-
-
-def lengths_of(kept: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Rows that are no padding: kept [B, K] -> [B] int64; packed, [K] ascending -> [S]."""
+    links = None if predecessor is None else _links(predecessor, roots.shape, roots.device, cu_seqlens)
     if cu_seqlens is None:
-        return (kept >= 0).sum(1)
-    return torch.searchsorted(kept, cu_seqlens.to(kept.dtype)).diff()
+        groups = group_rows(roots, links, capacity)
+        taken = gather_rows(groups.kept, *companions)
+        mean = group_mean(x, groups)
+        return Merged(mean, taken, groups.kept, groups.lengths, None if links is None else groups.predecessor)
+    links = None if links is None else links[None]
+    batch = merge_mean(x[None], roots[None], [part[None] for part in companions], links, capacity=capacity)
+    taken = tuple(part[0] for part in batch.companions)
+    rows = None if batch.predecessor is None else batch.predecessor[0]
+    return Merged(batch.x[0], taken, batch.kept[0], _lengths(batch.kept[0], cu_seqlens), rows)
 
 
 def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity: int | None = None) -> Groups:
     """roots [B, N] -> the compacted rows and who is in them. A root that is no root itself, or -1, puts a token out."""
-    batch, length = roots.shape
-    roots = roots.long()
-    position = torch.arange(length, device=roots.device)
-    kept, lengths, slot = compact(roots == position, capacity)
-    rows = kept.shape[1]
-    inside = (roots >= 0) & (roots < length)
-    root = torch.where(inside, roots, 0)
-    row = slot.gather(1, root)
-    member = inside & (roots.gather(1, root) == root) & (row >= 0)
-    row = torch.where(member, row, -1)
-    sizes = row.new_zeros(batch, rows + 1).scatter_add_(1, torch.where(member, row, rows), member.long())[:, :rows]
-    order = torch.argsort(torch.where(member, row, rows), dim=1, stable=True)  # by row, ascending within
-    members = torch.where(position < sizes.sum(1, keepdim=True), order, -1)
-    links = kept.new_empty(batch, 0)
-    if predecessor is not None and not length:
-        links = torch.full_like(kept, -1)
-    elif predecessor is not None:
-        (earlier,) = gather_rows(kept, as_predecessor(predecessor, roots))
-        linked = (kept >= 0) & (earlier >= 0) & (earlier < length)
-        links = torch.where(linked, row.gather(1, torch.where(linked, earlier, 0)), -1)
-    return Groups(kept, lengths, links, row, sizes.cumsum(1) - sizes, sizes.contiguous(), members)
+    links = None if predecessor is None else _links(predecessor, roots.shape, roots.device)
+    kept = _left_padded([(row == torch.arange(len(row), device=row.device)).nonzero()[:, 0] for row in roots], capacity)
+    kept = kept.to(roots.device)
+    row = torch.full(roots.shape, -1, device=roots.device)
+    sizes, members, linked = torch.zeros_like(kept), torch.full_like(row, -1), torch.full_like(kept, -1)
+    for sample, root in enumerate(roots):
+        place = torch.full((root.shape[0] + 1,), -1, device=roots.device)  # the row of each root; the last is nobody's
+        place[kept[sample]] = torch.arange(kept.shape[1], device=roots.device)
+        place[-1] = -1
+        row[sample] = place[torch.where((root >= 0) & (root < len(root)), root, -1).long()]
+        grouped = row[sample].argsort(stable=True)[(row[sample] < 0).sum() :]
+        sizes[sample] = row[sample][grouped].bincount(minlength=kept.shape[1])
+        members[sample, : len(grouped)] = grouped
+        if links is not None:
+            earlier = torch.where(kept[sample] < 0, -1, F.pad(links[sample], (0, 1), value=-1)[kept[sample]])
+            earlier = torch.where((earlier >= 0) & (earlier < len(root)), earlier, -1)
+            linked[sample] = torch.where(earlier < 0, -1, F.pad(row[sample], (0, 1), value=-1)[earlier])
+    lengths = (kept >= 0).sum(1)
+    return Groups(kept, lengths, kept[:, :0] if links is None else linked, row, sizes.cumsum(1) - sizes, sizes, members)
 
 
 def group_mean(x: Tensor, groups: Groups) -> Tensor:
-    """x [B, N, D] -> [B, M, D]: the mean of each row's members, added up in ascending order; zeros for padding."""
-    (mean,) = gather_rows(groups.kept, x)  # a group of one is copied bit for bit
-    for sample, rows in enumerate(x):
-        starts, sizes, members = groups.starts[sample], groups.sizes[sample], groups.members[sample]
-        crowded = (sizes > 1).nonzero()[:, 0]
-        for some in crowded.split(16 * _block_rows(rows)) if len(crowded) else ():
-            _put_rows(mean[sample], some, _bag_means(rows, members, starts[some], sizes[some]))
-    return mean
+    """x [B, N, D] -> [B, M, D]: the mean of each row's members, zeros for padding; a group of one is copied."""
+    means = []
+    for sample, row in enumerate(groups.row):
+        size = groups.sizes[sample, :, None]
+        total = _accumulated(x).new_zeros(len(size), x.shape[2])
+        total = total.index_add(0, row[row >= 0], _accumulated(x[sample])[row >= 0])
+        means.append((total / size.clamp_min(1)).to(x.dtype))
+    mean = torch.stack(means) if means else x.new_zeros(*groups.kept.shape, x.shape[2])
+    return torch.where(groups.sizes[..., None] == 1, gather_rows(groups.kept, x)[0], mean)
 
 
-def _put_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
-    """out[index] = rows, in elements of 16 bytes where rows consist of them: each takes as long as one of two."""
-    if rows.numel() and rows.shape[1] * rows.element_size() % 16 == 0 and not rows.requires_grad:
-        out, rows = out.view(torch.complex128), rows.view(torch.complex128)
-    out[index] = rows
-
-
-def _bag_means(x: Tensor, members: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
-    """x [N, D] -> [R, D]: means over bags, which start at starts [R] in members [N]; in fp32, rounded once.
-
-    Products with sparse matrices accumulate rows of half precision in fp32 and read them once. They would round the sum
-    before they divide it, though, so there each row comes with its weight.
-    """
-    if x.device.type != "cpu" or not x.numel():
-        rows = _accumulated(x[_stretches(members, starts, sizes)])
-        return torch.segment_reduce(rows, "mean", lengths=sizes).to(x.dtype)
-    long = x.dtype == torch.float16 and bool(sizes.amax() > _LONG_BAG)
-    if long or not x.is_contiguous():  # a few columns at a time, because they are copied
-        taken = _stretches(members, starts, sizes)
-        place, starts = torch.arange(len(taken)), sizes.cumsum(0) - sizes
-        parts = (part.index_select(0, taken) for part in x.split(max(1, 16 * _BLOCK // len(taken)), dim=1))
-        means = [_bag_means(_accumulated(part) if long else part, place, starts, sizes) for part in parts]
-        return torch.cat(means, 1).to(x.dtype)
-    if x.dtype == _accumulator(x):
-        columns = _stretches(members, starts, sizes)
-        return torch.sparse.mm(_sparse(sizes, columns, x.new_ones(len(columns)), x), x, "mean")
-    weights = _parts(sizes.float().reciprocal()).to(x.dtype)
-    counts = (weights != 0).sum(1)  # how often a bag is added up, each time with a part of its weight
-    starts, repeats = starts.repeat_interleave(counts), sizes.repeat_interleave(counts)
-    weights = weights[weights != 0].repeat_interleave(repeats)
-    return torch.sparse.mm(_sparse(counts * sizes, _stretches(members, starts, repeats), weights, x), x, "sum")
-
-
-def _stretches(members: Tensor, starts: Tensor, sizes: Tensor) -> Tensor:
-    """members [N] -> [m]: the stretches that begin at starts [R], of sizes [R], one after another."""
-    ends = sizes.cumsum(0)
-    place = (starts - ends + sizes).repeat_interleave(sizes)
-    return members.index_select(0, place.add_(torch.arange(len(place), device=place.device)))
-
-
-def _parts(weights: Tensor) -> Tensor:
-    """weights [R] fp32, positive -> [R, 3]: parts of 8 bits, as half precision holds them, that add up to the weights.
-
-    None is negative, so that infinite rows stay infinite.
-    """
-    parts = []
-    for _ in range(3):
-        parts.append((weights.view(torch.int32) & -(2**16)).view(torch.float32))
-        weights = weights - parts[-1]
-    return torch.stack(parts, 1)
-
-
-@torch.autocast("cpu", enabled=False)  # which would take the products in bf16
 def attention_column_sum(
     q: Tensor,
     k: Tensor,
@@ -361,45 +150,41 @@ def attention_column_sum(
     columns: tuple[int, int] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """q [B, H, Nq, d], k [B, Hkv, Nk, d] -> [B, C]: attention summed over the queries, averaged over the heads.
 
-    With the bounds of packed sequences: q [Tq, H, d], k [Tk, Hkv, d], lse [H, Tq] -> [Tk].
+    With the bounds of packed sequences: q [Tq, H, d], k [Tk, Hkv, d], lse [H, Tq] -> [Tk]. The longest of them do not
+    matter here.
     """
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        out = torch.zeros(len(k), dtype=_accumulator(k), device=k.device)
-        bounds = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
-        for (low, high), (first, last) in bounds:
-            last_queries = None if num_queries is None else min(num_queries, high - low)
-            row_norms = None if lse is None else lse[None, :, low:high]
-            one_q, one_k = q[low:high].transpose(0, 1)[None], k[first:last].transpose(0, 1)[None]
-            out[first:last] = attention_column_sum(
-                one_q, one_k, scale=scale, causal=causal, lse=row_norms, num_queries=last_queries
-            )[0]
+        out = _accumulated(k).new_zeros(len(k))
+        for queries, keys in zip(_rows(q, cu_seqlens_q), _rows(k, cu_seqlens_k), strict=True):
+            one_q, one_k = q[queries].transpose(0, 1)[None], k[keys].transpose(0, 1)[None]
+            last = None if num_queries is None else min(num_queries, one_q.shape[2])
+            norms = None if lse is None else lse[None, :, queries]
+            out[keys] = attention_column_sum(one_q, one_k, scale=scale, causal=causal, lse=norms, num_queries=last)[0]
         return out
     batch, heads, queries, width = q.shape
-    kv_heads, keys = k.shape[1:3]
+    keys = k.shape[2]
     scale = width**-0.5 if scale is None else scale
     begin, end = (0, keys) if columns is None else columns
-    key = _accumulated(k)
-    total = key.new_zeros(batch, end - begin)
-    first = queries - (queries if num_queries is None else num_queries)
-    step = max(1, min(_QUERY_BLOCK, _SCORES // max(1, batch * heads * keys)))
-    for low in range(first, queries, step):
-        high = min(low + step, queries)
-        seen = max(high + keys - queries, 0) if causal else keys
-        rows = heads // kv_heads * (high - low)  # those of the query heads that share a key head
-        block = _accumulated(q[:, :, low:high]).reshape(batch, kv_heads, rows, width) * scale
-        score = (block @ key[:, :, :seen].mT).view(batch, heads, high - low, seen)
+    k = _accumulated(k).repeat_interleave(heads // k.shape[1], 1)
+    total = k.new_zeros(batch, end - begin)
+    asked = torch.arange(queries, device=q.device)[queries - (queries if num_queries is None else num_queries) :]
+    for some in asked.split(max(1, _SCORES // max(1, batch * heads * keys))):
+        score = _accumulated(q[:, :, some]) @ k.mT * scale
         if causal:
-            last_seen = torch.arange(low, high, device=q.device)[:, None] + keys - queries
-            score.masked_fill_(torch.arange(seen, device=q.device) > last_seen, float("-inf"))
-        norm = score.logsumexp(-1) if lse is None else lse[:, :, low:high].to(score.dtype)
-        norm = norm.masked_fill(norm == float("-inf"), float("inf"))  # a row that sees nothing adds nothing
-        weight = score[..., begin:end].sub_(norm[..., None]).exp_().sum((1, 2))
-        total[:, : weight.shape[1]] += weight
-        total.masked_fill_(norm.isnan().flatten(1).any(1)[:, None], float("nan"))  # as in softmax, what is unseen too
-    return total / heads
+            hidden = torch.arange(keys, device=q.device) > some[:, None] + keys - queries
+            score = score.masked_fill(hidden, -torch.inf)
+        if lse is None:
+            weight = score.softmax(-1).masked_fill((score == -torch.inf).all(-1, keepdim=True), 0)
+        else:
+            norm = lse[:, :, some, None].to(score.dtype)
+            weight = (score - norm.masked_fill(norm == -torch.inf, torch.inf)).exp()
+        total += weight.sum(2).mean(1)[:, begin:end]
+    return total
 
 
 def topk_keep(
@@ -413,13 +198,10 @@ def topk_keep(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """scores [B, N] -> [B, K] int64: every non-candidate and the k best candidates, ascending, -1 for padding."""
     candidates = torch.ones_like(scores, dtype=torch.bool) if candidates is None else candidates
-    if cu_seqlens is None:
-        kept = compact(_highest(scores, candidates, k) | ~candidates, capacity)[0]
-    else:
-        scores, candidates = scores[None], candidates[None]
-        others = ~candidates & (_per_row(1, scores, cu_seqlens) == 1)  # those of no sequence are not kept
-        kept = compact(_highest(scores, candidates, k, cu_seqlens) | others, capacity)[0][0]
-    return kept if capacity is None else (kept, lengths_of(kept, cu_seqlens))
+    keep = torch.zeros_like(candidates)
+    for number, rows in enumerate(_rows(scores, cu_seqlens)):
+        keep[rows] = _best(scores[rows], candidates[rows], _count(k, number)) | ~candidates[rows]
+    return _kept(keep, cu_seqlens, capacity)
 
 
 def segmented_topk_keep(
@@ -431,144 +213,87 @@ def segmented_topk_keep(
     capacity: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """scores, segments [B, N], counts [B, S] -> [B, K] int64: tokens of segment -1 and the best of each segment."""
-    if cu_seqlens is not None:
-        kept = _segmented_kept(scores[None], segments[None], counts[None], capacity)[0]
-    else:
-        kept = _segmented_kept(scores, segments, counts, capacity)
-    return kept if capacity is None else (kept, lengths_of(kept, cu_seqlens))
-
-
-def _segmented_kept(scores: Tensor, segments: Tensor, counts: Tensor, capacity: int | None) -> Tensor:
-    order = _best_first(scores)
-    order = order.gather(1, torch.argsort(segments.gather(1, order), dim=1, stable=True))  # by segment, best first
-    sorted_segments = segments.gather(1, order).contiguous()
-    position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, position - torch.searchsorted(sorted_segments, sorted_segments))
-    allowed = counts.gather(1, segments.clamp_min(0)) if counts.shape[1] else torch.zeros_like(segments)
-    return compact((segments < 0) | (rank < allowed), capacity)[0]
+    segments = segments.expand_as(scores)
+    keep = segments < 0
+    for rows in [slice(None)] if scores.ndim == 1 else range(len(scores)):
+        for segment, count in enumerate(counts if counts.ndim == 1 else counts[rows]):
+            keep[rows] |= _best(scores[rows], segments[rows] == segment, int(count))
+    return _kept(keep, cu_seqlens, capacity)
 
 
 def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
     """kept [B, K] (-1: a row of zeros), tensors [B, N, ...] -> each [B, K, ...]."""
     if cu_seqlens is not None:
         return tuple(rows[0] for rows in gather_rows(kept[None], *(tensor[None] for tensor in tensors)))
-    index, padding = kept.long().clamp_min(0), kept < 0
-    taken = (_take_rows(tensor, index) for tensor in tensors)
-    if not padding.is_cuda and not padding.any():  # on a GPU the host would wait for it
-        return tuple(taken)
-    # where, not masked_fill: it takes every dtype
-    return tuple(torch.where(padding.view(*kept.shape, *[1] * (row.ndim - 2)), row.new_zeros(()), row) for row in taken)
+    sample = torch.arange(kept.shape[0], device=kept.device)[:, None]
+    taken = []
+    for tensor in tensors:
+        if not tensor.shape[1]:
+            taken.append(tensor.new_zeros(*kept.shape, *tensor.shape[2:]))
+            continue
+        inside = (kept >= 0) & (kept < tensor.shape[1])
+        rows = tensor[sample, torch.where(inside, kept, 0).long()]
+        # where, not masked_fill: it takes every dtype
+        taken.append(torch.where(inside.view(*kept.shape, *[1] * (rows.ndim - 2)), rows, rows.new_zeros(())))
+    return tuple(taken)
 
 
-def compact(keep: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """keep [B, N] bool -> kept [B, M] positions ascending, left-padded with -1; lengths [B]; slot [B, N] of each.
-
-    M is the longest of the batch, or `rows`, which takes the last ones; then slots of the others are negative.
-    """
-    lengths = keep.sum(1)
-    if rows is None:
-        rows = int(lengths.max()) if keep.numel() else 0
-    slot = keep.cumsum(1) - 1 + (rows - lengths)[:, None]
-    sample, position = (keep & (slot >= 0)).nonzero(as_tuple=True)
-    kept = keep.new_full((keep.shape[0], rows), -1, dtype=torch.int64)
-    kept[sample, slot[sample, position]] = position
-    return kept, lengths.clamp_max(rows), slot
+def _rows(x: Tensor, cu_seqlens: Tensor | None) -> list[Any]:
+    """What indexes each sample of x [B, N], or each sequence of a packed [T]."""
+    if cu_seqlens is None:
+        return list(range(len(x)))
+    return [slice(begin, end) for begin, end in pairwise(cu_seqlens.tolist())]
 
 
-def rank_descending(scores: Tensor, candidates: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """scores [B, N] -> [B, N] int64: 0 for the highest; ties to the lower index, then NaN, then non-candidates.
-
-    Packed, scores [1, T] are ranked within their sequences.
-    """
-    order = _best_first(scores, candidates, cu_seqlens)
-    position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    if cu_seqlens is not None:
-        sequence = sequence_of(cu_seqlens, scores.shape[1])
-        position = position - torch.where(sequence < 0, 0, cu_seqlens.long()[sequence.clamp_min(0)])
-    return torch.empty_like(order).scatter_(1, order, position)
+def _count(count: int | Tensor, number: int) -> int:
+    return max(int(count[number]), 0) if isinstance(count, Tensor) else count
 
 
-def _best_first(scores: Tensor, candidates: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """scores [B, N] -> [B, N] int64: the tokens in the order of `rank_descending`; packed, sequence by sequence."""
-    last = scores.isnan().long()
-    if candidates is not None:
-        last = torch.where(candidates, last, 2)
-    order = torch.argsort(scores.masked_fill(scores.isnan(), 0), dim=1, descending=True, stable=True)
-    if last.any():
-        order = order.gather(1, torch.argsort(last.gather(1, order), dim=1, stable=True))
-    if cu_seqlens is not None:
-        sequence = sequence_of(cu_seqlens, scores.shape[1])
-        order = order.gather(1, torch.argsort(sequence[order], dim=1, stable=True))
-    return order
+def _best(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """scores, candidates [N] -> [N] bool: the `count` best candidates; ties to the lower index, NaN last."""
+    order = (-scores).argsort(stable=True)
+    return torch.zeros_like(candidates).index_fill(0, order[candidates[order]][: max(count, 0)], True)
 
 
-def _highest(scores: Tensor, candidates: Tensor, count: int | Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """scores, candidates [B, N] -> [B, N] bool: those candidates whose `rank_descending` is below `count`."""
-    length = scores.shape[1]
-    scores = scores.masked_fill(~candidates, float("-inf"))
-    if isinstance(count, Tensor) or cu_seqlens is not None or not 0 < count < length or scores.isnan().any():
-        return candidates & (rank_descending(scores, candidates, cu_seqlens) < _per_row(count, scores, cu_seqlens))
-    lowest = scores.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)  # a fraction of a sort's time
-    above, level = scores > lowest, candidates & (scores == lowest)
-    return above | (level & (level.cumsum(1) <= count - above.sum(1, keepdim=True)))
-
-
-def sequence_of(cu_seqlens: Tensor, length: int) -> Tensor:
-    """[T] int64: the sequence of each packed token; -1 before the first, S after the last."""
-    position = torch.arange(length, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens.long(), position, right=True) - 1
-
-
-def strided_predecessor(
-    batch: int, length: int, stride: int, device: torch.device, cu_seqlens: Tensor | None = None
+def _links(
+    predecessor: int | Tensor, shape: torch.Size, device: torch.device, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """[B, N] int64: t - stride, -1 where that is before the start, or the start of its sequence."""
-    earlier = torch.arange(length, device=device) - stride
-    if cu_seqlens is not None:
-        begin = cu_seqlens.long()[sequence_of(cu_seqlens, length).clamp_min(0)]
-        earlier = torch.where(earlier >= begin, earlier, -1)
-    return earlier.clamp_min(-1).expand(batch, -1)
-
-
-def as_predecessor(predecessor: int | Tensor, like: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """A tensor of links as int64, or an int stride as [B, N] int64, [1, T] packed."""
+    """Links as they are, or those of a stride, which does not reach over the start of a sample or sequence: int64."""
     if isinstance(predecessor, Tensor):
         return predecessor.long()
-    batch = 1 if cu_seqlens is not None else like.shape[0]
-    return strided_predecessor(batch, like.shape[-1], predecessor, like.device, cu_seqlens)
+    links = torch.full(shape, -1, device=device)
+    for rows in _rows(links, cu_seqlens):
+        position = torch.arange(shape[-1], device=device)[slice(None) if cu_seqlens is None else rows]
+        links[rows] = F.pad(position, (min(predecessor, len(position)), 0), value=-1)[: len(position)]
+    return links
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _kept(keep: Tensor, cu_seqlens: Tensor | None, capacity: int | None) -> Tensor | tuple[Tensor, Tensor]:
+    """keep [B, N] bool, or [T] -> what the selecting ops return."""
+    rows = _left_padded([row.nonzero()[:, 0] for row in (keep if cu_seqlens is None else keep[None])], capacity)
+    rows = rows.to(keep.device)
+    kept = rows if cu_seqlens is None else rows[0]
+    return kept if capacity is None else (kept, _lengths(kept, cu_seqlens))
+
+
+def _lengths(kept: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """How many positions of each sample of kept [B, K], or of each sequence of a packed [K], are no padding."""
+    if cu_seqlens is None:
+        return (kept >= 0).sum(1)
+    begins, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    return ((kept >= begins) & (kept < ends)).sum(1)
+
+
+def _left_padded(rows: list[Tensor], length: int | None) -> Tensor:
+    """Positions of each sample -> [B, length] int64, None: the longest: the last ones, after -1 if there are fewer."""
+    longest = max(map(len, rows), default=0) if length is None else length
+    padded = torch.full((len(rows), longest), -1)
+    for out, row in zip(padded, rows, strict=True):
+        if count := min(len(row), longest):
+            out[-count:] = row[-count:]
+    return padded
 
 
 def _accumulated(x: Tensor) -> Tensor:
-    return x.to(_accumulator(x))
-
-
-def _block_rows(x: Tensor) -> int:
-    """How many rows of x [N, D] to work on at a time, so that they stay in the cache."""
-    return max(1, _BLOCK // max(1, x.shape[1]))
-
-
-def _take_rows(x: Tensor, index: Tensor) -> Tensor:
-    if not x.shape[1]:  # all of index is padding
-        return x.new_zeros(*index.shape, *x.shape[2:])
-    # torch.gather would quiet fp16 NaNs, and indexing is slower
-    if x.requires_grad:
-        rows = [sample.index_select(0, kept) for sample, kept in zip(x, index, strict=True)]
-        return torch.stack(rows) if rows else x.new_empty(*index.shape, *x.shape[2:])
-    out = empty((*index.shape, *x.shape[2:]), x)
-    for sample, kept, rows in zip(x, index, out, strict=True):
-        torch.index_select(sample, 0, kept, out=rows)
-    return out
-
-
-def _per_row(count: int | Tensor, like: Tensor, cu_seqlens: Tensor | None = None) -> int | Tensor:
-    """What to compare the ranks of `like` [B, N] with. Packed, [1, T], and 0 for tokens of no sequence."""
-    if cu_seqlens is None:
-        return count.to(like.device)[:, None] if isinstance(count, Tensor) else count
-    sequence, sequences = sequence_of(cu_seqlens, like.shape[1]), cu_seqlens.shape[0] - 1
-    if isinstance(count, Tensor):
-        count = count.to(like.device)[sequence.clamp(0, max(sequences - 1, 0))]
-    return torch.where((sequence >= 0) & (sequence < sequences), count, 0)[None]
+    """In the precision that the formula is computed in."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -19,11 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _radix, reference
-from ._dispatch import FLOATS, INDICES, check_at_least, check_dtype, check_same_device, check_shape, runs_triton
+from . import _cpu, _radix
+from ._dispatch import (
+    FLOATS,
+    INDICES,
+    check_at_least,
+    check_below,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    runs_triton,
+)
 from ._gather import gather
 from ._ops import add_op_namespace_prefix
-from ._packed import any_rows, check_capacity, check_cu_seqlens, rows_of
+from ._packed import any_rows, check_capacity, check_cu_seqlens, check_max_seqlen, lengths_of, rows_of
 
 _BLOCK = 1024  # tokens a program
 
@@ -33,7 +42,7 @@ def _segment_keys_kernel(
     scores_ptr, segments_ptr, keys_ptr,            # scores, segments [B, N], keys [B, N] int64
     stride_sb, stride_sn,
     stride_gb, stride_gn,
-    N,
+    N, S,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # grid (blocks, B): ascending keys are ascending segments, best first within each
@@ -42,6 +51,7 @@ def _segment_keys_kernel(
     mask = offs_n < N
     x = tl.load(scores_ptr + pid_b * stride_sb + offs_n * stride_sn, mask=mask, other=0.0).to(tl.float32)
     segment = tl.load(segments_ptr + pid_b * stride_gb + offs_n * stride_gn, mask=mask, other=0).to(tl.int64)
+    segment = tl.minimum(tl.maximum(segment, -1), S)
     key = (segment << 32) | (0xFFFFFFFF - _radix.sort_key(x, mask).to(tl.int64))
     tl.store(keys_ptr + pid_b * N + offs_n, key, mask=mask)
 
@@ -90,8 +100,7 @@ def _topk_keep(
     if not scores.numel():
         return scores.new_full((*scores.shape[:-1], rows or 0), -1, dtype=torch.int64)
     if not runs_triton(scores):
-        kept = reference.topk_keep(scores, k, candidates, cu_seqlens=cu_seqlens, capacity=capacity)
-        return kept[0] if isinstance(kept, tuple) else kept
+        return _cpu.topk_keep(scores, k, candidates, cu_seqlens=cu_seqlens, capacity=capacity)
     if max_seqlen is None and capacity is not None:
         max_seqlen = scores.shape[-1]  # more programs than need be, but no wait
     selection = _radix.score_keys(scores, candidates, cu_seqlens, max_seqlen)
@@ -118,17 +127,17 @@ def _(scores, bound, bounds, candidates, cu_seqlens=None, max_seqlen=None, capac
 )
 def _segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor, capacity: int | None = None) -> Tensor:
     batch, length = scores.shape
+    check_below("segmented_topk_keep", "segments", segments, "S", counts.shape[1])
     if not scores.numel():
         return scores.new_full((batch, capacity or 0), -1, dtype=torch.int64)
     if not runs_triton(scores):
-        kept = reference.segmented_topk_keep(scores, segments, counts, capacity=capacity)
-        return kept[0] if isinstance(kept, tuple) else kept
+        return _cpu.segmented_topk_keep(scores, segments, counts, capacity)
     keys = scores.new_empty(batch, length, dtype=torch.int64)
     keep = scores.new_empty(batch, length, dtype=torch.int8)
     grid = (triton.cdiv(length, _BLOCK), batch)
     with torch.cuda.device_of(scores):
         _segment_keys_kernel[grid](
-            scores, segments, keys, *scores.stride(), *segments.stride(), length,
+            scores, segments, keys, *scores.stride(), *segments.stride(), length, counts.shape[1],
             BLOCK_N=_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         keys, order = torch.sort(keys, dim=1, stable=True)
@@ -213,7 +222,8 @@ def topk_keep(
     packed = cu_seqlens is not None
     check_dtype(op, "scores", scores, FLOATS)
     check_shape(op, "scores", scores, **any_rows(packed))
-    check_cu_seqlens(op, cu_seqlens, "scores", scores, max_seqlen)
+    check_cu_seqlens(op, cu_seqlens, "scores", scores)
+    max_seqlen = check_max_seqlen(op, "max_seqlen", max_seqlen, scores.shape[-1], cu_seqlens)
     check_capacity(op, capacity)
     bound, bounds = 0, None
     if isinstance(k, Tensor):
@@ -224,13 +234,13 @@ def topk_keep(
         check_at_least(op, "k", k, 0)
         if not packed and k > scores.shape[1]:
             raise ValueError(f"{op}: k must be at most N={scores.shape[1]}, got {k}")
-        bound = k
+        bound = min(k, scores.shape[-1])
     if candidates is not None:
         check_dtype(op, "candidates", candidates, (torch.bool,))
         check_shape(op, "candidates", candidates, **rows_of(scores, packed))
     check_same_device(op, scores=scores, k=bounds, candidates=candidates)
     kept = _topk_keep(scores, bound, bounds, candidates, cu_seqlens, max_seqlen, capacity)
-    return kept if capacity is None else (kept, reference.lengths_of(kept, cu_seqlens))
+    return kept if capacity is None else (kept, lengths_of(kept, cu_seqlens))
 
 
 @overload
@@ -270,7 +280,8 @@ def segmented_topk_keep(
     Args:
         scores: [B, N] fp16, bf16 or fp32, any strides. Ties go to the lower index; NaN is below every number.
         segments: [B, N] or [N] int32 or int64, any strides: the segment of each token, 0..S-1, in any order; -1 for
-            none, and such tokens always stay. Larger values are not checked: that would stall a GPU.
+            none, and such tokens always stay. Those of S up, which a GPU does not check because that would stall it,
+            do not.
         counts: [B, S] or [S] int32 or int64, any strides: how many tokens of each segment stay; all of them where there
             are fewer, none where it is negative.
         cu_seqlens: [sequences + 1] int32 or int64, 0 first, ascending, T last (not checked): scores and segments are
@@ -312,7 +323,7 @@ def segmented_topk_keep(
         check_shape(op, "counts", counts, B=batch, S=None)
         check_same_device(op, scores=scores, segments=segments, counts=counts)
         kept = _segmented_topk_keep(scores, segments, counts, capacity)
-    return kept if capacity is None else (kept, reference.lengths_of(kept, cu_seqlens))
+    return kept if capacity is None else (kept, lengths_of(kept, cu_seqlens))
 
 
 def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -321,8 +332,8 @@ def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None
     Tensors of one element size, trailing shape and strides share a launch, four at a time.
 
     Args:
-        kept: [B, K] int32 or int64, any strides: the rows to take, in any order; -1 gives a row of zeros. Values from N
-            up are not checked: that would stall a GPU.
+        kept: [B, K] int32 or int64, any strides: the rows to take, in any order; -1 gives a row of zeros. So do values
+            from N up, which a GPU does not check because that would stall it.
         tensors: each [B, N, ...] of any dtype on the device of `kept`, any strides. PyTorch's own gather serves those
             whose trailing dimensions are not one or two strided runs, and elements over 8 bytes.
         cu_seqlens: [S+1] int32 or int64: kept [K] and tensors [T, ...] are packed. Which row is of which sequence does
@@ -332,8 +343,8 @@ def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None
         A tuple with each tensor's rows, [B, K, ...] contiguous; [K, ...] packed.
 
     Raises:
-        TypeError: `kept` of another dtype, or something that is no tensor. ValueError: a shape that is not as above, or
-            tensors on two devices.
+        TypeError: `kept` of another dtype, or something that is no tensor. ValueError: a shape that is not as above,
+            tensors on two devices, or, on a CPU, a position from N up.
 
     Source:
         FastV, arXiv:2403.06764; FrameFusion, arXiv:2501.01986.
@@ -345,7 +356,6 @@ def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None
         check_shape(op, "kept", kept, K=None)
     else:
         check_shape(op, "kept", kept, B=None, K=None)
-    check_cu_seqlens(op, cu_seqlens, "kept", kept)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: tensors[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
@@ -358,6 +368,7 @@ def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None
         check_same_device(op, **{"kept": kept, f"tensors[{i}]": tensor})
     if not tensors:
         return ()
+    check_cu_seqlens(op, cu_seqlens, "tensors[0]", tensors[0])
     if packed:
         return tuple(rows[0] for rows in gather(kept[None], [tensor[None] for tensor in tensors]))
     return tuple(gather(kept, tensors))

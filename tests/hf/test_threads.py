@@ -53,7 +53,11 @@ def test_generate(method, attention):
     with fftriton.reduce(model, method) as reduction:
         alone = [ask(model, inputs, reduction) for inputs in prompts()]
         with ThreadPoolExecutor(4) as pool:
-            jobs = [(i, pool.submit(ask, model, prompts()[i], reduction)) for _ in range(ROUNDS) for i in range(4)]
+            jobs = []
+            for _ in range(ROUNDS):
+                jobs += [(i, pool.submit(ask, model, prompts()[i], reduction)) for i in range(4)]
+                pool.submit(model, **prompts()[3])  # forwards between the steps of generate
+                pool.submit(model, **prompts()[1])
             assert all(same(job.result(), alone[i]) for i, job in jobs)
     assert snapshot(model) == before
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_libraries import LIBRARIES, ON_A_CPU
 from testing_helpers import DTYPES, assert_column_sum, far_rows, make_strided, shuffled_programs
 
-from fftriton_kernels import attention_column_sum, reference
+from fftriton_kernels import _cpu, attention_column_sum, reference
 
-OPS = {"kernel": attention_column_sum, "reference": reference.attention_column_sum}
+OPS = {name: library.attention_column_sum for name, library in LIBRARIES.items()}
 HEADS = [(1, 1), (4, 4), (4, 2), (14, 2), (28, 4), (64, 8)]
 NAN, INF = float("nan"), float("inf")
 
@@ -227,12 +228,35 @@ def test_infinite_keys(num_queries, op, device):
         expected = op(q[:, :, -2:], k[:, :, keep], causal=False)
         torch.testing.assert_close(out[0, keep][:19], op(q, k, num_queries=2)[0, keep])
         torch.testing.assert_close(out.sum(), expected.sum())
-    k[0, 0, 5] = INF  # a score of +inf takes the whole row: NaN there, nothing elsewhere
-    out = op(q, k, num_queries=num_queries)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("num_queries", [None, 2])
+@pytest.mark.parametrize("columns", [None, (0, 3), (7, 20)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_score_of_infinity_spoils_its_sample_as_in_softmax(causal, columns, num_queries, value, op, device):
+    q, k = make_heads(2, 2, 1, 20, 20, 16, device=device)
+    q = q.abs()
+    k[0, 0, 19] = value  # which only the last query sees, if causal
+    out = op(q, k, causal=causal, num_queries=num_queries, columns=columns)
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+    if causal and num_queries is None:
+        early = op(q[:, :, :19], k[:, :, :19], columns=columns and (columns[0], min(columns[1], 19)))
+        assert early.isfinite().all()
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("queries", [1, 3, 20])
+def test_a_key_of_infinity_beside_a_given_log_sum_exp(queries, op, device):
+    """`lse` is taken as it is: a query that it calls infinite adds nothing, except that +inf - inf is NaN."""
+    q, k = make_heads(1, 2, 1, queries, 20, 16, device=device)
+    q = q.abs()
+    k[0, 0, 5] = INF
+    out = op(q, k, causal=False, lse=torch.full((1, 2, queries), INF, device=device))
     assert out[0, 5].isnan()
-    assert (out[0, 6:].isfinite()).all()
-    if num_queries:
-        assert (out[0, keep] == 0).all()
+    assert not out[0, [n for n in range(20) if n != 5]].any()
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -298,18 +322,18 @@ def test_compiles_in_one_graph(device):
     assert torch.equal(compiled(q, k, num_queries=2), attention_column_sum(q, k, num_queries=2))
 
 
-def test_the_reference_takes_fewer_queries_at_a_time_where_there_are_many_scores(monkeypatch):
+def test_a_cpu_takes_fewer_queries_at_a_time_where_there_are_many_scores(monkeypatch):
     q, k = make_heads(2, 4, 2, 30, 40, 16)
-    whole = reference.attention_column_sum(q, k)
-    monkeypatch.setattr(reference, "_SCORES", 7 * 2 * 4 * 40)
-    torch.testing.assert_close(reference.attention_column_sum(q, k), whole)
+    whole = ON_A_CPU.attention_column_sum(q, k)
+    monkeypatch.setattr(_cpu, "_SCORES", 7 * 2 * 4 * 40)
+    torch.testing.assert_close(ON_A_CPU.attention_column_sum(q, k), whole)
 
 
 def test_autocast_changes_nothing():
     q, k = make_heads(1, 4, 2, 30, 40, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        out = reference.attention_column_sum(q, k)
-    assert torch.equal(out, reference.attention_column_sum(q, k))
+        out = ON_A_CPU.attention_column_sum(q, k)
+    assert torch.equal(out, ON_A_CPU.attention_column_sum(q, k))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from op_libraries import LIBRARIES
 from testing_helpers import DTYPES, make_strided
 
 from fftriton_kernels import attention_column_sum, reference
 
-OPS = {"kernel": attention_column_sum, "reference": reference.attention_column_sum}
+OPS = {name: library.attention_column_sum for name, library in LIBRARIES.items()}
 LENGTHS = [(33, 33), (0, 0), (1, 70), (17, 140), (150, 150), (0, 5), (7, 7)]  # queries and keys of each sequence
 NAN = float("nan")
 

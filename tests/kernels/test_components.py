@@ -2,13 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_libraries import libraries
 from testing_helpers import far_rows, make_strided, shuffled_programs
 from torch import Tensor
 
-import fftriton_kernels
-from fftriton_kernels import connected_components, reference
-
-libraries = pytest.mark.parametrize("library", [fftriton_kernels, reference], ids=["kernel", "reference"])
+from fftriton_kernels import connected_components
 
 
 def components_by_hand(edges: Tensor, num_nodes: int) -> list[int]:

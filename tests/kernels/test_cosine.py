@@ -2,13 +2,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_libraries import ON_A_CPU, libraries
 from testing_helpers import DTYPES, SHAPES, assert_no_worse_than_torch, far_rows, make_strided, make_video
 from torch import Tensor
 
-import fftriton_kernels
-from fftriton_kernels import NO_LINK, linked_cosine_similarity, reference, strided_cosine_similarity
+from fftriton_kernels import NO_LINK, _cpu, linked_cosine_similarity, strided_cosine_similarity
+from fftriton_kernels._packed import strided_predecessor
 
-libraries = pytest.mark.parametrize("library", [fftriton_kernels, reference], ids=["kernel", "reference"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -29,7 +29,7 @@ def random_predecessor(B: int, N: int, device: str) -> Tensor:
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 16, 2, 8), (1, 17, 2, 8)], ids="B{0[0]}-F{0[1]}-P{0[2]}-D{0[3]}".format)
 def test_strided_matches_fp64(library, shape, dtype, device):
     x, P = make_video(*shape, dtype, device), shape[2]
-    predecessor = reference.strided_predecessor(*x.shape[:2], P, x.device)
+    predecessor = strided_predecessor(*x.shape[:2], P, x.device)
     out = library.strided_cosine_similarity(x, P)
     assert out.dtype == torch.float32
     assert_no_worse_than_torch(out, plain_cosine(x.float(), predecessor), plain_cosine(x.double(), predecessor))
@@ -51,17 +51,17 @@ def test_linked_matches_fp64(library, dtype, index, device):
 @pytest.mark.parametrize("arrange", [torch.Tensor.contiguous, make_strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("reach", [0, 2**21])
 @pytest.mark.parametrize("order", ["stride", "random", "ahead"])
-def test_the_reference_works_in_blocks(order, reach, arrange, dtype, monkeypatch):
-    monkeypatch.setattr(reference, "_BLOCK", 4 * 65)  # 21 rows: five blocks and a shorter one
-    monkeypatch.setattr(reference, "_REACH", reach)
+def test_a_cpu_works_in_blocks(order, reach, arrange, dtype, monkeypatch):
+    monkeypatch.setattr(_cpu, "_BLOCK", 4 * 65)  # 21 rows: five blocks and a shorter one
+    monkeypatch.setattr(_cpu, "_REACH", reach)
     x = arrange(make_video(2, 3, 7, 65, dtype, "cpu"))
     torch.manual_seed(0)
     predecessor = {
-        "stride": reference.strided_predecessor(2, 21, 7, x.device),
+        "stride": strided_predecessor(2, 21, 7, x.device),
         "random": random_predecessor(2, 21, "cpu"),
         "ahead": torch.randint(-1, 21, (2, 21)),
     }[order]
-    out = reference.linked_cosine_similarity(x, predecessor)
+    out = ON_A_CPU.linked_cosine_similarity(x, predecessor)
     torch.testing.assert_close(out.double(), plain_cosine(x.double(), predecessor), rtol=0, atol=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_the_reference_works_in_blocks(order, reach, arrange, dtype, monkeypatch
 @dtypes
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), float("-inf")])
 def test_a_row_without_direction_has_no_similarity(library, dtype, value, device, monkeypatch):
-    monkeypatch.setattr(reference, "_BLOCK", 3 * 17)  # rows of later blocks take the places of earlier ones
+    monkeypatch.setattr(_cpu, "_BLOCK", 3 * 17)  # rows of later blocks take the places of earlier ones
     x = make_video(1, 4, 3, 17, dtype, device)
     plain = library.strided_cosine_similarity(x, 3)
     x[0, 4] = x[0, 4] * 0 if value == 0 else torch.where(torch.arange(17, device=device) == 5, value, x[0, 4])
@@ -82,11 +82,11 @@ def test_a_row_without_direction_has_no_similarity(library, dtype, value, device
 @libraries
 @pytest.mark.parametrize("scale", [3e38, 1e25, 1e-25, 1e-40])
 def test_rows_of_any_finite_size_have_a_cosine(library, scale, device, monkeypatch):
-    monkeypatch.setattr(reference, "_BLOCK", 33)  # one row at a time
+    monkeypatch.setattr(_cpu, "_BLOCK", 33)  # one row at a time
     x = make_video(1, 2, 3, 33, torch.float32, device)
     x = x / x.abs().amax(-1, keepdim=True)
     x[0, 4] *= scale
-    predecessor = reference.strided_predecessor(1, 6, 3, x.device)
+    predecessor = strided_predecessor(1, 6, 3, x.device)
     truth = plain_cosine(x.double(), predecessor)
     out = library.strided_cosine_similarity(x, 3)
     assert (out - truth).abs().max() < 2e-7
@@ -100,12 +100,6 @@ def test_strides(library, device):
     out = library.linked_cosine_similarity(make_strided(x), make_strided(predecessor))
     assert torch.equal(out, library.linked_cosine_similarity(x, predecessor))
     assert torch.equal(library.strided_cosine_similarity(make_strided(x), 5), library.strided_cosine_similarity(x, 5))
-
-
-@dtypes
-def test_the_reference_refuses_a_predecessor_that_is_no_token(dtype):
-    with pytest.raises(IndexError, match="predecessor must be below N=4, got 4"):
-        reference.linked_cosine_similarity(torch.ones(1, 4, 8, dtype=dtype), torch.tensor([[-1, 0, 4, 2]]))
 
 
 @libraries
@@ -147,7 +141,7 @@ def test_scaling_a_row_by_a_power_of_two_changes_no_bit(F, P, D, seed, exponents
     scaled = x * 2.0 ** torch.tensor(exponents[: F * P], device=device)[:, None]
     out = strided_cosine_similarity(x, P)
     assert torch.equal(strided_cosine_similarity(scaled, P), out)
-    predecessor = reference.strided_predecessor(1, F * P, P, x.device)
+    predecessor = strided_predecessor(1, F * P, P, x.device)
     assert torch.equal(linked_cosine_similarity(scaled, predecessor), out)
     assert (out[0, P:].abs() <= 1 + 1e-6).all()
 

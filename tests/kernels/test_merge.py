@@ -4,20 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testing_helpers import (
-    DTYPES,
-    assert_no_worse_than_torch,
-    far_rows,
-    make_strided,
-    make_video,
-    shuffled_programs,
-)
+from op_libraries import ON_A_CPU, libraries
+from testing_helpers import DTYPES, assert_no_worse_than_torch, far_rows, make_strided, make_video, shuffled_programs
 from torch import Tensor
 
 import fftriton_kernels
 from fftriton_kernels import (
     NO_LINK,
     Merged,
+    _cpu,
     _groups,
     _radix,
     linked_cosine_similarity,
@@ -28,9 +23,9 @@ from fftriton_kernels import (
 )
 from fftriton_kernels._gather import gather
 from fftriton_kernels._groups import group_rows
+from fftriton_kernels._packed import strided_predecessor
 from fftriton_kernels.merge import _group_mean
 
-libraries = pytest.mark.parametrize("library", [fftriton_kernels, reference], ids=["kernel", "reference"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -286,17 +281,17 @@ def test_groups_longer_than_a_block(device):
 
 @dtypes
 @pytest.mark.parametrize("arrange", [Tensor.contiguous, make_strided], ids=["contiguous", "strided"])
-def test_the_reference_adds_groups_up_in_blocks(arrange, dtype, monkeypatch):
+def test_a_cpu_adds_groups_up_in_blocks(arrange, dtype, monkeypatch):
     x, roots = make_video(2, 1, 200, 65, dtype, "cpu"), random_roots(2, 200, "cpu")
-    whole, x = reference.merge_mean(x, roots).x, arrange(x)
-    monkeypatch.setattr(reference, "_BLOCK", 65)  # 16 groups at a time
-    assert torch.equal(reference.merge_mean(x, roots).x, whole)
+    whole, x = ON_A_CPU.merge_mean(x, roots).x, arrange(x)
+    monkeypatch.setattr(_cpu, "_BLOCK", 65)  # 16 groups at a time
+    assert torch.equal(ON_A_CPU.merge_mean(x, roots).x, whole)
 
 
 @dtypes
 def test_a_long_group_has_a_mean_of_full_precision(dtype):
     x = 1 + torch.rand(1, 100000, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = reference.merge_mean(x, torch.zeros(1, 100000, dtype=torch.int64)).x
+    out = ON_A_CPU.merge_mean(x, torch.zeros(1, 100000, dtype=torch.int64)).x
     truth = x.double().mean(1, keepdim=True)
     assert ((out - truth) / truth).abs().max() <= torch.finfo(dtype).eps / 2 + 2e-5
 
@@ -392,7 +387,7 @@ def test_links_among_the_rows(library, links, device):
 def test_two_merges_in_a_row(device):
     # the second, on the compacted rows and their links, finds what one over the survivors of the first would
     x, P = make_video(1, 6, 5, 16, torch.float32, device), 5
-    links = reference.strided_predecessor(1, 30, P, x.device)
+    links = strided_predecessor(1, 30, P, x.device)
     roots = merge_roots(linked_cosine_similarity(x, links), links, 0.9)
     first = merge_mean(x, roots, (torch.arange(30, device=device)[None] % P,), links)
     patch = first.companions[0][0].tolist()

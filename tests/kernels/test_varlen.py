@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_libraries import libraries
 from testing_helpers import DTYPES, make_strided, make_video, shuffled_programs
 from torch import Tensor
 
-import fftriton_kernels
 from fftriton_kernels import (
     NO_LINK,
     _groups,
@@ -25,8 +25,8 @@ from fftriton_kernels import (
     strided_cosine_similarity,
     topk_keep,
 )
+from fftriton_kernels._packed import sequence_of
 
-libraries = pytest.mark.parametrize("library", [fftriton_kernels, reference], ids=["kernel", "reference"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 LENGTHS = {  # none is a power of two; two are empty, one of them the first; longer than a block
     "odd": (0, 7, 1, 0, 33, 12),
@@ -206,7 +206,7 @@ def test_topk_of_any_dtype_and_strides(dtype, device):
 @short
 def test_segmented(library, dtype, lengths, device):
     scores, cu_seqlens = make_scores(lengths, dtype, device), boundaries(lengths, device)
-    sequence = reference.sequence_of(cu_seqlens, len(scores))
+    sequence = sequence_of(cu_seqlens, len(scores))
     local = torch.randint(-1, 3, (len(scores),), generator=torch.Generator().manual_seed(1)).to(device)
     segments = torch.where(local < 0, -1, 3 * sequence + local)
     counts = torch.arange(3 * len(lengths), device=device) % 4
@@ -336,7 +336,7 @@ def test_capacity_for_packed_sequences(library, excess, device):
     cut = (plain.cu_seqlens + excess).clamp_min(0)
     assert equal(out.cu_seqlens, cut)
     assert equal(out.lengths, cut.long().diff())
-    segments, counts = reference.sequence_of(cu_seqlens, len(similarity)), torch.full((len(lengths),), 4, device=device)
+    segments, counts = sequence_of(cu_seqlens, len(similarity)), torch.full((len(lengths),), 4, device=device)
     for keep in (
         lambda **options: library.topk_keep(similarity, 4, cu_seqlens=cu_seqlens, **options),
         lambda **options: library.segmented_topk_keep(similarity, segments, counts, cu_seqlens=cu_seqlens, **options),
@@ -433,7 +433,7 @@ def test_kernels_agree_with_the_reference(lengths, k, stride, seed):
     same = {"cu_seqlens": cu_seqlens}
     roots = merge_roots(scores, stride, -1.0, k, **same)
     assert equal(roots, reference.merge_roots(scores, stride, -1.0, k, **same))
-    begin = cu_seqlens[reference.sequence_of(cu_seqlens, sum(lengths))]
+    begin = cu_seqlens[sequence_of(cu_seqlens, sum(lengths))]
     assert (roots >= begin).all()
     assert equal(topk_keep(scores, k, scores > -2, **same), reference.topk_keep(scores, k, scores > -2, **same))
     ours, theirs = (library.merge_mean(scores[:, None], roots, (), stride, **same) for library in (merge, reference))
