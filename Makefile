@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+MINUTES ?= 10
 # Without an NVIDIA GPU a CPU build of torch is enough: the constraints pin the release that pip offers one for.
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint .ci/cpu-constraints.txt)
 
@@ -33,8 +34,6 @@ $(VENV)/overlays/%/.installed: .ci/%.txt $(INSTALLED)
 	touch $@
 
 .PRECIOUS: $(VENV)/overlays/%/.installed
-
-MINUTES ?= 10
 
 fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the wrapper against a computation by hand
 	FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest --numprocesses auto -m fuzz
