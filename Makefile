@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+MINUTES ?= 10
 # Every release that is installed, so that a release of tomorrow changes nothing; CONSTRAINTS= takes the newest of all.
 LOCK := .ci/lock.txt
 CONSTRAINTS ?= --constraint $(LOCK)
@@ -47,8 +48,6 @@ lock:  ## pin anew what demo and test install: the newest releases that go toget
 	build/lock/bin/pip install -qq uv
 	build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
 		--custom-compile-command 'make lock' --extra dev --output-file $(LOCK) setup.py .ci/lock.in
-
-MINUTES ?= 10
 
 fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the wrapper against a computation by hand
 	FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest --numprocesses auto -m fuzz

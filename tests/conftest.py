@@ -81,12 +81,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
-    """While fuzzing, a test marked `fuzz` is called again, with other examples, until its share of the time is over."""
-    result = yield
-    if FUZZ_MINUTES and pyfuncitem.get_closest_marker("fuzz"):
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """While fuzzing, a test marked `fuzz` is run again, with other examples, until its share of the time is over."""
+    start = time.monotonic()
+    yield
+    if FUZZ_MINUTES and item.get_closest_marker("fuzz"):
         workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-        end = time.monotonic() + 60 * FUZZ_MINUTES * workers / len(pyfuncitem.session.items)
-        while time.monotonic() < end:
-            pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
-    return result
+        while time.monotonic() < start + 60 * FUZZ_MINUTES * workers / len(item.session.items):
+            item.runtest()

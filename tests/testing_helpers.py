@@ -37,7 +37,10 @@ def make_video(B: int, F: int, P: int, D: int, dtype: torch.dtype, device: str, 
 
 def make_strided(x: Tensor) -> Tensor:
     """The values of x at strides that no contiguous tensor has; what lies between is NaN or the largest integer."""
-    fill = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max if x.dtype != torch.bool else True
+    if x.is_floating_point() or x.is_complex():
+        fill = float("nan")
+    else:
+        fill = torch.iinfo(x.dtype).max if x.dtype != torch.bool else True
     holder = torch.full([2 * size + 1 for size in x.shape], fill, dtype=x.dtype, device=x.device)
     view = holder[tuple(slice(1, 2 * size + 1, 2) for size in x.shape)]
     return view.copy_(x)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._packed import sequence_of, strided_predecessor
 from ._pages import empty
+from ._radix import right_end
 from ._types import NO_LINK, Groups
 
 _BLOCK = 2**18  # elements of x that are worked on at a time
@@ -179,12 +180,12 @@ def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity:
     batch, length = roots.shape
     roots = roots.long()
     position = torch.arange(length, device=roots.device)
-    kept, lengths, slot = compact(roots == position, capacity)
+    kept, lengths, slot = compact(roots == position)
     rows = kept.shape[1]
     inside = (roots >= 0) & (roots < length)
     root = torch.where(inside, roots, 0)
     row = slot.gather(1, root)
-    member = inside & (roots.gather(1, root) == root) & (row >= 0)
+    member = inside & (roots.gather(1, root) == root)
     row = torch.where(member, row, -1)
     sizes = row.new_zeros(batch, rows + 1).scatter_add_(1, torch.where(member, row, rows), member.long())[:, :rows]
     order = torch.argsort(torch.where(member, row, rows), dim=1, stable=True)  # by row, ascending within
@@ -196,7 +197,17 @@ def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity:
         (earlier,) = gather_rows(kept, as_predecessor(predecessor, roots))
         linked = (kept >= 0) & (earlier >= 0) & (earlier < length)
         links = torch.where(linked, row.gather(1, torch.where(linked, earlier, 0)), -1)
-    return Groups(kept, lengths, links, row, sizes.cumsum(1) - sizes, sizes.contiguous(), members)
+    starts = sizes.cumsum(1) - sizes
+    if capacity is not None:  # the last rows; the members of the others stay in the list
+        cut, links = rows - capacity, right_end(links, capacity, -1) if predecessor is not None else links
+        kept, starts, sizes = (
+            right_end(kept, capacity, -1),
+            right_end(starts, capacity, 0),
+            right_end(sizes, capacity, 0),
+        )
+        row, links = (torch.where(x >= max(cut, 0), x - cut, -1) for x in (row, links))
+        lengths = lengths.clamp_max(capacity)
+    return Groups(kept, lengths, links, row, starts, sizes.contiguous(), members)
 
 
 def group_mean(x: Tensor, groups: Groups) -> Tensor:

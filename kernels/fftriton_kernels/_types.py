@@ -44,4 +44,6 @@ class Groups(NamedTuple):
     row: Tensor  # [B, N] int64 the row that each token is in, -1 for none
     starts: Tensor  # [B, M] int64 where in members a row's tokens begin
     sizes: Tensor  # [B, M] int64 how many there are, 0 for padding
-    members: Tensor  # [B, N] int64 tokens by row, ascending within a row, then -1
+    members: (
+        Tensor  # [B, N] int64 tokens by row, those of rows that were cut off first, ascending within a row, then -1
+    )

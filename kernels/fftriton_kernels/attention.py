@@ -355,7 +355,7 @@ def _attention_column_sum_packed(
     if sequences * len(q) * len(k) == 0:
         return k.new_zeros(len(k), dtype=torch.float32)
     if max_seqlen_q is None or max_seqlen_k is None:
-        longest = torch.stack([cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max()]).tolist()
+        longest = torch.stack([cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max()]).clamp_min(0).tolist()
         max_seqlen_q = longest[0] if max_seqlen_q is None else max_seqlen_q
         max_seqlen_k = longest[1] if max_seqlen_k is None else max_seqlen_k
     queries = max_seqlen_q if num_queries is None else min(num_queries, max_seqlen_q)

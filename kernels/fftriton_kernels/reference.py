@@ -107,7 +107,7 @@ def merge_mean(
 def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity: int | None = None) -> Groups:
     """roots [B, N] -> the compacted rows and who is in them. A root that is no root itself, or -1, puts a token out."""
     links = None if predecessor is None else _links(predecessor, roots.shape, roots.device)
-    kept = _left_padded([(row == torch.arange(len(row), device=row.device)).nonzero()[:, 0] for row in roots], capacity)
+    kept = _left_padded([(row == torch.arange(len(row), device=row.device)).nonzero()[:, 0] for row in roots])
     kept = kept.to(roots.device)
     row = torch.full(roots.shape, -1, device=roots.device)
     sizes, members, linked = torch.zeros_like(kept), torch.full_like(row, -1), torch.full_like(kept, -1)
@@ -123,8 +123,15 @@ def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity:
             earlier = torch.where(kept[sample] < 0, -1, F.pad(links[sample], (0, 1), value=-1)[kept[sample]])
             earlier = torch.where((earlier >= 0) & (earlier < len(root)), earlier, -1)
             linked[sample] = torch.where(earlier < 0, -1, F.pad(row[sample], (0, 1), value=-1)[earlier])
-    lengths = (kept >= 0).sum(1)
-    return Groups(kept, lengths, kept[:, :0] if links is None else linked, row, sizes.cumsum(1) - sizes, sizes, members)
+    starts, lengths = sizes.cumsum(1) - sizes, (kept >= 0).sum(1)
+    if capacity is not None:  # the last rows; the members of the others stay in the list
+        cut = kept.shape[1] - capacity
+        kept, starts, sizes, linked = (
+            F.pad(x, (-cut, 0), value=v) for x, v in zip((kept, starts, sizes, linked), (-1, 0, 0, -1), strict=True)
+        )
+        row, linked = (torch.where(x >= max(cut, 0), x - cut, -1) for x in (row, linked))
+        lengths = lengths.clamp_max(capacity)
+    return Groups(kept, lengths, kept[:, :0] if links is None else linked, row, starts, sizes, members)
 
 
 def group_mean(x: Tensor, groups: Groups) -> Tensor:
@@ -284,7 +291,7 @@ def _lengths(kept: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return ((kept >= begins) & (kept < ends)).sum(1)
 
 
-def _left_padded(rows: list[Tensor], length: int | None) -> Tensor:
+def _left_padded(rows: list[Tensor], length: int | None = None) -> Tensor:
     """Positions of each sample -> [B, length] int64, None: the longest: the last ones, after -1 if there are fewer."""
     longest = max(map(len, rows), default=0) if length is None else length
     padded = torch.full((len(rows), longest), -1)

@@ -57,7 +57,7 @@ def call_every_op():
     ops.merge_roots(similarity, links, 0.6, 300)
     ops.connected_components(torch.zeros(1001, 2, dtype=torch.int64), 1001)
     ops.topk_keep(similarity, 300)
-    ops.segmented_topk_keep(similarity, links, torch.ones(16, dtype=torch.int64))
+    ops.segmented_topk_keep(similarity, torch.zeros_like(links), torch.ones(16, dtype=torch.int64))
     small, large, wide = heads_of(14, 2, 64), heads_of(28, 4, 128), heads_of(4, 2, 256)
     for q, k in (small, large):
         ops.attention_column_sum(q, k, lse=torch.zeros(q.shape[:3]), num_queries=1)

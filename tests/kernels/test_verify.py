@@ -53,7 +53,7 @@ class Broken(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func._schema.name == f"fftriton_kernels::{self.operator}":
             last = (out if isinstance(out, torch.Tensor) else out[-1]).view(-1)[-1:]
-            last.copy_(last * 1.001 + 1e-3 if last.is_floating_point() else last + 1)
+            last += 0.1 * (1 + last.abs()) if last.is_floating_point() else 1
         return out
 
 
