@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,11 +11,20 @@ from types import ModuleType
 import pytest
 import torch
 from feature_table import spoken_for
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fftriton_kernels is imported, so before any test module
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
 torch.set_num_threads(1)
+
+FUZZ_MINUTES = float(os.environ.get("FUZZ_MINUTES", 0))  # what `make fuzz` sets: for all tests marked `fuzz` together
+settings.register_profile(
+    "seeded", max_examples=10, derandomize=True, database=None, deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+settings.register_profile("fuzz", settings.get_profile("seeded"), derandomize=False, print_blob=True)
+settings.load_profile("fuzz" if FUZZ_MINUTES else "seeded")
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -68,3 +78,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if shared and item.get_closest_marker("large"):
             item.add_marker(pytest.mark.skip(reason="takes most of a GPU's memory: pytest -m large, in one process"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[object]:
+    """While fuzzing, a test marked `fuzz` is called again, with other examples, until its share of the time is over."""
+    result = yield
+    if FUZZ_MINUTES and pyfuncitem.get_closest_marker("fuzz"):
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+        end = time.monotonic() + 60 * FUZZ_MINUTES * workers / len(pyfuncitem.session.items)
+        while time.monotonic() < end:
+            pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+    return result
