@@ -23,6 +23,10 @@ CACHE = ("cache", "past_key_values")
 """What a forward calls its KV cache: renamed in 5.24, whose forwards still accept the old name."""
 
 
+MASKS_WHEN_COMPILED = not hasattr(masking_utils, "is_torchdynamo_exporting")
+"""Whether compiled code makes a mask even for one token, of the whole sequence's length: until 5.2x."""
+
+
 class UnknownReleaseError(RuntimeError):
     """Something of transformers is not where fftriton relies on it."""
 

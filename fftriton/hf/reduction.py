@@ -34,7 +34,7 @@ from ..layout import VideoLayout, check_layouts
 from ..methods import KeepAll
 from ..methods.base import Method
 from .cache import Checkpoint, Permit, ReducedLayer, prepare
-from .compat import CACHE, attention_name, cache_in, causal_mask, check_decoder, has_axes, past_of
+from .compat import CACHE, MASKS_WHEN_COMPILED, attention_name, cache_in, causal_mask, check_decoder, has_axes, past_of
 from .compiled import Gates
 from .families import LayoutRule, take_deepstack
 from .finder import LayoutFinder, Video, tokens_of
@@ -367,8 +367,10 @@ class Reduction(AbstractContextManager["Reduction"]):
     @contextmanager
     def _without_hooks(self, module: nn.Module, runs_hooks: bool, kwargs: dict) -> Iterator[None]:
         """Around a call of compiled code, which is to be as without a reduction: nothing in it is padded."""
-        if _reduced_layers(cache_in(kwargs)):
-            kwargs["attention_mask"] = None  # being traced, transformers would make a mask for the whole sequence of it
+        source = tokens_of(kwargs)
+        if source is not None and _reduced_layers(cache_in(kwargs)):  # a mask would be made for the whole sequence
+            own_mask = MASKS_WHEN_COMPILED and attention_name(self.decoder.config) == "sdpa"
+            kwargs["attention_mask"] = self._mask_of_nothing(source) if own_mask else None
         level = self._level_of(module)
         if level is None:
             inside = getattr(module, "_orig_mod", module).modules()
@@ -426,7 +428,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         if not call.videos and not self._needs_masks(reducible, source):
             return args, kwargs
         if not call.videos and self._sees_all(reducible, source):
-            kwargs["attention_mask"] = source.new_zeros(len(source), 1, 1, 1, dtype=decoder.dtype)  # fits any layer
+            kwargs["attention_mask"] = self._mask_of_nothing(source)
             return args, kwargs
         past_valid, valid = _padding(kwargs.get("attention_mask"), source.shape[1])
         _check_visible(call.videos, valid)
@@ -490,6 +492,10 @@ class Reduction(AbstractContextManager["Reduction"]):
         one_token = source.shape[1] == 1 and all(layer.valid is None for layer in cache_layers)
         eager = attention_name(self.decoder.config) == "eager"
         return one_token and eager and all(map(has_attention, self.decoder.layers))
+
+    def _mask_of_nothing(self, source: Tensor) -> Tensor:
+        """[B, 1, 1, 1]: what is added to the scores of one token, whatever the number of keys."""
+        return source.new_zeros(len(source), 1, 1, 1, dtype=self.decoder.dtype)
 
     def _why_not(self, decoder: Any, cache: Any, cache_layers: Any, mask: Any) -> str | None:
         if cache is not None and cache_layers is None:

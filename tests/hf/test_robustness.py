@@ -256,3 +256,103 @@ def test_gradients_go_through_what_is_left():
     ByHand(model, patches(layout, video.shape[1])).logits(prompt, SCRIPT)[-1].logsumexp(0).backward()
     assert by_hand.grad.abs().min() > 0
     torch.testing.assert_close(given.grad, by_hand.grad, atol=1e-5, rtol=1e-4)
+
+
+# ---- where a forward may break off, and what is done next
+
+WORD = {"input_ids": torch.tensor([[3]])}
+
+
+def reducing(method):
+    """A model that is reduced on prompts of embeddings; the prompt."""
+    model, (video, layout) = tiny_qwen2(), video_embeddings(4, 5)
+    rule = lambda _, given: layout if "inputs_embeds" in given else []  # noqa: E731
+    return model, video, fftriton.reduce(model, method, rule)
+
+
+def raising(error):
+    def broken(*args, **kwargs):
+        raise error
+
+    return broken
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "step"])
+@torch.no_grad()
+def test_an_error_behind_the_decoder(error, prompt):
+    model, video, reduction = reducing(SCRIPT)
+    with reduction:
+        cache = cache_of(model(inputs_embeds=video))
+        given = {"inputs_embeds": video} if prompt else WORD
+        expected = model(**given, **behind(copy.deepcopy(cache))).logits
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(error):
+            patch.setattr(model.lm_head, "forward", raising(error))
+            model(**given, **behind(cache))
+        assert torch.equal(model(**given, **behind(cache)).logits, expected)
+
+
+@pytest.mark.parametrize("tokens", [[[3, 4, 5]], [[3]]], ids=["words", "a word"])
+@torch.no_grad()
+def test_a_text_prompt_that_fails(tokens):
+    model, _, reduction = reducing(SCRIPT)
+    words = {"input_ids": torch.tensor(tokens)}
+    with reduction:
+        expected, cache = model(**words).logits, DynamicCache(config=model.config)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(model.model.layers[2].mlp, "forward", raising(RuntimeError))
+            model(**words, **behind(cache))
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model(**words, **behind(cache)).logits, expected)
+
+
+@torch.no_grad()
+def test_what_is_refused_leaves_every_layer_alone():
+    """Those before the first reduction, too: a crop into the video, and a use outside of a reduction."""
+    model, video, reduction = reducing(Scripted((2,), (), ()))
+    with reduction:
+        cache = cache_of(model(inputs_embeds=video))
+        expected = model(**WORD, **behind(copy.deepcopy(cache))).logits
+        with pytest.raises(ValueError, match="crop: length must stay at or behind"):
+            cache.crop(10)
+        assert torch.equal(model(**WORD, **behind(copy.deepcopy(cache))).logits, expected)
+    with pytest.raises(RuntimeError, match="holds a reduced prompt"):
+        model(**WORD, **behind(cache))
+    with fftriton.reduce(model, fftriton.KeepAll(), []):
+        assert torch.equal(model(**WORD, **behind(cache)).logits, expected)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+@torch.no_grad()
+def test_a_cache_can_be_cropped_after_an_interrupt(copied):
+    model, video, reduction = reducing(SCRIPT)
+    with reduction:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=torch.tensor([[3, 4, 5]]), **behind(cache))
+        expected = model(inputs_embeds=video, **behind(copy.deepcopy(cache))).logits
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(model.model.norm, "forward", raising(KeyboardInterrupt))
+            model(inputs_embeds=video, **behind(cache))
+        cache = copy.deepcopy(cache) if copied else cache
+        cache.crop(3)
+        assert torch.equal(model(inputs_embeds=video, **behind(cache)).logits, expected)
+
+
+@torch.no_grad()
+def test_a_hook_that_calls_the_model_during_a_step():
+    """The step has nothing to reduce, so that it may; both come out as they do alone."""
+    model, video, reduction = reducing(SCRIPT)
+    busy, inner = [], []
+
+    def again(*_):
+        if not busy:
+            busy.append(True)
+            inner.append(model(**WORD).logits)
+
+    with reduction:
+        cache = cache_of(model(inputs_embeds=video))
+        expected, alone = model(**WORD, **behind(copy.deepcopy(cache))).logits, model(**WORD).logits
+        hook = model.model.layers[2].register_forward_hook(again)
+        assert torch.equal(model(**WORD, **behind(cache)).logits, expected)
+        hook.remove()
+    assert torch.equal(inner[0], alone)
