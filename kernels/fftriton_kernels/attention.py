@@ -87,16 +87,21 @@ def _finite(peak):
 
 
 @triton.jit
+def _softmax_total(total):
+    # a score of +inf makes the sum of exponentials infinite, and the softmax of the row NaN
+    return tl.where(total == float("inf"), float("nan"), total)
+
+
+@triton.jit
 def _load_norms(peak_ptr, total_ptr, offset, mask):
-    # a row of the softmax is exp(score - shift) * weight: 0 where masked and where the row saw nothing, NaN where the
-    # row saw a score of NaN or +inf
+    # a row of the softmax is exp(score - shift) * weight: 0 where masked and where the row saw nothing
     shift = tl.load(peak_ptr + offset, mask=mask, other=float("inf"))
     shift = tl.where(shift == float("-inf"), float("inf"), shift)
     if total_ptr is None:
         weight = tl.zeros_like(shift) + 1.0
     else:
         total = tl.load(total_ptr + offset, mask=mask, other=1.0)
-        weight = tl.where(total == 0.0, 0.0, tl.where(total < float("inf"), 1.0 / total, float("nan")))
+        weight = tl.where(total == 0.0, 0.0, 1.0 / total)
     return shift, weight
 
 
@@ -151,7 +156,7 @@ def _row_norm_kernel(
     offset = share.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * GROUP * stride_ph + q_start * stride_pn
     offset += _pair_offsets(stride_ph, stride_pn, pair, GROUP)
     tl.store(peak_ptr + offset, peak, mask=mask_m)
-    tl.store(total_ptr + offset, total, mask=mask_m)
+    tl.store(total_ptr + offset, _softmax_total(total), mask=mask_m)
 
 
 @triton.jit
@@ -243,7 +248,7 @@ def _score_kernel(
     offset = pid_n.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * GROUP * stride_ph
     offset += _pair_offsets(stride_ph, stride_pn, pair, GROUP)
     tl.store(peak_ptr + offset, peak, mask=stored)
-    tl.store(total_ptr + offset, total, mask=stored)
+    tl.store(total_ptr + offset, _softmax_total(total), mask=stored)
     score_ptr += pid_b * stride_sb + pid_h * GROUP * stride_sh
     score_ptr += (k_start + offs_n - begin).to(tl.int64)[None, :] * stride_sn
     score_ptrs = score_ptr + _pair_offsets(stride_sh, stride_sm, pair, GROUP)[:, None]
@@ -616,7 +621,7 @@ def _streamed_sum(
     )  # fmt: skip
     out = partial.sum(1)
     if causal:  # a row that is NaN is so where it is masked, too, in torch.softmax
-        spoiled = peak.isnan() if total is None else ~total.isfinite()
+        spoiled = (peak if total is None else total).isnan()
         out.masked_fill_(
             _spoiled_keys(spoiled[0].any(0), len(out[0]), packed) if packed else spoiled.flatten(1).any(1)[:, None],
             float("nan"),

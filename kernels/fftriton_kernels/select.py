@@ -356,6 +356,7 @@ def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None
         check_shape(op, "kept", kept, K=None)
     else:
         check_shape(op, "kept", kept, B=None, K=None)
+    check_cu_seqlens(op, cu_seqlens, "kept", kept, values=False)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: tensors[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
@@ -368,7 +369,6 @@ def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None
         check_same_device(op, **{"kept": kept, f"tensors[{i}]": tensor})
     if not tensors:
         return ()
-    check_cu_seqlens(op, cu_seqlens, "tensors[0]", tensors[0])
     if packed:
         return tuple(rows[0] for rows in gather(kept[None], [tensor[None] for tensor in tensors]))
     return tuple(gather(kept, tensors))

@@ -197,7 +197,6 @@ def test_bounds_that_do_not_ascend_are_refused_on_a_cpu(bounds):
     calls = {
         strided_cosine_similarity: (x, 1), linked_cosine_similarity: (x, index), merge_roots: (x[:, 0], 1, 0.5),
         merge_mean: (x, index), topk_keep: (x[:, 0], 1), segmented_topk_keep: (x[:, 0], index, index),
-        gather_rows: (index, x),
     }  # fmt: skip
     for op, arguments in calls.items():
         with pytest.raises(ValueError, match=rf"^{op.__name__}: cu_seqlens must ascend from 0 to T=9, got \[.*9?\]"):
