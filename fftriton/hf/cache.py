@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .compat import RecurrentLayer
+from .compat import KNOWN_LAYERS, RecurrentLayer, UnknownReleaseError
 from .window import Windows
 
 
@@ -200,6 +200,15 @@ def _notes(layer: ReducedLayer) -> dict[str, Any]:
         ("keys", "values") if layer.window is not None else ()
     )
     return {name: getattr(layer, name) for name in names}
+
+
+def check_cache(cache: Any) -> None:
+    """Raise an UnknownReleaseError for a plain DynamicCache with layers of a class that is not known."""
+    for number, layer in enumerate(getattr(cache, "layers", ()) if type(cache) is DynamicCache else ()):
+        if type(layer) is not ReducedLayer and type(layer) not in KNOWN_LAYERS:
+            raise UnknownReleaseError(
+                f"layer {number} of a DynamicCache must be a DynamicLayer, but is a {type(layer).__name__}"
+            )
 
 
 def prepare(cache: Any, num_layers: int, permit: Permit) -> list[ReducedLayer | None] | None:

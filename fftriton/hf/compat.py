@@ -19,6 +19,13 @@ RELEASE = f"transformers {transformers.__version__}"
 RecurrentLayer: type | None = getattr(cache_utils, "LinearAttentionLayer", None)
 """The cache layer of a linear-attention layer; None in 4.x, whose models have caches of their own."""
 
+KNOWN_LAYERS = frozenset(kind for kind in vars(cache_utils).values() if isinstance(kind, type))
+"""The classes that the layers of a KV cache may have, as far as this release brings them."""
+
+_LAYER_METHODS = (
+    "update", "get_seq_length", "crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices",
+)  # fmt: skip
+
 CACHE = ("cache", "past_key_values")
 """What a forward calls its KV cache: renamed in 5.24, whose forwards still accept the old name."""
 
@@ -68,7 +75,20 @@ def check_decoder(decoder: Any) -> str:
         for name in ("hidden_states", "attention_mask", "position_embeddings"):
             parameter(layer.forward, f"{type(layer).__name__}.forward", name)
     attention_name(decoder.config)
+    for name in _LAYER_METHODS:
+        if not hasattr(cache_utils.DynamicLayer, name):
+            raise UnknownReleaseError(f"DynamicLayer must have a method {name!r}")
     return parameter(decoder.forward, owner, *CACHE)
+
+
+def check_model(model: Any) -> None:
+    """Check that a model of a known family takes the arguments in which its videos are looked for.
+
+    Raises:
+        UnknownReleaseError: naming what is not there.
+    """
+    for name in ("input_ids", "inputs_embeds"):
+        parameter(model.forward, f"{type(model).__name__}.forward", name)
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from ..layout import VideoLayout, check_layouts
-from .compat import UnknownReleaseError, past_of
+from .compat import UnknownReleaseError, check_model, past_of
 from .families import RULES, LayoutRule, encoder_of
 from .hooks import Undo, wrap
 
@@ -254,4 +254,5 @@ def _known_rule(model: Any) -> LayoutRule:
     inner, encoder = getattr(model, "base_model", model), encoder_of(model_type)
     if not hasattr(inner, encoder):
         raise UnknownReleaseError(f"{type(inner).__name__} must have a method {encoder!r}")
+    check_model(model)
     return RULES[model_type]

@@ -33,8 +33,18 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from ..layout import VideoLayout, check_layouts
 from ..methods import KeepAll
 from ..methods.base import Method
-from .cache import Checkpoint, Permit, ReducedLayer, prepare
-from .compat import CACHE, MASKS_WHEN_COMPILED, attention_name, cache_in, causal_mask, check_decoder, has_axes, past_of
+from .cache import Checkpoint, Permit, ReducedLayer, check_cache, prepare
+from .compat import (
+    CACHE,
+    MASKS_WHEN_COMPILED,
+    UnknownReleaseError,
+    attention_name,
+    cache_in,
+    causal_mask,
+    check_decoder,
+    has_axes,
+    past_of,
+)
 from .compiled import Gates
 from .families import LayoutRule, take_deepstack
 from .finder import LayoutFinder, Video, tokens_of
@@ -418,6 +428,7 @@ class Reduction(AbstractContextManager["Reduction"]):
             if reduced:
                 raise ValueError(f"reduce: nothing can follow the reduced prompt in the KV cache, because {reason}")
             if call.videos:
+                check_cache(cache)
                 self._warn_once("unreduced", f"fftriton: running without reduction, because {reason}")
                 self._note_report(None)
             return args, kwargs
@@ -453,6 +464,7 @@ class Reduction(AbstractContextManager["Reduction"]):
 
         Raises:
             ValueError: a call that passed by all hooks, or tokens that are not those of the call.
+            UnknownReleaseError: pixels, and no tokens under a known name.
         """
         call = self._thread.call
         if call is None or call.begun:  # no module around has been called
@@ -461,6 +473,10 @@ class Reduction(AbstractContextManager["Reduction"]):
                     "reduce: prefill_chunk_size must not be given before transformers 5: it passes by all hooks"
                 )
             call = self._begin(Call(len(self._modules) - 1, has_vision=kwargs.get("inputs_embeds") is not None))
+        elif call.shape is None and call.has_vision is not False:
+            raise UnknownReleaseError(
+                "a call with images or videos must pass 'input_ids' or 'inputs_embeds' to a module around the decoder"
+            )
         call.begun, call.frame = True, sys._getframe(3)  # torch's, which calls hooks and forward
         if call.shape is None or self._finder.is_listed:
             self._look(call, kwargs)

@@ -213,11 +213,46 @@ def test_cache_layers_of_another_class():
     model, (video, layout) = tiny_qwen2(), video_embeddings(6, 8)
     cache = DynamicCache(config=model.config)
     cache.layers = [NewLayer() for _ in range(5)]
-    dense = model(inputs_embeds=video).logits
-    with fftriton.reduce(model, SCRIPT, layout) as reduction:
-        with pytest.warns(UserWarning, match="without reduction, because .* DynamicCache with layers of NewLayer"):
-            assert torch.equal(model(inputs_embeds=video, **behind(cache)).logits, dense)
-    assert reduction.report is None
+    with fftriton.reduce(model, SCRIPT, layout):
+        with pytest.raises(RuntimeError, match="layer 0 of a DynamicCache must be a DynamicLayer, but is a NewLayer"):
+            model(inputs_embeds=video, **behind(cache))
+
+
+@pytest.mark.parametrize("name", compat._LAYER_METHODS)
+def test_a_method_of_cache_layers_that_is_renamed(name, monkeypatch):
+    for kind in DynamicLayer.__mro__:
+        if name in vars(kind):
+            monkeypatch.delattr(kind, name)
+    with pytest.raises(RuntimeError, match=f"DynamicLayer must have a method '{name}'"):
+        fftriton.reduce(tiny_qwen2_vl(), SCRIPT)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds"])
+def test_a_parameter_of_the_model_that_is_renamed(name, monkeypatch):
+    model, inputs = tiny_qwen2_vl(), video_prompt()
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", renamed(forward, name, "renamed"))
+    with pytest.raises(RuntimeError, match=rf"ForConditionalGeneration.forward must have a parameter '{name}'"):
+        fftriton.reduce(model, SCRIPT)
+    if name == "inputs_embeds":
+        return
+
+    @functools.wraps(forward)  # its signature does not tell
+    def hidden(self, tokens=None, **kwargs):
+        return self.model(tokens=tokens, **kwargs)
+
+    inner = type(model.model).forward
+
+    @functools.wraps(inner)
+    def hidden_inner(self, *args, tokens=None, **kwargs):
+        return inner(self, *args, **({} if tokens is None else {"input_ids": tokens}), **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", hidden)
+    monkeypatch.setattr(type(model.model), "forward", hidden_inner)
+    tokens = inputs.pop("input_ids")
+    with torch.no_grad(), fftriton.reduce(model, SCRIPT):
+        with pytest.raises(RuntimeError, match="must pass 'input_ids' or 'inputs_embeds' to a module around"):
+            model(tokens=tokens, **inputs)
 
 
 @pytest.mark.parametrize("name", ["cache_utils.DynamicLayer", "cache_utils.DynamicCache", "masking_utils"])
