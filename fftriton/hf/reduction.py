@@ -79,6 +79,7 @@ class Call:
         frame: in which the decoder runs, once it does.
         outer: the call in the midst of which this one came, by a hook of the user's.
         refused: whether one that came in the midst of this one has just been refused.
+        report: what was done to it, once the decoder has ended.
     """
 
     level: int
@@ -97,6 +98,7 @@ class Call:
     frame: FrameType | None = None
     outer: Call | None = None
     refused: bool = False
+    report: Report | BatchReport | None = None
 
     @property
     def is_running(self) -> bool:
@@ -367,8 +369,11 @@ class Reduction(AbstractContextManager["Reduction"]):
         if not hooks_ran and level is not None:
             self._enter(level, given)
         call, layers, source = self._thread.call, _reduced_layers(cache_in(given)), tokens_of(given)
-        masks = source is not None and layers and self._needs_masks(layers, source)
-        return bool((call is not None and call.videos) or masks)
+        if (call is not None and call.videos) or (source is not None and layers and self._needs_masks(layers, source)):
+            return True
+        if level is not None and source is not None and not layers and (source.shape[1] > 1 or past_of(given) == 0):
+            self._note_dense(call or Call(level))
+        return False
 
     def _level_of(self, module: nn.Module) -> int | None:
         plain = getattr(module, "_orig_mod", module)
@@ -551,16 +556,17 @@ class Reduction(AbstractContextManager["Reduction"]):
     def _leave(self, call: Call) -> None:
         """A call went through."""
         self._thread.call = call.outer
+        if call.report is not None:
+            self._note_report(call.report)
         if call.checkpoint is not None:
             call.checkpoint.release()
         self._finder.forget()
 
     def _finish(self, call: Call, prefill: Prefill) -> None:
         """Make the report, and see to what else depends on what has been kept."""
-        report = prefill.finish()
+        report = call.report = prefill.finish()
         prefill.hide_targets()
         call.states = prefill.states
-        self._note_report(report)
         self._has_reduced = True
         for sample in report.samples if isinstance(report, BatchReport) else [report]:
             if sample.window is None and sample.budget_achieved > sample.budget + 1 / max(sample.num_video_tokens, 1):
@@ -618,11 +624,12 @@ def _owner(root: nn.Module, decoder: nn.Module) -> Any:
 
 
 def _check_wrapper(root: nn.Module) -> None:
-    if isinstance(root, nn.DataParallel) and len(root.device_ids) > 1:
-        raise TypeError(
-            f"reduce: model must not be a DataParallel over {len(root.device_ids)} devices, whose copies a reduction "
-            "does not reach; use DistributedDataParallel"
-        )
+    for module in root.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise TypeError(
+                f"reduce: model must not be a DataParallel over {len(module.device_ids)} devices, whose copies a "
+                "reduction does not reach; use DistributedDataParallel"
+            )
 
 
 def _has_pixels(given: Mapping[str, Any]) -> bool:
