@@ -1,5 +1,7 @@
 """A batch: each sample comes out as it does alone."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,58 @@ def test_equals_its_samples(family, method, side, attention, text):
             assert single.budget_achieved == report.samples[row].budget_achieved
             for kept, expected in zip(report.kept_positions, single.kept_positions, strict=True):
                 assert torch.equal(kept[row] - start, expected)
+
+
+@dataclass(frozen=True)
+class MiddleFrame(fftriton.Method):
+    """A user's method that looks at frames: keeps all but the tokens of one."""
+
+    seen: list = field(default_factory=list, compare=False)
+
+    def begin(self, prompt):
+        return _WithPrompt(prompt, self.seen)
+
+
+class _WithPrompt(fftriton.Method):
+    def __init__(self, prompt, seen):
+        self.prompt, self.seen = prompt, seen
+
+    def before_attention(self, layer, tokens):
+        if layer != 1:
+            return None
+        assert self.prompt.length == len(self.prompt.frame) == tokens.length
+        assert torch.equal(self.prompt.frame >= 0, tokens.patch[0] >= 0)
+        self.seen.append(self.prompt.frame.tolist())
+        return tokens.keep_top((self.prompt.frame != 1).float()[None], int((self.prompt.frame >= 0).sum()) - 2)
+
+
+FRAME_METHODS = [
+    fftriton.UniformFrames(0.5), fftriton.UniformFrames(0.5) + fftriton.FastV(0.4, layer=1), MiddleFrame(),
+    fftriton.TemporalMerge(0.7) + fftriton.UniformFrames(0.5), fftriton.KVTP(0.5), fftriton.RandomTokens(0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", FRAME_METHODS, ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "internvl", "qwen3_vl"])
+@torch.no_grad()
+def test_methods_that_count_frames(method, side, family):
+    """A method sees each sample without its padding."""
+    family = FAMILIES[family]
+    model, samples = family.model(), three_samples(family, "longest")
+    with fftriton.reduce(model, method) as reduction:
+        logits = model(**collate(samples, side)).logits
+        report = reduction.report
+        seen = list(getattr(method, "seen", ()))
+        for row, (sample, start) in enumerate(zip(samples, offsets(samples, side), strict=True)):
+            alone = model(**sample).logits
+            assert (logits[row, start : start + length_of(sample)] - alone[0]).abs().max() < 1e-4
+            if row != 1:
+                for kept, expected in zip(report.kept_positions, reduction.report.kept_positions, strict=True):
+                    assert torch.equal(kept[row] - start, expected)
+    if isinstance(method, MiddleFrame):
+        assert method.seen[len(seen) :] == seen
+        method.seen.clear()
 
 
 @EVERY_FAMILY

@@ -263,3 +263,19 @@ def test_what_is_kept_by_hand():
     only, no_flags = windows[torch.tensor([0, 0])].kept(None, 6)
     assert (only.tolist(), no_flags) == ([[0, 1, 4, 5]] * 2, None)
     assert windows[torch.tensor([0])].kept(None, 4) is None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("budget", [0.1, 0.35, 0.6, 0.95])
+@FAMILIES
+@torch.no_grad()
+def test_without_a_cache_as_with_one(family, budget, attention):
+    """The window is that of the prompt, however much has been generated: token by token the same."""
+    model, inputs, layout = family()
+    if attention == "eager":
+        model = {qwen2: tiny_qwen2, qwen2_vl: tiny_qwen2_vl}[family](attention="eager")
+    with fftriton.reduce(model, fftriton.StreamingLLM(budget, sinks=3), layout):
+        tokens, logits = generate(model, inputs)
+        again, slow = generate(model, inputs, use_cache=False)
+    assert torch.equal(again, tokens)
+    assert (slow - logits).abs().max() < 1e-4
