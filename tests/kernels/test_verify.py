@@ -82,7 +82,7 @@ WRONG = {  # what a careless edit of the CPU path would do
     ),
     "linked_cosine_similarity": ("_row_products", lambda f: lambda x, partner: f(x[..., :-1].contiguous(), partner)),
     "merge_roots": ("_highest", lambda f: lambda scores, joins, count, *rest: f(scores, joins, count - 1, *rest)),
-    "group_rows": ("compact", lambda f: lambda keep, rows: f(keep.roll(1, 1), rows)),
+    "group_rows": ("compact", lambda f: lambda keep, *rest: f(keep.roll(1, 1), *rest)),
     "group_mean": ("_bag_means", lambda f: lambda x, members, starts, sizes: f(x, members, starts, sizes - 1)),
     "gather_rows": ("_take_rows", lambda f: lambda x, index: f(x, index.roll(1, 1))),
     "topk_keep": ("_highest", lambda f: lambda scores, joins, count, *rest: f(-scores, joins, count, *rest)),
