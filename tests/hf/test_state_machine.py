@@ -57,13 +57,12 @@ seeds = st.integers(0, 99)
 counts = st.integers(1, 4)
 few = st.lists(st.integers(0, 3), min_size=1, max_size=3)
 sides = st.sampled_from(["left", "right"])
+calls = st.sampled_from([0, 0, 0, 1, 2, 3])  # most places are called once a forward
 faults = st.one_of(
     st.none(),
-    st.builds(Fault, st.integers(0, 999), st.integers(0, 2), st.integers(0, 3), st.booleans(), st.booleans()),
+    st.builds(Fault, st.integers(0, 999), st.integers(0, 2), calls, st.booleans(), st.booleans()),
 )
-interruptions = st.one_of(
-    st.none(), st.builds(Fault, st.integers(0, 999), st.just(2), st.integers(0, 3), st.booleans())
-)
+interruptions = st.one_of(st.none(), st.builds(Fault, st.integers(0, 999), st.just(2), calls, st.booleans()))
 
 
 class Machine(RuleBasedStateMachine):
@@ -249,10 +248,12 @@ class Machine(RuleBasedStateMachine):
 
         before: of a forward that is interrupted right before.
         """
-        if before is not None and conversation.length > 0 and not conversation.is_padded:
+        if conversation.length == 0:
+            return False
+        if before is not None and not conversation.is_padded:
             self.fails(conversation, {"input_ids": more_text(0, conversation.batch, 2)}, before)
         conversation.interrupted = False
-        return conversation.length > 0
+        return True
 
     # ---- what is done to caches
 
@@ -315,14 +316,14 @@ class Machine(RuleBasedStateMachine):
         ids = more_text(count, conversation.batch, count)
         self.write(conversation, ids, torch.ones_like(ids).bool(), False, None)
 
-    @rule(conversation=conversations)
-    def reset(self, conversation: Conversation) -> None:
-        self.settle(conversation)
+    @rule(conversation=conversations, before=interruptions, then=counts)
+    def reset(self, conversation: Conversation, before: Fault | None, then: int) -> None:
+        self.settle(conversation, before)
         self.start_again(conversation)
+        self.go_on(conversation, then)
 
     @rule(conversation=consumes(conversations))
     def forget(self, conversation: Conversation) -> None:
-        self.settle(conversation)
         self.living = [other for other in self.living if other is not conversation]
 
     # ---- what must not be done
@@ -553,12 +554,13 @@ class Machine(RuleBasedStateMachine):
 
 def places_of(subject: Subject) -> list[tuple[Any, str]]:
     """What can fail: every module, the method, what it is built from, the cache."""
+    text = [(module, "forward") for layer in decoder_of(subject.model).layers for module in layer.modules()]
     modules = [(module, "forward") for module in subject.model.modules() if type(module) is not torch.nn.ModuleList]
     ours = [
         (importance, "attention_column_sum"), (Script, "before_attention"), (Script, "after_attention"),
         (Scripted, "merge"), (caches.ReducedLayer, "update"), (prefill.Prefill, "_pack"), (prefill.Prefill, "finish"),
     ]  # fmt: skip
-    return [*modules, *ours * max(1, len(modules) // 20)]
+    return [*text, *text, *modules, *ours * (len(modules) // 20)]
 
 
 @contextmanager
