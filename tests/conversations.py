@@ -496,12 +496,14 @@ class Fault:
         error: which of ERRORS.
         call: at the how many-th call of the place.
         late: when its work is done rather than before.
+        repeated: whether the forward is tried again at once.
     """
 
     place: int
     error: int
     call: int = 0
     late: bool = False
+    repeated: bool = True
 
 
 @functools.cache

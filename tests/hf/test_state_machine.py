@@ -57,10 +57,12 @@ seeds = st.integers(0, 99)
 counts = st.integers(1, 4)
 few = st.lists(st.integers(0, 3), min_size=1, max_size=3)
 sides = st.sampled_from(["left", "right"])
+calls = st.sampled_from([0, 0, 0, 1, 2, 3])  # most places are called once a forward
 faults = st.one_of(
     st.none(),
-    st.builds(Fault, st.integers(0, 999), st.integers(0, 2), st.integers(0, 3), st.booleans()),
+    st.builds(Fault, st.integers(0, 999), st.integers(0, 2), calls, st.booleans(), st.booleans()),
 )
+interruptions = st.one_of(st.none(), st.builds(Fault, st.integers(0, 999), st.just(2), calls, st.booleans()))
 
 
 class Machine(RuleBasedStateMachine):
@@ -173,7 +175,7 @@ class Machine(RuleBasedStateMachine):
         self, conversation: Conversation, inputs: dict[str, Any], valid: torch.Tensor, patch: torch.Tensor,
         fault: Fault | None = None,
     ) -> None:  # fmt: skip
-        """One forward, which may fail and is then repeated."""
+        """One forward, which may fail, and may then be repeated."""
         if conversation.length + valid.shape[1] > LONGEST:
             return
         after = self.after(conversation, inputs, valid, patch)
@@ -182,6 +184,8 @@ class Machine(RuleBasedStateMachine):
             if not conversation.interrupted:
                 conversation.check_lengths()
                 assert snapshot(self.model) == self.inside
+            if not fault.repeated:
+                return
             report = self.reduction.report
         logits = self.run(conversation, inputs)
         if logits is None:  # recurrent states cannot be taken back
@@ -239,24 +243,33 @@ class Machine(RuleBasedStateMachine):
             fresh.cache = conversation.cache
         vars(conversation).update(vars(fresh))
 
-    def settle(self, conversation: Conversation) -> bool:
-        """Whether there is something in the cache. What an interrupted forward left there goes when it is used."""
+    def settle(self, conversation: Conversation, before: Fault | None = None) -> bool:
+        """Whether there is something in the cache. What an interrupted forward left there goes when it is used.
+
+        before: of a forward that is interrupted right before.
+        """
+        if conversation.length == 0:
+            return False
+        if before is not None and not conversation.is_padded:
+            self.fails(conversation, {"input_ids": more_text(0, conversation.batch, 2)}, before)
         conversation.interrupted = False
-        return conversation.length > 0
+        return True
 
     # ---- what is done to caches
 
-    @rule(conversation=conversations, part=st.floats(0, 1), negative=st.booleans())
-    def crop(self, conversation: Conversation, part: float, negative: bool) -> None:
-        if self.subject.is_recurrent or not self.settle(conversation):
+    @rule(
+        conversation=conversations, before=interruptions, count=st.integers(0, 12), negative=st.booleans(),
+        then=counts,
+    )  # fmt: skip
+    def crop(self, conversation: Conversation, before: Fault | None, count: int, negative: bool, then: int) -> None:
+        if self.subject.is_recurrent or not self.settle(conversation, before):
             return
-        room = conversation.length - conversation.fixed - (conversation.fixed == 0)
-        count = round(part * max(room, 0))
-        if count == 0:
-            return
-        conversation.cache.crop(-count if negative else conversation.length - count)
-        conversation.dense.crop(-count)
+        count = max(min(count, conversation.length - max(conversation.fixed, 1)), 0)
+        conversation.cache.crop(-count if negative and count else conversation.length - count)
+        if count:
+            conversation.dense.crop(-count)
         conversation.crop(conversation.length - count)
+        self.go_on(conversation, then)
 
     @rule(conversation=conversations, beyond=counts)
     def crop_too_much(self, conversation: Conversation, beyond: int) -> None:
@@ -265,39 +278,52 @@ class Machine(RuleBasedStateMachine):
         with pytest.raises(ValueError, match="crop: length must stay at or behind"):
             conversation.cache.crop(max(conversation.fixed - beyond, 1))
 
-    @rule(conversation=conversations, rows=few, how=st.sampled_from(["reorder_cache", "batch_select_indices"]))
-    def select(self, conversation: Conversation, rows: list[int], how: str) -> None:
-        if not self.settle(conversation) or (self.subject.is_recurrent and how == "batch_select_indices"):
+    @rule(
+        conversation=conversations, before=interruptions, rows=few,
+        how=st.sampled_from(["reorder_cache", "batch_select_indices"]), then=counts,
+    )  # fmt: skip
+    def select(self, conversation: Conversation, before: Fault | None, rows: list[int], how: str, then: int) -> None:
+        if not self.settle(conversation, before) or (self.subject.is_recurrent and how == "batch_select_indices"):
             return
         chosen = torch.tensor([row % conversation.batch for row in rows])
         for cache in (conversation.cache, conversation.dense):
             getattr(cache, how)(chosen)
         conversation.select(chosen)
+        self.go_on(conversation, then)
 
-    @rule(conversation=conversations, times=st.integers(2, 3))
-    def repeat(self, conversation: Conversation, times: int) -> None:
-        if not self.settle(conversation) or conversation.batch * times > MOST or self.subject.is_recurrent:
+    @rule(conversation=conversations, before=interruptions, times=st.integers(2, 3), then=counts)
+    def repeat(self, conversation: Conversation, before: Fault | None, times: int, then: int) -> None:
+        if not self.settle(conversation, before) or conversation.batch * times > MOST or self.subject.is_recurrent:
             return
         for cache in (conversation.cache, conversation.dense):
             cache.batch_repeat_interleave(times)
         conversation.select(torch.arange(conversation.batch).repeat_interleave(times))
+        self.go_on(conversation, then)
 
-    @rule(target=conversations, conversation=conversations)
-    def fork(self, conversation: Conversation) -> Any:
-        if conversation.length == 0:
+    @rule(target=conversations, conversation=conversations, before=interruptions, then=counts)
+    def fork(self, conversation: Conversation, before: Fault | None, then: int) -> Any:
+        interrupted = conversation.interrupted
+        if not self.settle(conversation, before):
             return multiple()
+        conversation.interrupted = interrupted or before is not None
         other = replace(conversation, cache=copy.deepcopy(conversation.cache), dense=copy.deepcopy(conversation.dense))
         self.living.append(other)
+        self.go_on(other, then)
         return other
 
-    @rule(conversation=conversations)
-    def reset(self, conversation: Conversation) -> None:
-        self.settle(conversation)
+    def go_on(self, conversation: Conversation, count: int) -> None:
+        """Some text behind what has just been done."""
+        ids = more_text(count, conversation.batch, count)
+        self.write(conversation, ids, torch.ones_like(ids).bool(), False, None)
+
+    @rule(conversation=conversations, before=interruptions, then=counts)
+    def reset(self, conversation: Conversation, before: Fault | None, then: int) -> None:
+        self.settle(conversation, before)
         self.start_again(conversation)
+        self.go_on(conversation, then)
 
     @rule(conversation=consumes(conversations))
     def forget(self, conversation: Conversation) -> None:
-        self.settle(conversation)
         self.living = [other for other in self.living if other is not conversation]
 
     # ---- what must not be done
@@ -528,12 +554,13 @@ class Machine(RuleBasedStateMachine):
 
 def places_of(subject: Subject) -> list[tuple[Any, str]]:
     """What can fail: every module, the method, what it is built from, the cache."""
+    text = [(module, "forward") for layer in decoder_of(subject.model).layers for module in layer.modules()]
     modules = [(module, "forward") for module in subject.model.modules() if type(module) is not torch.nn.ModuleList]
     ours = [
         (importance, "attention_column_sum"), (Script, "before_attention"), (Script, "after_attention"),
         (Scripted, "merge"), (caches.ReducedLayer, "update"), (prefill.Prefill, "_pack"), (prefill.Prefill, "finish"),
     ]  # fmt: skip
-    return [*modules, *ours * max(1, len(modules) // 20)]
+    return [*text, *text, *modules, *ours * (len(modules) // 20)]
 
 
 @contextmanager
