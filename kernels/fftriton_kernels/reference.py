@@ -204,6 +204,8 @@ def topk_keep(
     capacity: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """scores [B, N] -> [B, K] int64: every non-candidate and the k best candidates, ascending, -1 for padding."""
+    if isinstance(k, int) and candidates is None and cu_seqlens is None and capacity is None:
+        return topk_keep(scores, k, capacity=k)[0]  # a batch of none has k columns, too
     candidates = torch.ones_like(scores, dtype=torch.bool) if candidates is None else candidates
     keep = torch.zeros_like(candidates)
     for number, rows in enumerate(_rows(scores, cu_seqlens)):

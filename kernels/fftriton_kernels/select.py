@@ -206,7 +206,8 @@ def topk_keep(
             for which N (T) always suffices. Where it is too small the last rows are returned.
 
     Returns:
-        [B, K] int64 ascending. K is the most that a sample keeps; the others are padded with -1 on the left.
+        [B, K] int64 ascending. K is the most that a sample keeps, k where it is an int and all compete; the others are
+        padded with -1 on the left.
         Packed: [K] int64 ascending, positions among the T tokens, which index packed tensors.
         With a capacity: a tuple (kept, lengths). K is the capacity, and lengths [B] ([S] packed) int64 are the rows of
         each sample (sequence) that are no padding, all of which stands on the left.
