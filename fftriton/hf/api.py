@@ -51,8 +51,8 @@ def reduce(
             of the sequence, turns before it included; or a callable that gets the model and the arguments of its
             forward, or of `generate` once for the whole prompt, by name and returns such a list, counted from the first
             token that is new; it is not asked for single tokens.
-        verify: recompute every op by its formula and check every row that is kept, to chase a wrong answer. This takes
-            many times the time and memory.
+        verify: recompute every op by its formula and look at all that a method leaves of the text and of positions, to
+            chase a wrong answer. This takes many times the time and memory.
 
     Raises:
         TypeError: an unsupported model, method or layout; a decoder whose layers are not norm, attention, residual,

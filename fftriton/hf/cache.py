@@ -18,13 +18,21 @@ from .window import Windows
 
 
 class Permit:
-    """Says whether reduced caches can be used now. Copies of a cache share it."""
+    """Says whether reduced caches can be used now. Copies of a cache share it; a pickle has none.
+
+    Attributes:
+        active: whether a model is being reduced.
+        compiled: whether its compiled code runs, which makes no checkpoint.
+    """
 
     def __init__(self) -> None:
-        self.active = False
+        self.active = self.compiled = False
 
     def __deepcopy__(self, memo: dict) -> Permit:
         return self
+
+    def __reduce__(self) -> tuple:
+        return Permit, ()
 
 
 class ReducedLayer(DynamicLayer):
@@ -73,7 +81,8 @@ class ReducedLayer(DynamicLayer):
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if self.broken:
             raise RuntimeError("the KV cache is from a forward that failed in the middle: reset it, or take a new one")
-        if (self.reduced or self.fixed) and not self.permit.active:
+        is_called = self.permit.active and (self.permit.compiled or self.checkpoint is not None)
+        if (self.reduced or self.fixed) and not is_called:  # by another model, say
             raise RuntimeError(
                 "the KV cache holds a reduced prompt, which only a model that is being reduced can read: use it inside "
                 "`with fftriton.reduce(...)`"

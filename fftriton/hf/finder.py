@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from transformers import GenerationMixin
 from ..layout import VideoLayout, check_layouts
 from .compat import UnknownReleaseError, check_model, past_of
 from .families import RULES, LayoutRule, encoder_of
-from .hooks import Undo, wrap
+from .hooks import Hook, Undo, wrap
 
 _ENCODERS = ("get_image_features", "get_video_features")
 _CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -32,6 +33,7 @@ class _Prompt(threading.local):
     depth = 0  # of generate: an assistant may be the model itself
     videos: list[Video] | None = None
     length = 0  # of the prompt, the turns before included
+    by_ids = True  # whether it has come as ids
     encoded: Mapping[str, Any] = {}
 
 
@@ -70,7 +72,11 @@ class LayoutFinder:
         for name in _ENCODERS:
             wrap(inner, name, self._record_encoder, undo)
         for module in modules:
+            module.__dict__["__getstate__"] = Hook(_refuse_copies)
+            undo.append(partial(module.__dict__.pop, "__getstate__"))
             if isinstance(module, GenerationMixin):
+                if not hasattr(module, "_expand_inputs_for_generation"):
+                    raise UnknownReleaseError("GenerationMixin must have a method '_expand_inputs_for_generation'")
                 wrap(module, "generate", self._within_generate, undo)
                 wrap(module, "_expand_inputs_for_generation", self._before_expansion, undo)
                 for name in _CONTINUOUS:
@@ -96,6 +102,11 @@ class LayoutFinder:
         return bool(self._prompt.videos)
 
     @property
+    def has_rule(self) -> bool:
+        """Whether the model's family says where its videos are."""
+        return self._rule in RULES.values()
+
+    @property
     def is_listed(self) -> bool:
         """Whether the caller listed the layouts, as positions in the sequence."""
         return self._listed is not None
@@ -115,6 +126,11 @@ class LayoutFinder:
         if known is None:
             found = _numbered(self._rule(self.model, self._with_encoded(arguments)))
         else:
+            if self._prompt.videos and self._prompt.by_ids and arguments.get("input_ids") is None and self.has_rule:
+                raise ValueError(
+                    "layout: must be given where generate is asked with input_ids, but passes embeddings on, of which "
+                    "some may not be the prompt's"
+                )
             found = _lying_in(known, past_of(arguments), tokens.shape[1])
         check_layouts([video.layout for video in found], *tokens.shape[:2])
         return found
@@ -145,12 +161,12 @@ class LayoutFinder:
     def _within_generate(self, generate: Callable) -> Callable:
         def scoped(*args: Any, **kwargs: Any) -> Any:
             prompt = self._prompt
-            outer = prompt.depth, prompt.videos, prompt.length
+            outer = prompt.depth, prompt.videos, prompt.length, prompt.by_ids
             prompt.depth, prompt.videos = prompt.depth + 1, None
             try:
                 return generate(*args, **kwargs)
             finally:
-                prompt.depth, prompt.videos, prompt.length = outer
+                prompt.depth, prompt.videos, prompt.length, prompt.by_ids = outer
                 self.forget()
 
         return scoped
@@ -178,6 +194,7 @@ class LayoutFinder:
         tokens, past = tokens_of(arguments), past_of(arguments)
         if tokens is None or tokens.shape[1] == 0:
             return []
+        self._prompt.by_ids = tokens.ndim == 2
         is_whole = past == 0 or _sequence_length(arguments) == tokens.shape[1]  # the earlier turns are in it again
         self._prompt.length = tokens.shape[1] if is_whole else past + tokens.shape[1]
         if self._listed is not None:
@@ -191,9 +208,14 @@ class LayoutFinder:
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
-    """[B, N, D] or [B, N]: what a forward gets its tokens from."""
+    """[B, N, D] or [B, N]: what a forward gets its tokens from; None where these are something else."""
     embeddings = arguments.get("inputs_embeds")
-    return arguments.get("input_ids") if embeddings is None else embeddings
+    tokens = arguments.get("input_ids") if embeddings is None else embeddings
+    return tokens if isinstance(tokens, Tensor) and tokens.ndim == (2 if embeddings is None else 3) else None
+
+
+def _refuse_copies() -> NoReturn:
+    Hook(_refuse_copies).__deepcopy__({})
 
 
 def _refuse_continuous_batching(method: Callable) -> Callable:

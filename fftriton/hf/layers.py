@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .compat import first_of, with_first
@@ -137,9 +137,10 @@ class LayerHooks:
         left = prefill.after_attention(index, args[0], self._tap.take())
         return None if left is None else (left,)
 
-    def _after_feed_forward(self, mlp: nn.Module, args: tuple, output: Any) -> Tensor | None:
+    def _after_feed_forward(self, mlp: nn.Module, args: tuple, output: Any) -> Any:
         prefill = self._prefill
-        return None if prefill is None else prefill.after_feed_forward(first_of(output))
+        stand_in = None if prefill is None else prefill.after_feed_forward(first_of(output))
+        return None if stand_in is None else with_first(output, stand_in)
 
     def _output(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
         prefill = self._prefill

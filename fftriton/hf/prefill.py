@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fftriton_kernels import verified
 
 from ..layout import VideoLayout, patch_ids
-from ..methods.base import Merge, Method, Prompt, VideoTokens
+from ..methods.base import Merge, Method, Prompt, VideoTokens, Window
 from .cache import ReducedLayer
 from .compat import UnknownReleaseError, attention_name, causal_mask
 from .finder import Video
@@ -234,6 +234,8 @@ class Prefill(Continuation):
                 own_layouts = [_numbered(layout, places) for layout in layouts] if is_padded else layouts
                 prompt = Prompt(len(self.attends), tokens.length, own_layouts, self.attends, videos[0].number)
                 calls = self.method.begin(prompt)
+                if not isinstance(calls, Method):
+                    raise TypeError(f"reduce: {self.method}: begin must return a Method, got {type(calls).__name__}")
             report = Report(
                 str(self.method), self.method.budget, layouts, tokens.length, count, _stopwatch=self._stopwatch
             )
@@ -249,6 +251,21 @@ class Prefill(Continuation):
         tail = len(patch) - 1 - int((patch >= 0).nonzero()[-1])
         lengths = [_answer_length(targets[index, rows], shift) for targets, shift in self.targets]
         return max((length for length in lengths if length < tail), default=0)
+
+    def expect_one_sequence(self, position_ids: Tensor | None) -> None:
+        """That positions [1, N], or [4, 1, N] with the text's first, do not start anew as a packed sequence's do."""
+        if position_ids is None or (position_ids.ndim == 3 and len(position_ids) != 4):
+            return
+        text = position_ids if position_ids.ndim == 2 else position_ids[0]
+        self._invariants.expect(
+            (text.diff() >= 0).all(), "reduce: position_ids must not start anew: packed sequences cannot be reduced"
+        )
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise a RuntimeError unless every layer has run."""
+        ran = len(self.samples[0].report.kept_positions) if self.samples else 0
+        if ran != num_layers:
+            raise RuntimeError(f"reduce: the decoder must run each of its {num_layers} layers, but ran {ran}")
 
     def _tail(self, layouts: list[VideoLayout], rows: slice | Tensor) -> int:
         """How many tokens stand behind a sample's last video; none where the sample ends before its row does."""
@@ -278,7 +295,12 @@ class Prefill(Continuation):
         for sample in self.samples:
             if sample.calls is not None:
                 sample.past = past
-                sample.report.window = sample.calls.window(past + sample.tokens.length - sample.later)
+                window = sample.calls.window(past + sample.tokens.length - sample.later)
+                if not isinstance(window, Window | type(None)):
+                    raise TypeError(
+                        f"reduce: {self.method}: window must return a Window or None, got {type(window).__name__}"
+                    )
+                sample.report.window = window
         self.window = Windows.of([sample.report.window for sample in self.samples])
         for layer in layers:
             layer.window = self.window

@@ -63,7 +63,8 @@ def _run(decoder: Any, like: Tensor) -> Invariants:
         for index in first.values():
             handles += _listen(decoder.layers[index], index, index == max(first.values()), invariants)
         with torch.no_grad():
-            decoder(inputs_embeds=noise.to(like.device, like.dtype), use_cache=False)
+            mask = torch.ones(1, 2, dtype=torch.int64, device=like.device)
+            decoder(inputs_embeds=noise.to(like.device, like.dtype), attention_mask=mask, use_cache=False)
     except _Seen:
         pass
     finally:

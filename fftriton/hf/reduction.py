@@ -57,6 +57,7 @@ from .report import BatchReport, Report
 
 _reduced: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders that have a reduction installed
 _reduced_lock = threading.Lock()
+_OTHER_TOKENS = "layout: must be given where a module around the decoder puts other tokens among the prompt's, got {}"
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Call:
         outer: the call in the midst of which this one came, by a hook of the user's.
         refused: whether one that came in the midst of this one has just been refused.
         report: what was done to it, once the decoder has ended.
+        handled: the exception in whose handling it was made, if any: another one ends it.
     """
 
     level: int
@@ -99,6 +101,12 @@ class Call:
     outer: Call | None = None
     refused: bool = False
     report: Report | BatchReport | None = None
+    handled: BaseException | None = field(default_factory=lambda: sys.exc_info()[1])
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an exception is on its way through it."""
+        return sys.exc_info()[1] is not self.handled
 
     @property
     def is_running(self) -> bool:
@@ -257,7 +265,8 @@ class Reduction(AbstractContextManager["Reduction"]):
         call = self._enter(level, given)
         if call is None:
             return None
-        targets = [(name, shift) for name, shift in (("labels", 1), ("shift_labels", 0)) if given.get(name) is not None]
+        shifts = {"labels": 1, "shift_labels": 0}
+        targets = [(name, shift) for name, shift in shifts.items() if _are_targets(given.get(name), call.shape)]
         if not targets or call.targets:
             return None
         own = {name: given[name].clone() for name, _ in targets}
@@ -269,13 +278,15 @@ class Reduction(AbstractContextManager["Reduction"]):
         call = self._thread.call
         if call is None or call.begun or call.level >= level:  # no call of a module around this one is on its way
             call = self._begin(Call(level))
-        tokens = tokens_of(given)
+        tokens, moved = tokens_of(given), False
         if tokens is None:
             call.has_vision = call.has_vision or _has_pixels(given)
             return None
         if call.shape is None:
             call.shape, call.level = tokens.shape[:2], level
             call.has_vision = call.has_vision or given.get("inputs_embeds") is not None
+        elif call.shape != tokens.shape[:2] and self._finder.has_rule:  # a module has put tokens before the others
+            moved, call.shape, call.videos = bool(call.videos), tokens.shape[:2], []
         if tokens.shape[1] == 1:
             return None
         call.later = max(call.later, self._finder.count_later(given))
@@ -285,6 +296,8 @@ class Reduction(AbstractContextManager["Reduction"]):
             call.has_vision = _has_pixels(given) or self._has_placeholders(given)
         if not self._finder.is_listed:
             self._look(call, given)
+        if moved and not call.videos:
+            raise ValueError(_OTHER_TOKENS.format(list(call.shape)))
         as_tuple = given.get("return_dict", getattr(self.model.config, "return_dict", True)) is False
         if as_tuple and (call.videos or self._finder.is_listed) and self._states_are_wanted(call):
             raise ValueError("reduce: return_dict must not be False where hidden states are asked for")
@@ -328,14 +341,14 @@ class Reduction(AbstractContextManager["Reduction"]):
     def _after_module(self, level: int, module: Any, args: tuple, output: Any) -> None:
         """transformers may have noted what the layers themselves return, which is thrown away where rows leave."""
         call = self._thread.call
-        if call is None or (output is None and self._was_refused(call)):
+        if call is None or (call.has_failed and self._was_refused(call)):
             return
-        if call.level == level and output is None:
+        if call.level == level and call.has_failed:
             self._abandon()
         elif call.level == level:
             self._leave(call)
         states = call.states
-        if output is None or states is None or getattr(output, "hidden_states", None) is None:
+        if states is None or getattr(output, "hidden_states", None) is None:
             return
         *_, last = given = output.hidden_states
         own = [None if noted is None else state for noted, state in zip(given, states, strict=True)]
@@ -393,9 +406,11 @@ class Reduction(AbstractContextManager["Reduction"]):
         else:
             level += not runs_hooks
         self._remove_entry_hooks(level)
+        self._permit.compiled = True
         try:
             yield
         finally:
+            self._permit.compiled = False
             self._add_entry_hooks(level)
 
     # ---- the decoder
@@ -459,6 +474,8 @@ class Reduction(AbstractContextManager["Reduction"]):
                 self.verify,
             )  # fmt: skip
             prefill.states = [] if self._states_are_wanted(call) else None
+            if kwargs.get("attention_mask") is None:
+                prefill.expect_one_sequence(kwargs.get("position_ids"))
         else:
             call.forward = Continuation(source, valid, layers)
         self._layers.open(call.forward)
@@ -486,6 +503,8 @@ class Reduction(AbstractContextManager["Reduction"]):
         if call.shape is None or self._finder.is_listed:
             self._look(call, kwargs)
         elif call.videos and call.shape != source.shape[:2]:
+            if self._finder.has_rule:
+                raise ValueError(_OTHER_TOKENS.format(list(source.shape[:2])))
             call.later = 0
             check_layouts([video.layout for video in call.videos], *source.shape[:2])
         return call
@@ -524,6 +543,9 @@ class Reduction(AbstractContextManager["Reduction"]):
             of = f" with layers of {', '.join(kinds)}" if kinds else ""
             return f"only a plain DynamicCache can hold fewer tokens in later layers, got {type(cache).__name__}{of}"
         other = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "linear_attention"}
+        config = decoder.config
+        if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
+            return f"the decoder's attention has a sliding window of {config.sliding_window}"
         if other:
             return f"the decoder has layers other than full and linear attention: {', '.join(sorted(other))}"
         if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
@@ -541,6 +563,8 @@ class Reduction(AbstractContextManager["Reduction"]):
                 raise RuntimeError(
                     "reduce: the model was called while a call of it was at work; hooks must not do that"
                 )
+            if isinstance(call.forward, Prefill):
+                call.forward.check_depth(len(self.decoder.layers))
             check_growth(call.layers, call.expected, self.method)
             if isinstance(call.forward, Prefill):
                 self._finish(call, call.forward)
@@ -630,6 +654,11 @@ def _check_wrapper(root: nn.Module) -> None:
                 f"reduce: model must not be a DataParallel over {len(module.device_ids)} devices, whose copies a "
                 "reduction does not reach; use DistributedDataParallel"
             )
+
+
+def _are_targets(labels: Any, shape: torch.Size | None) -> bool:
+    """Whether there is a label for each token: not so for a head that classifies, say."""
+    return isinstance(labels, Tensor) and labels.shape == shape
 
 
 def _has_pixels(given: Mapping[str, Any]) -> bool:

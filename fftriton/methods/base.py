@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fftriton_kernels import gather_rows, merge_mean, topk_keep
 
+from ..checks import check_count
 from ..layout import VideoLayout, frame_ids, previous_of_patch
 
 
@@ -63,6 +64,10 @@ class Window:
 
     sinks: int
     recent: int
+
+    def __post_init__(self) -> None:
+        check_count("Window", "sinks", self.sinks, 0)
+        check_count("Window", "recent", self.recent, 1)
 
 
 @dataclass(frozen=True)

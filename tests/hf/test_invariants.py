@@ -199,7 +199,7 @@ def granite():
 
 
 def olmo2():
-    return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SMALL, **rope(rope_theta=1e4)))
+    return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SMALL))
 
 
 def glm4v():
@@ -266,6 +266,112 @@ def test_the_look_at_the_structure_leaves_no_trace():
     assert torch.equal(torch.rand(1), expected)
     assert calls == []
     assert all(module.training for module in model.modules())
+
+
+@dataclass(frozen=True)
+class OneLess(fftriton.Method):
+    """Drops one video token before the first layer."""
+
+    budget: float = 0.9
+
+    def before_attention(self, layer, tokens):
+        return tokens.keep_top(tokens.hidden[..., 0], tokens.num_video - 1) if layer == 0 else None
+
+
+@pytest.mark.parametrize("given", [{"use_cache": False}, behind(transformers.DynamicCache())], ids=["no cache", "bare"])
+@torch.no_grad()
+def test_sliding_windows_run_unreduced(given):
+    config = transformers.MistralConfig(**SMALL, sliding_window=6, **rope(rope_theta=1e4))
+    model, (video, layout) = seeded(transformers.MistralForCausalLM(config)), video_embeddings(6, 8)
+    dense = model(inputs_embeds=video, use_cache=False).logits
+    with fftriton.reduce(model, OneLess(), layout) as reduction:
+        with pytest.warns(UserWarning, match="without reduction, because .*sliding"):
+            assert torch.equal(model(inputs_embeds=video, **given).logits, dense)
+    assert reduction.report is None
+
+
+@torch.no_grad()
+def test_packed_sequences_are_refused():
+    model, (video, layout) = tiny_qwen2(), video_embeddings(6, 8)
+    both = torch.cat([video, torch.ones(1, 12, 64)], 1)
+    positions = torch.cat([torch.arange(video.shape[1]), torch.arange(12)])[None]
+    with fftriton.reduce(model, OneLess(), layout):
+        with pytest.raises(RuntimeError, match="position_ids must not start anew"):
+            model(inputs_embeds=both, position_ids=positions, use_cache=False)
+        model(inputs_embeds=both, use_cache=False)
+
+
+@torch.no_grad()
+def test_a_decoder_that_stops_early():
+    model, (video, layout) = copy.deepcopy(tiny_qwen2()), video_embeddings(6, 8)
+    model.config.num_hidden_layers = 3
+    for use_cache in (False, True):
+        with fftriton.reduce(model, OneLess(), layout):
+            with pytest.raises(RuntimeError, match="must run each of its 5 layers, but ran 3"):
+                model(inputs_embeds=video, use_cache=use_cache)
+
+
+class Routed(torch.nn.Module):
+    """A feed-forward block that returns its routing, too."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        return self.inner(hidden), hidden
+
+
+@torch.no_grad()
+def test_feed_forward_blocks_that_return_a_tuple(monkeypatch):
+    model, (video, layout) = copy.deepcopy(tiny_qwen2()), video_embeddings(6, 8)
+    with fftriton.reduce(model, fftriton.FastV(0.6), layout):
+        expected = model(inputs_embeds=video).logits
+    for layer in model.model.layers:
+        layer.mlp = Routed(layer.mlp)
+
+    def forward(self, hidden_states, **kwargs):
+        residual = hidden_states
+        hidden_states = residual + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        fed, _ = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + fed
+
+    def with_names(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        arguments = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+        return forward(self, hidden_states, **arguments, **kwargs)
+
+    monkeypatch.setattr(type(layer), "forward", with_names)
+    with fftriton.reduce(model, fftriton.FastV(0.6), layout):
+        assert (model(inputs_embeds=video).logits - expected).abs().max() < 1e-5
+
+
+@dataclass(frozen=True)
+class Answers(fftriton.Method):
+    """Answers `begin` or `window` with this."""
+
+    of: str
+    answer: object
+
+    def begin(self, prompt):
+        return self.answer if self.of == "begin" else self
+
+    def window(self, length):
+        return self.answer if self.of == "window" else None
+
+
+@pytest.mark.parametrize(("of", "answer"), [("begin", None), ("begin", 3), ("window", (4, 8)), ("window", 2)])
+@torch.no_grad()
+def test_answers_of_another_kind(of, answer):
+    model, (video, layout) = tiny_qwen2(), video_embeddings(6, 8)
+    with fftriton.reduce(model, Answers(of, answer), layout):
+        with pytest.raises(TypeError, match=f"Answers.*: {of} must return a "):
+            model(inputs_embeds=video)
+
+
+@pytest.mark.parametrize("values", [(-3, 4), (0, 0), (0.5, 4), (2, 4.5)])
+def test_windows_that_cannot_be(values):
+    with pytest.raises((TypeError, ValueError), match="Window: (sinks|recent) must be"):
+        fftriton.methods.Window(*values)
 
 
 # ---- failures that are noticed at the next call

@@ -35,13 +35,13 @@ def test_a_loop_of_the_users_own(family, name):
     with warnings.catch_warnings(), fftriton.reduce(model, SCRIPT) as reduction:
         warnings.simplefilter("ignore", FutureWarning)
         logits = [model(**inputs, **{name: cache}).logits[0, -1]]
+        later = []
         for _ in range(3):
-            word = logits[-1][:WORDS].argmax()[None, None]
-            logits.append(model(input_ids=word, **{name: cache}).logits[0, -1])
-    prompt = see_prompt(model, inputs)
-    by_hand = ByHand(model, patches(reduction.report.layouts, prompt.embeddings.shape[1]))
-    tokens = torch.stack(logits)[:, :WORDS].argmax(-1)
-    assert (torch.stack(logits) - by_hand.logits(prompt, SCRIPT, tokens[:-1])).abs().max() < 1e-4
+            later.append({"input_ids": logits[-1][:WORDS].argmax()[None, None]})
+            logits.append(model(**later[-1], **{name: cache}).logits[0, -1])
+    by_hand = ByHand(model, patches(reduction.report.layouts, inputs["input_ids"].shape[1]))
+    expected = by_hand.logits(see_prompt(model, inputs, *later), SCRIPT, last=4)
+    assert (torch.stack(logits) - expected).abs().max() < 1e-4
 
 
 @EVERY_FAMILY

@@ -1,6 +1,7 @@
 """What can go wrong: the model is as it was, the cache is as it was or says that it is not, and nobody else notices."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -356,3 +357,19 @@ def test_a_hook_that_calls_the_model_during_a_step():
         assert torch.equal(model(**WORD, **behind(cache)).logits, expected)
         hook.remove()
     assert torch.equal(inner[0], alone)
+
+
+@torch.no_grad()
+def test_a_reduced_cache_is_for_models_that_are_being_reduced():
+    """A pickle of it is refused, and so is its use by another model while the block is open."""
+    model, video, reduction = reducing(SCRIPT)
+    other = copy.deepcopy(model)
+    with reduction:
+        cache = cache_of(model(inputs_embeds=video))
+        stored = pickle.dumps(cache)
+        with pytest.raises(RuntimeError, match="holds a reduced prompt"):
+            other(**WORD, **behind(copy.deepcopy(cache)))
+        expected = model(**WORD, **behind(copy.deepcopy(cache))).logits
+        assert torch.equal(model(**WORD, **behind(pickle.loads(stored))).logits, expected)
+    with pytest.raises(RuntimeError, match="holds a reduced prompt"):
+        model(**WORD, **behind(pickle.loads(stored)))

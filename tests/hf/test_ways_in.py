@@ -136,7 +136,7 @@ def test_the_model_inside(family):
     for given in (model, model.model):
         with fftriton.reduce(given, METHOD) as reduction:
             hidden = model.model(**inputs).last_hidden_state
-            assert torch.equal(hidden[0, -1], model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1])
+            assert (model.lm_head(hidden[:, -1]) - model(**inputs).logits[:, -1]).abs().max() < 1e-5
         assert all(map(torch.equal, reduction.report.kept_positions, kept))
 
 
@@ -229,6 +229,73 @@ def test_a_head_of_another_kind():
     with fftriton.reduce(tiny_qwen2(), METHOD, layout):
         states = tiny_qwen2().model(inputs_embeds=video).last_hidden_state
     assert torch.equal(model.score(states)[0, -1], reduced[0])
+
+
+class Silent(nn.Module):
+    """Keeps what comes out, and returns nothing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        self.out = self.inner(**inputs)
+
+
+@torch.no_grad()
+def test_a_module_that_returns_nothing():
+    model, inputs = tiny_qwen2_vl(), video_prompt()
+    outer, cache = Silent(model), DynamicCache(config=decoder_of(model).config)
+    with fftriton.reduce(outer, METHOD) as reduction:
+        try:
+            raise KeyError
+        except KeyError:  # an exception that is being handled is not one of the call
+            outer(**inputs, **behind(cache))
+        assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+        assert reduction.report.budget_achieved < 0.5
+
+
+class SoftPrompt(nn.Module):
+    """Puts tokens before the prompt's."""
+
+    def __init__(self, model, hides):
+        super().__init__()
+        self.inner, self.hides = model, hides
+
+    def forward(self, input_ids, **inputs):
+        embeddings = self.inner.get_input_embeddings()(input_ids)
+        embeddings = torch.cat([torch.ones(1, 7, embeddings.shape[-1]), embeddings], 1)
+        if self.hides:  # the placeholders are filled here
+            embeddings[:, 7:] += 0.01
+        inputs = {name: part for name, part in inputs.items() if not name.startswith(("attention", "mm_"))}
+        return self.inner(inputs_embeds=embeddings, **({} if self.hides else inputs))
+
+
+@torch.no_grad()
+def test_tokens_that_a_module_puts_before_the_prompt():
+    model, inputs = tiny_qwen2_vl(), video_prompt(image=False)
+    with fftriton.reduce(model, METHOD) as reduction:
+        model(**inputs)
+        first = reduction.report.layouts[0].tokens[0]
+    outer = SoftPrompt(model, hides=False)
+    with fftriton.reduce(outer, METHOD) as reduction:
+        outer(**inputs)
+        assert reduction.report.layouts[0].tokens[0] == first + 7
+    outer = SoftPrompt(model, hides=True)
+    with (
+        fftriton.reduce(outer, METHOD),
+        pytest.raises(ValueError, match="layout: must be given where a module"),
+    ):
+        outer(**inputs)
+
+
+def test_labels_that_are_not_of_tokens():
+    config = copy.deepcopy(tiny_qwen2().config)
+    config.num_labels, config.pad_token_id = 3, 0
+    model, (video, layout) = Qwen2ForSequenceClassification(config).eval(), video_embeddings(6, 8)
+    with fftriton.reduce(model, METHOD, layout) as reduction:
+        assert model(inputs_embeds=video, labels=torch.tensor([1])).loss.isfinite()
+    assert reduction.report.budget_achieved < 0.5
 
 
 # ---- the video in embeddings
@@ -381,7 +448,7 @@ def test_copies_are_refused_inside(part, tmp_path):
     taken = {"model": model, "inner": model.model, "decoder": decoder_of(model)}[part]
     before = snapshot(model)
     with fftriton.reduce(model, METHOD) as reduction:
-        for copying in (copy.deepcopy, lambda it: torch.save(it, tmp_path / "model.pt")):
+        for copying in (copy.copy, copy.deepcopy, lambda it: torch.save(it, tmp_path / "model.pt")):
             with pytest.raises(RuntimeError, match="cannot be copied or pickled while it is being reduced"):
                 copying(taken)
         torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -509,7 +576,7 @@ def test_an_answer_has_no_say_in_what_stays(method, name):
     arguments = {"labels": labels} if name == "labels" else {"labels": labels, "shift_labels": shifted}
     other = dict(inputs, input_ids=torch.cat([ids[:, :-answer], ids[:, -answer:] % 100 + 20], 1))
     with fftriton.reduce(model, method) as reduction:
-        logits = model(**inputs, logits_to_keep=answer + 1).logits[0, :-1]
+        logits = model(**inputs, logits_to_keep=answer + 1).logits[0, -answer - 1 : -1]
         kept = reduction.report.kept_positions
         loss = model(**inputs, **arguments).loss
         assert all(map(torch.equal, reduction.report.kept_positions, kept))
