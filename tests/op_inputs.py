@@ -91,8 +91,9 @@ class Inputs:
             links = torch.where(self.integers(0, 9, *self.shape) == 0, 2**40 * links, links)
         if outside:
             links = torch.where(self.integers(0, 9, *self.shape) == 0, links + 5, links)
-        if self.packed:
-            links[: int(self.options["cu_seqlens"][0])] = -1
+        if self.packed and (padding := int(self.options["cu_seqlens"][0])):
+            links[:padding] = -1
+            return links.to(self.device, self.index)  # not one link for all
         return self.arranged(links.to(self.index))
 
     def counts(self, most: int) -> Tensor:
