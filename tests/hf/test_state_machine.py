@@ -437,9 +437,9 @@ class Machine(RuleBasedStateMachine):
     @rule(conversation=conversations, seed=seeds, count=counts, steps=st.integers(1, 3))
     def go_on_generating(self, conversation: Conversation, seed: int, count: int, steps: int) -> None:
         """The next turn of a conversation by generate, as its documentation has it: with all ids."""
-        if not self.settle(conversation) or not conversation.alone or bool((conversation.ids < 0).any()):
+        if not conversation.alone or bool((conversation.ids < 0).any()) or conversation.length > LONGEST // 2:
             return
-        if conversation.length > LONGEST // 2:
+        if not self.settle(conversation):
             return
         question = more_text(seed, 1, count)
         ids = torch.cat([conversation.ids, question], 1)
