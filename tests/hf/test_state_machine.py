@@ -274,7 +274,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(conversation=conversations, beyond=counts)
     def crop_too_much(self, conversation: Conversation, beyond: int) -> None:
-        if self.subject.is_recurrent or not self.settle(conversation) or not conversation.reduced:
+        if self.subject.is_recurrent or not conversation.reduced or not self.settle(conversation):
             return
         with pytest.raises(ValueError, match="crop: length must stay at or behind"):
             conversation.cache.crop(max(conversation.fixed - beyond, 1))
@@ -284,7 +284,7 @@ class Machine(RuleBasedStateMachine):
         how=st.sampled_from(["reorder_cache", "batch_select_indices"]), then=counts,
     )  # fmt: skip
     def select(self, conversation: Conversation, before: Fault | None, rows: list[int], how: str, then: int) -> None:
-        if not self.settle(conversation, before) or (self.subject.is_recurrent and how == "batch_select_indices"):
+        if (self.subject.is_recurrent and how == "batch_select_indices") or not self.settle(conversation, before):
             return
         chosen = torch.tensor([row % conversation.batch for row in rows])
         for cache in (conversation.cache, conversation.dense):
@@ -294,7 +294,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(conversation=conversations, before=interruptions, times=st.integers(2, 3), then=counts)
     def repeat(self, conversation: Conversation, before: Fault | None, times: int, then: int) -> None:
-        if not self.settle(conversation, before) or conversation.batch * times > MOST or self.subject.is_recurrent:
+        if conversation.batch * times > MOST or self.subject.is_recurrent or not self.settle(conversation, before):
             return
         for cache in (conversation.cache, conversation.dense):
             cache.batch_repeat_interleave(times)
@@ -437,9 +437,9 @@ class Machine(RuleBasedStateMachine):
     @rule(conversation=conversations, seed=seeds, count=counts, steps=st.integers(1, 3))
     def go_on_generating(self, conversation: Conversation, seed: int, count: int, steps: int) -> None:
         """The next turn of a conversation by generate, as its documentation has it: with all ids."""
-        if not self.settle(conversation) or not conversation.alone or bool((conversation.ids < 0).any()):
+        if not conversation.alone or bool((conversation.ids < 0).any()) or conversation.length > LONGEST // 2:
             return
-        if conversation.length > LONGEST // 2:
+        if not self.settle(conversation):
             return
         question = more_text(seed, 1, count)
         ids = torch.cat([conversation.ids, question], 1)
