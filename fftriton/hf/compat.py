@@ -78,10 +78,10 @@ def check_decoder(decoder: Any) -> str:
     for name in _LAYER_METHODS:
         if not hasattr(cache_utils.DynamicLayer, name):
             raise UnknownReleaseError(f"DynamicLayer must have a method {name!r}")
-    for owner, names in ((cache_utils.DynamicLayer(), ("keys", "values")), (cache_utils.DynamicCache(), ("layers",))):
+    for part, names in ((cache_utils.DynamicLayer(), ("keys", "values")), (cache_utils.DynamicCache(), ("layers",))):
         for name in names:
-            if not hasattr(owner, name):
-                raise UnknownReleaseError(f"{type(owner).__name__} must have an attribute {name!r}")
+            if not hasattr(part, name):
+                raise UnknownReleaseError(f"{type(part).__name__} must have an attribute {name!r}")
     return parameter(decoder.forward, owner, *CACHE)
 
 
