@@ -126,7 +126,9 @@ def test_a_broken_kernel_is_found(module, op, found, bench, run, monkeypatch):
     getattr(bench, module).main(run)
     kinds = [finding["kind"] for finding in bench.findings.read(run.out)]
     assert kinds.count("wrong") == found
-    assert kinds.count("ok") == len(kinds) - found > 0
+    refused = kinds.count("error")  # by an op that gets what the broken one gives, on a CPU
+    assert kinds.count("ok") == len(kinds) - found - refused > 0
+    assert refused == 0 or op == "merge_roots"
     assert not bench.summary.correctness_holds(run.out)
 
 
