@@ -20,6 +20,7 @@ import transformers
 from by_hand import SPECIAL, Scripted, decoder_of
 from conversations import (
     ERRORS,
+    NOTHING,
     SCRIPTS,
     TOLERANCE,
     Conversation,
