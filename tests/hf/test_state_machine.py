@@ -20,7 +20,6 @@ import transformers
 from by_hand import SPECIAL, Scripted, decoder_of
 from conversations import (
     ERRORS,
-    NOTHING,
     SCRIPTS,
     TOLERANCE,
     Conversation,
