@@ -136,7 +136,7 @@ class ReducedLayer(DynamicLayer):
             self.checkpoint.restore()
 
     def reset(self) -> None:
-        self.checkpoint = None
+        self.recover()
         self.keys = self.values = None  # as a new layer has them
         self.is_initialized = False
         self._forget()
@@ -182,14 +182,18 @@ class Checkpoint:
         for layer, *_ in self._states:
             layer.checkpoint = self
         self._recurrent = [layer for layer in layers if not isinstance(layer, ReducedLayer)]
+        self._open = True
 
     def release(self) -> None:
         """The forward went through."""
+        self._open = False
         for layer, *_ in self._states:
             layer.checkpoint = None
 
     def restore(self) -> None:
-        """Take out of each layer what has come since."""
+        """Take out of each layer what has come since, once: after that the cache may have been used again."""
+        if not self._open:
+            return
         self.release()
         was_empty = all(rows == 0 for _, rows, _ in self._states)
         forgotten = any(layer.window is not None and notes["window"] is None for layer, _, notes in self._states)
