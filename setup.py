@@ -32,12 +32,15 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fftriton",
+        "fftriton.app",
         "fftriton.evaluate",
         "fftriton.hf",
+        "fftriton.layouts",
         "fftriton.lmms",
         "fftriton.methods",
         "fftriton.needle",
         "fftriton.relevance",
+        "fftriton.runtime",
         "fftriton_kernels",
     ],
     package_dir={"fftriton_kernels": "kernels/fftriton_kernels"},
@@ -63,7 +66,7 @@ setup(
         "dev": TEST + LINT,
     },
     entry_points={
-        "console_scripts": ["fftriton = fftriton.cli:app"],
+        "console_scripts": ["fftriton = fftriton.app.cli:app"],
         "lmms_eval.models": ["fftriton = fftriton.lmms:manifest"],
     },
     classifiers=[

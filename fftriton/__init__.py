@@ -6,7 +6,7 @@ with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)):
 
 from . import layouts
 from .hf import BatchReport, MergeStep, Reduction, Report, apply, apply_framefusion, reduce
-from .layout import VideoLayout
+from .layouts.layout import VideoLayout
 from .methods import (
     KVTP,
     FastV,

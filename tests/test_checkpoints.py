@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-import fftriton.cli
-from fftriton.request import load_relevance
-from fftriton.shipped import MODEL, NEEDLE
+import fftriton.app.cli
+from fftriton.app.request import load_relevance
+from fftriton.runtime.shipped import MODEL, NEEDLE
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -60,7 +60,7 @@ def checkpoint_with_code(folder, marker, **config):
 def invoke(command, model, out, *more):
     """With a user who would say yes."""
     arguments = [*COMMANDS[command], "--model", str(model), "--out", str(out), *more]
-    return CliRunner().invoke(fftriton.cli.app, arguments, input="y\n" * 9)
+    return CliRunner().invoke(fftriton.app.cli.app, arguments, input="y\n" * 9)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

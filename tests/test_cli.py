@@ -14,19 +14,19 @@ from models import rope
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from typer.testing import CliRunner
 
-import fftriton.cli
-import fftriton.run
-from fftriton.display import summarise_layers
-from fftriton.request import Options, choose_tasks, prepare
-from fftriton.run import is_right
-from fftriton.shipped import BUNNY, MODEL, NEEDLE
+import fftriton.app.cli
+import fftriton.app.run
+from fftriton.app.display import summarise_layers
+from fftriton.app.request import Options, choose_tasks, prepare
+from fftriton.app.run import is_right
+from fftriton.runtime.shipped import BUNNY, MODEL, NEEDLE
 
 av = pytest.importorskip("av")
 
 
 @pytest.fixture(autouse=True)
 def single_repeat(monkeypatch):
-    monkeypatch.setattr(fftriton.run, "_REPEATS", 1)
+    monkeypatch.setattr(fftriton.app.run, "_REPEATS", 1)
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def no_model(monkeypatch):
     def load_model(options):
         pytest.fail("the model was loaded before the input was refused")
 
-    monkeypatch.setattr(fftriton.cli, "load_model", load_model)
+    monkeypatch.setattr(fftriton.app.cli, "load_model", load_model)
 
 
 def invoke(*arguments: object):
-    return CliRunner().invoke(fftriton.cli.app, ["run", *map(str, arguments)])
+    return CliRunner().invoke(fftriton.app.cli.app, ["run", *map(str, arguments)])
 
 
 def lines(output: str) -> str:

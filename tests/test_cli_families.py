@@ -7,11 +7,11 @@ from checkpoints import PARTS, needs_torchvision, save_checkpoint
 from families import FAMILIES
 from typer.testing import CliRunner
 
-import fftriton.cli
-import fftriton.run
-from fftriton.processing import HubProcessor
-from fftriton.shipped import NEEDLE
-from fftriton.video import read_video
+import fftriton.app.cli
+import fftriton.app.run
+from fftriton.runtime.processing import HubProcessor
+from fftriton.runtime.shipped import NEEDLE
+from fftriton.runtime.video import read_video
 
 pytest.importorskip("av")  # reads videos
 
@@ -27,10 +27,10 @@ def folder(name, tmp_path):
 @needs_torchvision
 @EVERY_FAMILY
 def test_a_run(name, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(fftriton.run, "_REPEATS", 1)
+    monkeypatch.setattr(fftriton.app.run, "_REPEATS", 1)
     arguments = ["--video", NEEDLE.path, "--question", "word5 word6", "--frames", 6, "--max-new-tokens", 3]
     command = ["run", "--model", folder, *arguments, "--budget", 0.5, "--compare", "--out", tmp_path / "out"]
-    result = CliRunner().invoke(fftriton.cli.app, list(map(str, command)))
+    result = CliRunner().invoke(fftriton.app.cli.app, list(map(str, command)))
     assert result.exit_code == 0, result.output
     (clip,) = json.loads((tmp_path / "out" / "report.json").read_text())["clips"]
     tokens = clip["dense"]["vision_tokens_per_layer"][0]
@@ -43,5 +43,5 @@ def test_a_run(name, folder, tmp_path, monkeypatch):
 def layout_of(name, folder):
     """The layout of the processor's prompt, by the family's rule."""
     inputs = HubProcessor(folder)(read_video(NEEDLE.path, 6), "word5 word6")
-    (layout,) = fftriton.hf.families.RULES[name](FAMILIES[name].model(), inputs)
+    (layout,) = fftriton.layouts.families.RULES[name](FAMILIES[name].model(), inputs)
     return layout

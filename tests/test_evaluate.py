@@ -18,16 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import fftriton
-import fftriton.cli
+import fftriton.app.cli
+from fftriton.app.request import Options, load_model
 from fftriton.evaluate import Plan, Setting, evaluate, mcnemar_exact, runner, summarise, wilson_interval
 from fftriton.evaluate.flops import prefill_flops
 from fftriton.evaluate.records import Record, RecordFolder
 from fftriton.evaluate.rows import depth_cells
 from fftriton.needle import generate_sample
-from fftriton.processing import load_processor
-from fftriton.request import Options, load_model
-from fftriton.shipped import MODEL, NEEDLE
-from fftriton.video import Video
+from fftriton.runtime.processing import load_processor
+from fftriton.runtime.shipped import MODEL, NEEDLE
+from fftriton.runtime.video import Video
 
 pytest.importorskip("av")  # reads videos
 
@@ -288,7 +288,7 @@ def test_records_keep_to_their_keys(tmp_path):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(fftriton.cli.app, ["eval", *map(str, arguments)])
+    return CliRunner().invoke(fftriton.app.cli.app, ["eval", *map(str, arguments)])
 
 
 ARGUMENTS = ("--methods", "keep-all,framefusion,fastv", "--budgets", "0.5,0.2", "--samples", 5)
@@ -342,7 +342,7 @@ def test_bad_input_is_refused(tmp_path, arguments, message):
 
 def test_processes_share_the_samples(tmp_path, evaluated):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fftriton.cli",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fftriton",
         "eval", "--methods", "framefusion", "--budgets", "0.2", "--samples", "3", "--out", str(tmp_path), "--json",
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

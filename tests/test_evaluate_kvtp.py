@@ -5,16 +5,16 @@ import torch
 
 import fftriton
 from fftriton import KVTP
+from fftriton.app.request import Options, load_model
 from fftriton.evaluate import Plan, Setting, evaluate
 from fftriton.evaluate.relevance import SampleRelevance, load_relevance
 from fftriton.evaluate.runner import Answerer
 from fftriton.needle import generate_sample
 from fftriton.needle.vocabulary import COLOURS, DIGITS
-from fftriton.processing import load_processor
 from fftriton.relevance import BoundRelevance, SiglipRelevance
-from fftriton.request import Options, load_model
-from fftriton.shipped import MODEL
-from fftriton.video import Video
+from fftriton.runtime.processing import load_processor
+from fftriton.runtime.shipped import MODEL
+from fftriton.runtime.video import Video
 
 pytest.importorskip("av")  # reads videos
 

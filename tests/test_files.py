@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import fftriton.cli
+import fftriton.app.cli
+import fftriton.app.request
+import fftriton.app.run
 import fftriton.evaluate.output
 import fftriton.evaluate.runner
-import fftriton.request
-import fftriton.run
 from fftriton.evaluate.records import Record, RecordFolder
-from fftriton.files import check_out, writing
-from fftriton.shipped import NEEDLE
+from fftriton.runtime.files import check_out, writing
+from fftriton.runtime.shipped import NEEDLE
 
 COMMANDS = {
     "run": ["run", "--question", NEEDLE.question, "--no-compare"],
@@ -34,7 +34,7 @@ def full_disk(largest=0):
 
 
 def invoke(command, out):
-    return CliRunner().invoke(fftriton.cli.app, [*COMMANDS[command], "--out", str(out)])
+    return CliRunner().invoke(fftriton.app.cli.app, [*COMMANDS[command], "--out", str(out)])
 
 
 def error_line(result):
@@ -52,7 +52,11 @@ def no_work(monkeypatch):
     def work(*arguments, **settings):
         pytest.fail("work was done before the folder was refused")
 
-    for name in ("fftriton.request.read_video", "fftriton.cli.load_model", "fftriton.evaluate.runner.load_model"):
+    for name in (
+        "fftriton.app.request.read_video",
+        "fftriton.app.cli.load_model",
+        "fftriton.evaluate.runner.load_model",
+    ):
         monkeypatch.setattr(name, work)
 
 
@@ -116,28 +120,28 @@ def test_only_the_folder_that_is_written_is_checked(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_during_a_run(tmp_path, monkeypatch, largest):
     before = '{"of": "an earlier run"}'
     (tmp_path / "report.json").write_text(before)
-    monkeypatch.setattr(fftriton.run, "_REPEATS", 1)
-    draw = fftriton.run._draw
+    monkeypatch.setattr(fftriton.app.run, "_REPEATS", 1)
+    draw = fftriton.app.run._draw
 
     def fill_up(*arguments):
         with full_disk(largest):
             return draw(*arguments)
 
-    monkeypatch.setattr(fftriton.run, "_draw", fill_up)
+    monkeypatch.setattr(fftriton.app.run, "_draw", fill_up)
     line = error_line(invoke("run", tmp_path))
     assert line == f"Error: cannot write '{tmp_path / 'needle-merges.png'}': File too large"
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.json": before}
 
 
 def test_a_report_is_whole_or_that_of_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(fftriton.run, "_REPEATS", 1)
-    write = fftriton.cli.write_report
+    monkeypatch.setattr(fftriton.app.run, "_REPEATS", 1)
+    write = fftriton.app.cli.write_report
 
     def fill_up(*arguments):
         with full_disk(100):
             write(*arguments)
 
-    monkeypatch.setattr(fftriton.cli, "write_report", fill_up)
+    monkeypatch.setattr(fftriton.app.cli, "write_report", fill_up)
     assert f"cannot write '{tmp_path / 'report.json'}'" in error_line(invoke("run", tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"needle-merges.png", "needle-tokens.png"}
 

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from fftriton.relevance import ContextFusion, SiglipRelevance
-from fftriton.video import write_video
+from fftriton.runtime.video import write_video
 
 
 @pytest.fixture

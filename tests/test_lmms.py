@@ -8,7 +8,7 @@ import pytest
 from fftriton.evaluate import Plan, Setting, evaluate
 from fftriton.lmms import needle
 from fftriton.needle import generate_sample
-from fftriton.shipped import MODEL
+from fftriton.runtime.shipped import MODEL
 
 pytest.importorskip("av")  # reads videos
 

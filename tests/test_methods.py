@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fftriton
-from fftriton.layout import VideoLayout, patch_ids, previous_of_patch
+from fftriton.layouts.layout import VideoLayout, patch_ids, previous_of_patch
 from fftriton.methods.base import Prompt, VideoTokens
 
 METHODS = [

@@ -17,8 +17,8 @@ from fftriton.needle.needles import Appearance, Needle, blended, covered, draw_n
 from fftriton.needle.samples import RECIPES, ask, draw_video
 from fftriton.needle.scenes import SIDE
 from fftriton.needle.vocabulary import IDS, UNKNOWN, VIDEO, VISION_START
-from fftriton.shipped import MODEL, NEEDLE
-from fftriton.video import read_video
+from fftriton.runtime.shipped import MODEL, NEEDLE
+from fftriton.runtime.video import read_video
 
 pytest.importorskip("av")  # reads videos
 

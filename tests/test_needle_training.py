@@ -14,8 +14,8 @@ from transformers import Qwen2VLForConditionalGeneration
 from fftriton.needle import KINDS, generate_sample
 from fftriton.needle.digits import digit_images
 from fftriton.needle.scenes import real_scenes
-from fftriton.processing import load_processor
-from fftriton.shipped import BUNNY, MODEL
+from fftriton.runtime.processing import load_processor
+from fftriton.runtime.shipped import BUNNY, MODEL
 
 pytest.importorskip("av")  # reads videos
 

@@ -107,7 +107,7 @@ def test_a_wheel_works_from_another_directory(tmp_path):
 import fftriton, fftriton_kernels
 from pathlib import Path
 print(Path(fftriton.__file__).parents[1], Path(fftriton_kernels.__file__).parents[1])
-from fftriton.cli import app
+from fftriton.app.cli import app
 assets = Path(fftriton.__file__).parent / "assets"
 print(sorted(path.name for path in assets.rglob("*") if path.suffix in (".mp4", ".safetensors")))
 """

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fftriton import VideoLayout
-from fftriton.pictures import (
+from fftriton.app.pictures import (
     _DPI,
     MAX_FRAMES,
     PatchFates,

@@ -13,9 +13,16 @@ from checkpoints import needs_torchvision
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import fftriton.processing as processing
-from fftriton.processing import HubProcessor, QwenPixels, QwenProcessor, load_processor, smart_resize, unknown_words
-from fftriton.video import Video, read_video
+import fftriton.runtime.processing as processing
+from fftriton.runtime.processing import (
+    HubProcessor,
+    QwenPixels,
+    QwenProcessor,
+    load_processor,
+    smart_resize,
+    unknown_words,
+)
+from fftriton.runtime.video import Video, read_video
 
 try:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

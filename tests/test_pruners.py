@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fftriton
 from fftriton import PruMerge, RandomPruner, ToMe, TopKPruner, VideoLayout
-from fftriton.layout import patch_ids
+from fftriton.layouts.layout import patch_ids
 from fftriton.methods.base import VideoTokens
 from fftriton.methods.pruners import Frames, distinctness, feature_norm
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fftriton.video import read_video, sample_indices
+from fftriton.runtime.video import read_video, sample_indices
 
 av = pytest.importorskip("av")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fftriton.video import read_video
+from fftriton.runtime.video import read_video
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fftriton.needle.needles import Appearance, Needle, add_needle, draw_needles
 from fftriton.needle.samples import Recipe, ask, draw_video, finish
 from fftriton.needle.scenes import GRID, add_flashes, textured_scenes
 from fftriton.needle.vocabulary import BOS, COLOURS, IDS, QUESTION, SYSTEM, VIDEO, VISION_END, VISION_START
-from fftriton.processing import QwenPixels
+from fftriton.runtime.processing import QwenPixels
 
 NO_DIGIT = -1
 NO_COLOUR = len(COLOURS)

@@ -40,7 +40,7 @@ from fftriton.needle.vocabulary import (
     VISION_END,
     VISION_START,
 )
-from fftriton.video import write_video
+from fftriton.runtime.video import write_video
 
 ASSETS = Path(__file__).resolve().parents[2] / "fftriton" / "assets"
 

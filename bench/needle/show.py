@@ -23,7 +23,7 @@ from fftriton.needle.digits import PATCH
 from fftriton.needle.needles import draw_needles
 from fftriton.needle.samples import RECIPES, draw_video
 from fftriton.needle.scenes import GRID
-from fftriton.processing import QwenPixels
+from fftriton.runtime.processing import QwenPixels
 
 _ALIKE = 0.9  # cosine from which on a patch counts as unchanged
 _NUM_FRAMES = 16  # of the videos that are measured, whatever the split's own

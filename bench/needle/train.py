@@ -37,8 +37,8 @@ from fftriton.needle.needles import blended, covered, faded_in, moved
 from fftriton.needle.samples import RECIPES, Recipe
 from fftriton.needle.scenes import GRID
 from fftriton.needle.vocabulary import COLOURS, DIGITS, IDS, QUADRANTS, VISION_START
-from fftriton.processing import Processor, load_processor
-from fftriton.shipped import BUNNY
+from fftriton.runtime.processing import Processor, load_processor
+from fftriton.runtime.shipped import BUNNY
 
 _CHECKPOINT_EVERY = 50  # steps
 _SAMPLES_AT_ONCE = len(KINDS)  # samples of a split are equally long as long as a kind has not come up again

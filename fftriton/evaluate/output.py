@@ -16,8 +16,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .. import __version__, shipped
-from ..request import Options
+from .. import __version__
+from ..app.request import Options
+from ..runtime import shipped
 from .plan import Plan, Setting
 from .plots import draw_depths, draw_layers, draw_pareto
 from .records import Record

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..files import naming
+from ..runtime.files import naming
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from .. import request
+from ..app import request
 from ..relevance import BoundRelevance, SiglipRelevance
 from .digests import digest_of_weights
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import writing
+from ..runtime.files import writing
 from .plan import Plan, Setting
 from .records import Record
 from .statistics import mcnemar_exact, wilson_interval

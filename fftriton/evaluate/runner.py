@@ -17,16 +17,16 @@ import transformers
 from torch import Tensor
 
 from .. import __version__
-from ..files import check_out
+from ..app.request import OpenBar, Options, load_model
+from ..app.run import answer_length, is_right, threads, to_model
 from ..hf import Report, reduce
-from ..measure import TokenClock, generate, memory_before, peak_memory
 from ..methods import Method
 from ..needle import KINDS, Sample, generate_sample
 from ..needle.vocabulary import COLOURS, DIGITS
-from ..processing import Processor, load_processor
-from ..request import OpenBar, Options, load_model
-from ..run import answer_length, is_right, threads, to_model
-from ..video import Video
+from ..runtime.files import check_out
+from ..runtime.measure import TokenClock, generate, memory_before, peak_memory
+from ..runtime.processing import Processor, load_processor
+from ..runtime.video import Video
 from .digests import digest_of_weights
 from .flops import prefill_flops
 from .plan import Plan, Setting

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..layout import VideoLayout
+from ..layouts.families import LayoutRule
+from ..layouts.layout import VideoLayout
 from ..methods import FrameFusion, Method
-from .families import LayoutRule
 from .reduction import Reduction
 
 

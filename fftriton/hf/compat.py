@@ -198,6 +198,24 @@ def pooled(features: Any) -> Tensor:
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
+def take_deepstack(decoder_arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Take over what Qwen3-VL's decoder adds to the outputs of its first layers, at places of the full prompt.
+
+    Args:
+        decoder_arguments: of the decoder's forward, by name; emptied of the features.
+
+    Returns:
+        A tensor [B, N, D] for each of the first layers, zero where nothing is added.
+    """
+    features, places = decoder_arguments.get("deepstack_visual_embeds"), decoder_arguments.get("visual_pos_masks")
+    if features is None or places is None:
+        return ()
+    decoder_arguments.update(deepstack_visual_embeds=None, visual_pos_masks=None)
+    return tuple(
+        part.new_zeros(*places.shape, part.shape[-1]).index_put((places.to(part.device),), part) for part in features
+    )
+
+
 class _CachedRows:
     """Stands in for a cache of `past` rows where only its length matters."""
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, NoReturn
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from ..layout import VideoLayout, check_layouts
+from ..layouts.families import RULES, LayoutRule, NoPlaceholderError, encoder_of
+from ..layouts.layout import VideoLayout, check_layouts
 from .compat import UnknownReleaseError, check_model, past_of
-from .families import RULES, LayoutRule, encoder_of
 from .hooks import Hook, Undo, wrap
 
 _ENCODERS = ("get_image_features", "get_video_features")
@@ -124,7 +124,7 @@ class LayoutFinder:
         if known is None and self._listed is not None:
             known = _numbered(self._listed)
         if known is None:
-            found = _numbered(self._rule(self.model, self._with_encoded(arguments)))
+            found = _numbered(self._ask_rule(arguments))
         else:
             if self._prompt.videos and self._prompt.by_ids and arguments.get("input_ids") is None and self.has_rule:
                 raise ValueError(
@@ -189,6 +189,15 @@ class LayoutFinder:
 
         return announced
 
+    def _ask_rule(self, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+        """The layouts of the videos in a forward."""
+        try:
+            return self._rule(self.model, self._with_encoded(arguments))
+        except NoPlaceholderError:
+            if past_of(arguments) == 0:
+                raise
+            return []  # the video came with an earlier part of the prompt
+
     def _find_in_prompt(self, arguments: Mapping[str, Any]) -> list[VideoLayout]:
         """The videos of generate's prompt, in positions of the sequence."""
         tokens, past = tokens_of(arguments), past_of(arguments)
@@ -203,7 +212,7 @@ class LayoutFinder:
             whole = {name: arguments.get(name) for name in ("input_ids", "inputs_embeds")}
             new = {name: part[:, past:] for name, part in whole.items() if part is not None}
             arguments = {**arguments, **new}
-        found = self._rule(self.model, self._with_encoded(arguments))
+        found = self._ask_rule(arguments)
         return [_moved(layout, past) for layout in found]
 
 

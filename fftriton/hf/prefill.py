@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fftriton_kernels import verified
 
-from ..layout import VideoLayout, patch_ids
+from ..layouts.layout import VideoLayout, patch_ids
 from ..methods.base import Merge, Method, Prompt, VideoTokens, Window
 from .cache import ReducedLayer
 from .compat import UnknownReleaseError, attention_name, causal_mask

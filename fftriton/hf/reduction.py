@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..layout import VideoLayout, check_layouts
+from ..layouts.families import LayoutRule
+from ..layouts.layout import VideoLayout, check_layouts
 from ..methods import KeepAll
 from ..methods.base import Method
 from .cache import Checkpoint, Permit, ReducedLayer, check_cache, prepare
@@ -44,9 +45,9 @@ from .compat import (
     check_decoder,
     has_axes,
     past_of,
+    take_deepstack,
 )
 from .compiled import Gates
-from .families import LayoutRule, take_deepstack
 from .finder import LayoutFinder, Video, tokens_of
 from .hooks import Hook, Undo
 from .invariants import check_growth, check_lengths

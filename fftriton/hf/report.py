@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..layout import VideoLayout
+from ..layouts.layout import VideoLayout
 from ..methods.base import Merge, Window
 
 

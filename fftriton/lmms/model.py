@@ -8,14 +8,14 @@ import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models import get_model
 
+from ..app.request import Options, load_model
+from ..app.run import answer_length, to_model
 from ..checks import check_choice
 from ..evaluate import Setting
 from ..hf import apply
-from ..measure import TokenClock, generate
-from ..processing import load_processor
-from ..request import Options, load_model
-from ..run import answer_length, to_model
-from ..video import Video, read_video
+from ..runtime.measure import TokenClock, generate
+from ..runtime.processing import load_processor
+from ..runtime.video import Video, read_video
 
 PROCESSING = ("base", "fftriton")
 

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..app.run import is_right
 from ..needle import generate_sample
-from ..run import is_right
-from ..video import Video
+from ..runtime.video import Video
 
 _TASK = """\
 task: {name}

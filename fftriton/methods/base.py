@@ -16,7 +16,7 @@ from torch import Tensor
 from fftriton_kernels import gather_rows, merge_mean, topk_keep
 
 from ..checks import check_count
-from ..layout import VideoLayout, frame_ids, previous_of_patch
+from ..layouts.layout import VideoLayout, frame_ids, previous_of_patch
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..layout import VideoLayout
+from ..layouts.layout import VideoLayout
 from .base import Method, Prompt, VideoTokens, Window
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fftriton_kernels import segmented_topk_keep, topk_keep
 
 from ..checks import check_choice, check_count
-from ..layout import VideoLayout
+from ..layouts.layout import VideoLayout
 from .base import VideoTokens
 
 _FRAMES = 64  # whose tokens are compared at a time

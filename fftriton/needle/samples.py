@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..checks import check_count
-from ..shipped import BUNNY
-from ..video import Video, write_video
+from ..runtime.shipped import BUNNY
+from ..runtime.video import Video, write_video
 from .needles import Needle, Style, add_needle, blended, covered, draw_needles, faded_in, moved
 from .scenes import SIDE, add_flashes, real_scenes, textured_scenes
 from .vocabulary import COUNTS, QUADRANTS, QUARTERS

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..video import read_video
+from ..runtime.video import read_video
 from .digits import PATCH
 from .resize import resize
 

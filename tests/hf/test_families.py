@@ -11,7 +11,7 @@ from families import EXPERTS_OF_FAMILIES, FAMILIES, qwen3_5
 from models import Listening, seeded
 
 import fftriton
-from fftriton.hf.families import RULES
+from fftriton.layouts.families import RULES
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import shipped
-from .checkpoints import load_config, load_part
-from .files import check_out
-from .hf import reduce
-from .methods import Method, make_method
-from .processing import load_processor, unknown_words
-from .relevance import ContextFusion, SiglipRelevance
-from .video import OnProgress, Video, read_video
+from ..hf import reduce
+from ..methods import Method, make_method
+from ..relevance import ContextFusion, SiglipRelevance
+from ..runtime import shipped
+from ..runtime.checkpoints import load_config, load_part
+from ..runtime.files import check_out
+from ..runtime.processing import load_processor, unknown_words
+from ..runtime.video import OnProgress, Video, read_video
 
 OpenBar = Callable[[str], AbstractContextManager[OnProgress]]  # a progress bar for as long as a step takes
 

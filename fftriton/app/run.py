@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hf import BatchReport, Report, reduce
-from .measure import Cost, TokenClock, generate, time_call, time_generation
-from .methods import Method
+from ..hf import BatchReport, Report, reduce
+from ..methods import Method
+from ..runtime.measure import Cost, TokenClock, generate, time_call, time_generation
+from ..runtime.video import OnProgress
 from .request import OpenBar, Options, Prompt
-from .video import OnProgress
 
 _DEFAULT_ANSWER_TOKENS = 64
 _DECODE_TOKENS = 8

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_count
+from ..checks import check_choice, check_count
 from .layout import VideoLayout
 
 _NEWLINES = ("grid", "frame", "one_token", "no_token")

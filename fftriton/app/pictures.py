@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .files import writing
-from .hf import Report
+from ..hf import Report
+from ..runtime.files import writing
 
 FRAMES_A_ROW = 8
 MAX_FRAMES = 32

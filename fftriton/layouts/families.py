@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import VideoLayout
-from ..layouts import frames_of_runs
-from .compat import past_of
+from .layout import VideoLayout
+from .remote_code import frames_of_runs
 
 LayoutRule = Callable[[Any, Mapping[str, Any]], "list[VideoLayout]"]
+
+
+class NoPlaceholderError(ValueError):
+    """The arguments describe a video, but the prompt's embeddings hold no placeholder for it."""
 
 
 def grid_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -166,24 +169,6 @@ def encoder_of(model_type: str) -> str:
     return "get_image_features" if model_type == "internvl" else "get_video_features"
 
 
-def take_deepstack(decoder_arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Take over what Qwen3-VL's decoder adds to the outputs of its first layers, at places of the full prompt.
-
-    Args:
-        decoder_arguments: of the decoder's forward, by name; emptied of the features.
-
-    Returns:
-        A tensor [B, N, D] for each of the first layers, zero where nothing is added.
-    """
-    features, places = decoder_arguments.get("deepstack_visual_embeds"), decoder_arguments.get("visual_pos_masks")
-    if features is None or places is None:
-        return ()
-    decoder_arguments.update(deepstack_visual_embeds=None, visual_pos_masks=None)
-    return tuple(
-        part.new_zeros(*places.shape, part.shape[-1]).index_put((places.to(part.device),), part) for part in features
-    )
-
-
 def _encoder_argument(arguments: Mapping[str, Any], name: str) -> Any:
     """An argument of the video encoder; None where the prompt has no video.
 
@@ -209,11 +194,12 @@ def _deal_out(
 
     Raises:
         ValueError: the sizes, which `source` says, do not make up the prompt's tokens, sample by sample.
+        NoPlaceholderError: embeddings, none of which is a placeholder's.
     """
     found = _find_tokens(model, arguments, token)
     if found is None or not bool(found.any()):
-        if arguments.get("input_ids") is None and past_of(arguments) == 0 and sizes:
-            raise ValueError(
+        if arguments.get("input_ids") is None and sizes:
+            raise NoPlaceholderError(
                 f"layout: must be given where inputs_embeds hold the video already: {source} describes a video, but no "
                 "token is a placeholder for it"
             )

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..methods import NAMES
 from .display import Bars, make_progress, print_result, print_run, write_report
-from .methods import NAMES
 from .request import Options, load_model, prepare
 from .run import run as run_prompt
 
@@ -110,9 +110,9 @@ def evaluate(
     """Measure accuracy and cost of methods, all on the same samples.
 
     A run that was broken off goes on where it stopped. Several processes share the samples: on GPUs `accelerate launch
-    -m fftriton.cli eval ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton.cli eval ...`.
+    -m fftriton eval ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton eval ...`.
     """
-    from .evaluate import output, plan, rows, runner
+    from ..evaluate import output, plan, rows, runner
 
     console = Console(stderr=as_json)
     with _in_one_line(ValueError, TypeError, OSError):

@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import shipped
-from .files import writing
-from .hf import Report
+from ..hf import Report
+from ..runtime import shipped
+from ..runtime.files import writing
+from ..runtime.video import OnProgress
 from .request import Options
 from .run import Result, Way, is_right
-from .video import OnProgress
 
 
 class Bars:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .checks import check_count
+from ..checks import check_count
 
 
 @dataclass(frozen=True, eq=False)

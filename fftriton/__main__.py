@@ -1,0 +1,5 @@
+"""`python -m fftriton`: the command line."""
+
+from .app.cli import app
+
+app()

@@ -1,0 +1,163 @@
+"""The model that is run on videos: which checkpoint, where, and how it answers."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+from transformers.utils import logging
+
+from ..checks import check_choice, check_count
+from . import shipped
+from .checkpoints import load_config, load_part
+from .processing import Processor, load_processor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_DEFAULT_ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint, where it runs and how long its answers are; checked when made, loaded when asked for.
+
+    Args:
+        model: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
+        device: a torch device; None for the GPU if there is one.
+        dtype: one of DTYPES; None for bfloat16 on a GPU and float32 elsewhere.
+        attention: attention implementation ("sdpa", "eager", "flash_attention_2", ...); None for transformers' choice.
+        max_new_tokens: longest answer, at least 1; None for the checkpoint's own.
+        trust_remote_code: run the checkpoint's own code if it has any.
+
+    Raises:
+        ValueError, TypeError: the parameter, the rule and the value.
+    """
+
+    model: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    attention: str | None = None
+    max_new_tokens: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            check_count("fftriton", "max_new_tokens", self.max_new_tokens, 1)
+        if self.dtype is not None:
+            check_choice("fftriton", "dtype", self.dtype, tuple(DTYPES))
+        self.torch_device()
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether the model is the small one in the package."""
+        return self.model is None
+
+    @property
+    def checkpoint(self) -> str:
+        """Folder or name to load from."""
+        return str(shipped.MODEL) if self.model is None else self.model
+
+    @property
+    def name(self) -> str:
+        """As printed."""
+        return shipped.MODEL.name if self.model is None else self.model
+
+    @property
+    def threads(self) -> int:
+        """CPU threads: one for the shipped model, which is too small to gain from more, unless OMP_NUM_THREADS says so.
+
+        With several, its timings would depend on what else the machine is doing.
+        """
+        alone = self.is_shipped and "OMP_NUM_THREADS" not in os.environ
+        return 1 if alone else torch.get_num_threads()
+
+    def torch_device(self) -> torch.device:
+        """The device.
+
+        Raises:
+            ValueError: torch cannot use it here.
+        """
+        if self.device is None:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+            raise ValueError(f"device must be one that torch can use here, got '{self.device}'") from error
+        return device
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        if self.dtype is not None:
+            return DTYPES[self.dtype]
+        return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
+
+    def load_config(self) -> Any:
+        """The checkpoint's configuration, without its weights.
+
+        Raises:
+            ValueError: it cannot be read, or needs code that is not trusted.
+        """
+        return load_config(self.checkpoint, self.trust_remote_code)
+
+    def load_processor(self, max_pixels: int | None = None) -> Processor:
+        """What makes the model's inputs; see `load_processor`."""
+        return load_processor(self.checkpoint, max_pixels, self.trust_remote_code)
+
+    def load_model(self) -> Any:
+        """The model on the device, ready to generate.
+
+        Raises:
+            ValueError: no such checkpoint, or no model for videos.
+        """
+        quieten_transformers()
+        chosen = {} if self.attention is None else {"attn_implementation": self.attention}
+        model = load_part(
+            AutoModelForImageTextToText, self.checkpoint, self.trust_remote_code,
+            config=self.load_config(), dtype=self.torch_dtype(), **chosen,
+        )  # fmt: skip
+        return model.to(self.torch_device()).eval()
+
+    def answer_length(self, model: Any) -> int:
+        """The most new tokens of an answer: as asked, else the checkpoint's own."""
+        return self.max_new_tokens or model.generation_config.max_new_tokens or _DEFAULT_ANSWER_TOKENS
+
+    @contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """Let torch use `threads` CPU threads inside the block."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def describe(self) -> dict[str, Any]:
+        """The model and the machine, for reports."""
+        device = self.torch_device()
+        on_gpu = device.type == "cuda"
+        return {
+            "model": self.name,
+            "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+            "threads": None if on_gpu else self.threads,
+        }
+
+
+def to_model(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Move the arguments that the model knows to its device, and pixels to its dtype."""
+    known = inspect.signature(model.forward).parameters
+    moved = {name: value.to(model.device) for name, value in inputs.items() if name in known}
+    return {name: value.to(model.dtype) if name.startswith("pixel") else value for name, value in moved.items()}
+
+
+def quieten_transformers() -> None:
+    """No progress bars and warnings from transformers' loading."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
