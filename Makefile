@@ -54,7 +54,7 @@ fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the 
 
 features: $(INSTALLED)  ## the README's table of families and features, from the results of their tests
 	-$(BIN)/pytest --numprocesses auto -m feature --junitxml=build/features.xml
-	$(BIN)/python tests/feature_table.py build/features.xml
+	$(BIN)/python tests/support/feature_table.py build/features.xml
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from . import findings
 
 BENCH = Path(__file__).resolve().parents[1]
 ROOT = BENCH.parent
-FOLDERS = (ROOT, ROOT / "kernels", BENCH, BENCH / "kernels", ROOT / "tests")
+FOLDERS = (ROOT, ROOT / "kernels", BENCH, BENCH / "kernels", ROOT / "tests" / "support")
 MINUTES = 7.0  # that the limits below are made for
 NAMES = ["versions", "checks", "tests", "sanitizer", "kernels", "prefill", "profiles", "graphs", "large"]
 KERNEL_TESTS = (

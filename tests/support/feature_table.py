@@ -9,7 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- made by make features -->", "<!-- end -->"
 TITLES = {
     "qwen2": "Qwen2 with `inputs_embeds`", "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL",
