@@ -52,11 +52,7 @@ def no_work(monkeypatch):
     def work(*arguments, **settings):
         pytest.fail("work was done before the folder was refused")
 
-    for name in (
-        "fftriton.app.request.read_video",
-        "fftriton.app.cli.load_model",
-        "fftriton.evaluate.runner.load_model",
-    ):
+    for name in ("fftriton.app.request.read_video", "fftriton.runtime.target.Target.load_model"):
         monkeypatch.setattr(name, work)
 
 
