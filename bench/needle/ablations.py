@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fftriton.app.display import Bars, make_progress
+from fftriton.app.bars import Bars, make_progress
 from fftriton.evaluate import Plan, Row, evaluate
 from fftriton.evaluate.output import describe, results_table
 from fftriton.evaluate.rows import write_csv

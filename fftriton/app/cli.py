@@ -1,4 +1,7 @@
-"""The command line: `fftriton run` and `fftriton eval`."""
+"""The command line: `fftriton run` and `fftriton eval`.
+
+What imports torch is imported when a command runs, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,7 @@ import typer
 from rich.console import Console
 
 from ..methods import NAMES
-from ..runtime.target import Target
-from .display import Bars, make_progress, print_result, print_run, write_report
-from .request import Options, prepare
-from .run import run as run_job
+from .bars import Bars, make_progress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -53,6 +53,11 @@ def run(
 
     Without --model it is a small trained model that ships in the package, and without --video two clips that do.
     """
+    from ..runtime.target import Target
+    from .display import print_result, print_run, write_report
+    from .request import Options, prepare
+    from .run import run as run_job
+
     console = Console()
     with _in_one_line(ValueError, TypeError, OSError):
         options = Options(
@@ -117,6 +122,7 @@ def evaluate(
     -m fftriton eval ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton eval ...`.
     """
     from ..evaluate import output, plan, rows, runner
+    from ..runtime.target import Target
 
     console = Console(stderr=as_json)
     with _in_one_line(ValueError, TypeError, OSError):

@@ -1,54 +1,24 @@
-"""What a run prints: progress bars, a table for each clip, and the same figures as JSON."""
+"""What a run prints: a table for each clip, and the same figures as JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..hf import Report
 from ..runtime.answers import is_right
 from ..runtime.files import writing
-from ..runtime.progress import OnProgress
 from ..runtime.provenance import provenance
 from ..runtime.shipped import MODEL_LIMITS, NEEDLE
 from .request import Options
 from .run import Result, Way
-
-
-class Bars:
-    """Progress bars, one a step.
-
-    Args:
-        progress: the display that they stand in.
-    """
-
-    def __init__(self, progress: Progress):
-        self._progress = progress
-
-    @contextmanager
-    def open(self, description: str) -> Iterator[OnProgress]:
-        """A bar that fills as `on_progress(done, total)` is called."""
-        task = self._progress.add_task(description, total=None)
-
-        def on_progress(done: int, total: int) -> None:
-            self._progress.update(task, completed=done, total=total)
-
-        yield on_progress
-
-
-def make_progress(console: Console) -> Progress:
-    """The display of the bars."""
-    text, bar = TextColumn("{task.description}"), BarColumn(bar_width=30)
-    return Progress(text, bar, TaskProgressColumn(), TimeElapsedColumn(), console=console)
 
 
 def describe_run(options: Options) -> dict[str, Any]:
