@@ -59,16 +59,20 @@ class Row:
     date: str
 
 
+def _nothing(*_: Any) -> None:
+    """In place of a check."""
+
+
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Without checks."""
+    """Without checks; what takes their place is as quick as a function can be, unlike a Mock."""
     first: Callable[[Any], int] = lambda layers: layers[0].get_seq_length() if layers else 0  # noqa: E731
     with (
         mock.patch.object(reduction, "check_lengths", first),
-        mock.patch.object(reduction, "check_growth"),
+        mock.patch.object(reduction, "check_growth", _nothing),
         mock.patch.object(prefill, "check_left", lambda method, stage, layer, before, after, *_: after),
-        mock.patch.object(prefill, "versions", return_value=None),
-        mock.patch.object(invariants.Invariants, "expect_output"),
+        mock.patch.object(prefill, "versions", _nothing),
+        mock.patch.object(invariants.Invariants, "expect_output", _nothing),
     ):
         yield
 

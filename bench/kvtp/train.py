@@ -31,8 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from bench.kvtp.triples import Triple, read_triples
-from fftriton.app.request import load_relevance
-from fftriton.relevance import ContextFusion, SiglipRelevance
+from fftriton.relevance import ContextFusion, SiglipRelevance, load_relevance
 
 STATE = "trainer.pt"
 LOG = "log.csv"
