@@ -37,7 +37,7 @@ from fftriton.runtime.shipped import MODEL
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md", "kernels/README.md", "CONTRIBUTING.md",
-    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "fftriton" / "docs").glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for folder in ("docs", "fftriton/docs") for path in sorted((ROOT / folder).glob("*.md"))),
 ]  # fmt: skip
 MARKER = re.compile(r"<!-- needs: .+ -->")
 COMMAND = re.compile(r"`((?:make|fftriton|python|pip) [^`]+)`")
