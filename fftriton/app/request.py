@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..hf import reduce
-from ..methods import Method, make_method
+from ..methods import KVTP, Method, parse
 from ..relevance import ContextFusion, SiglipRelevance
 from ..runtime import shipped
 from ..runtime.checkpoints import load_config, load_part
@@ -40,7 +40,7 @@ class Options:
         model: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
         video: a video file; None for the clips that ship.
         question: what to ask; None for the clip's own question.
-        method: a key of methods.NAMES.
+        method: as for `methods.parse`.
         budget: fraction of the vision tokens to keep, in (0, 1].
         relevance: for the method kvtp, a SigLIP that scores the frames: a folder, or a name on the Hugging Face hub.
             None gives all frames the same.
@@ -71,8 +71,8 @@ class Options:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        self.make_method()
-        if self.relevance is not None and self.method != "kvtp":
+        method = self.make_method()
+        if self.relevance is not None and not isinstance(method, KVTP):
             raise ValueError(f"relevance must go with method kvtp, got method '{self.method}'")
         for name in ("frames", "max_pixels", "max_new_tokens"):
             value = getattr(self, name)
@@ -82,7 +82,8 @@ class Options:
 
     def make_method(self, **parameters: Any) -> Method:
         """The method at its budget."""
-        return make_method(self.method, self.budget, **parameters)
+        method = parse(self.method, self.budget)
+        return replace(method, **parameters) if parameters else method  # type: ignore[type-var]
 
     def make_device(self) -> torch.device:
         """The device, which exists."""
