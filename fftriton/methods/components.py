@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -16,7 +17,7 @@ from .base import Method
 from .before_layers import BeforeLayers
 from .chain import Chain
 from .pruners import Pruner
-from .registry import closest, find, is_known, name_of, unfold
+from .registry import closest, find, name_of, unfold
 
 KINDS: dict[str, type] = {"method": Method, "pruner": Pruner}
 """The classes that a parameter may be an instance of, by the key that names them in a dict."""
@@ -164,9 +165,12 @@ def _fit(value: Any, hint: Any) -> Any:
 def _kind(component: Component, wanted: list[type]) -> type:
     if component.kind is not None:
         return KINDS[component.kind]
-    if len(set(wanted)) == 1:
-        return wanted[0]
-    return Method if is_known(component.name) or ":" in component.name else Pruner
+    kinds = wanted or list(KINDS.values())
+    for kind in kinds:
+        with suppress(ValueError):
+            find(kind, component.name)
+            return kind
+    return kinds[0]
 
 
 def _is_list(origin: Any) -> bool:
