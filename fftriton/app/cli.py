@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..methods import names, split_methods
+from ..methods.registry import names
 from .bars import Bars, make_progress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -122,6 +122,7 @@ def evaluate(
     -m fftriton eval ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton eval ...`.
     """
     from ..evaluate import output, plan, rows, runner
+    from ..methods import split_methods
     from ..runtime.target import Target
 
     console = Console(stderr=as_json)
