@@ -4,8 +4,11 @@ with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)):
     model.generate(**inputs)
 """
 
+from typing import Any
+
 from . import layouts
-from .hf import BatchReport, MergeStep, Reduction, Report, apply, apply_framefusion, reduce
+from .hf import MergeStep, Reduction, Report, SampleReport, apply, apply_framefusion, reduce
+from .hf.report import deprecated
 from .layouts.layout import VideoLayout
 from .methods import (
     KVTP,
@@ -31,7 +34,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KVTP",
-    "BatchReport",
     "ContextFusion",
     "FastV",
     "FrameContext",
@@ -45,6 +47,7 @@ __all__ = [
     "RandomTokens",
     "Reduction",
     "Report",
+    "SampleReport",
     "SiglipRelevance",
     "StreamingLLM",
     "TemporalMerge",
@@ -58,3 +61,7 @@ __all__ = [
     "layouts",
     "reduce",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return deprecated(__name__, name)

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fftriton
-from fftriton.hf import invariants, prefill, reduction
+from fftriton.hf import decoder_hooks, invariants
+from fftriton.hf import rows as batch_rows
 
 PATCHES, TEXT = 49, 20
 METHODS = {
@@ -64,10 +65,10 @@ def unchecked() -> Iterator[None]:
     """Without checks."""
     first: Callable[[Any], int] = lambda layers: layers[0].get_seq_length() if layers else 0  # noqa: E731
     with (
-        mock.patch.object(reduction, "check_lengths", first),
-        mock.patch.object(reduction, "check_growth"),
-        mock.patch.object(prefill, "check_left", lambda method, stage, layer, before, after, *_: after),
-        mock.patch.object(prefill, "versions", return_value=None),
+        mock.patch.object(decoder_hooks, "check_lengths", first),
+        mock.patch.object(decoder_hooks, "check_growth"),
+        mock.patch.object(batch_rows, "check_left", lambda method, stage, layer, before, after, *_: after),
+        mock.patch.object(batch_rows, "versions", return_value=None),
         mock.patch.object(invariants.Invariants, "expect_output"),
     ):
         yield
