@@ -137,7 +137,7 @@ class DecoderHooks:
         try:
             if call is None or self._forward.open is not call.forward:
                 raise RuntimeError(
-                    "reduce: the model was called while a call of it was at work; hooks must not do that"
+                    "reduce: the model was called while another call of it was running; hooks must not do that"
                 )
             if isinstance(call.forward, Prefill):
                 call.forward.check_depth(len(self._decoder.layers))

@@ -149,8 +149,8 @@ class LayoutFinder:
         else:
             if self._prompt.videos and self._prompt.by_ids and arguments.get("input_ids") is None and self.has_rule:
                 raise ValueError(
-                    "layout: must be given where generate is asked with input_ids, but passes embeddings on, of which "
-                    "some may not be the prompt's"
+                    "layout: must be given if generate is called with input_ids but passes on embeddings, some of "
+                    "which may not belong to the prompt"
                 )
             found = _lying_in(known, past_of(arguments), tokens.shape[1])
         check_layouts([video.layout for video in found], *tokens.shape[:2])

@@ -18,7 +18,7 @@ from .finder import LayoutFinder, tokens_of
 from .notices import Notices
 from .report import LatestReport
 
-_OTHER_TOKENS = "layout: must be given where a module around the decoder puts other tokens among the prompt's, got {}"
+_OTHER_TOKENS = "layout: must be given if a module around the decoder adds tokens to those of the prompt, got {}"
 
 
 class Intake:
@@ -86,7 +86,7 @@ class Intake:
             raise ValueError(_OTHER_TOKENS.format(list(call.shape)))
         as_tuple = given.get("return_dict", getattr(self._model.config, "return_dict", True)) is False
         if as_tuple and (call.videos or self._finder.is_listed) and self.wants_states(call):
-            raise ValueError("reduce: return_dict must not be False where hidden states are asked for")
+            raise ValueError("reduce: return_dict must not be False if hidden states are asked for")
         return call
 
     def arrive(self, given: Mapping[str, Any], source: Tensor, frame: FrameType) -> Call:

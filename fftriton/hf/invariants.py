@@ -107,8 +107,8 @@ def check_left(
     )
     given, left = before.position[0].contiguous(), after.position[0].contiguous()
     origin = torch.searchsorted(given, left).clamp_(max=before.length - 1)
-    invariants.expect((left.diff() > 0).all(), rule("position must ascend, without a row that stands twice"))
-    invariants.expect((given[origin] == left).all(), rule("position must hold places of rows that it was given, only"))
+    invariants.expect((left.diff() > 0).all(), rule("position must ascend, and hold no row twice"))
+    invariants.expect((given[origin] == left).all(), rule("position must hold places of rows that it was given"))
     invariants.expect(
         (before.patch[0, origin] == after.patch[0]).all(), rule("patch must stay as it was for every row that is left")
     )
