@@ -4,31 +4,34 @@ with fftriton.reduce(model, fftriton.FrameFusion(budget=0.3)):
     model.generate(**inputs)
 """
 
-from typing import Any
+from __future__ import annotations
 
-from . import layouts
-from .hf import MergeStep, Reduction, Report, SampleReport, apply, apply_framefusion, reduce
-from .hf.report import deprecated
-from .layouts.layout import VideoLayout
-from .methods import (
-    KVTP,
-    FastV,
-    FrameContext,
-    FrameFusion,
-    KeepAll,
-    Method,
-    PruMerge,
-    Pruner,
-    RandomPruner,
-    RandomTokens,
-    StreamingLLM,
-    TemporalMerge,
-    ToMe,
-    TopKPruner,
-    UniformFrames,
-    frame_budgets,
-)
-from .relevance import ContextFusion, SiglipRelevance
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import hf, layouts, methods, relevance
+    from .hf import MergeStep, Reduction, Report, SampleReport, apply, apply_framefusion, reduce
+    from .layouts import VideoLayout
+    from .methods import (
+        KVTP,
+        FastV,
+        FrameContext,
+        FrameFusion,
+        KeepAll,
+        Method,
+        PruMerge,
+        Pruner,
+        RandomPruner,
+        RandomTokens,
+        StreamingLLM,
+        TemporalMerge,
+        ToMe,
+        TopKPruner,
+        UniformFrames,
+        frame_budgets,
+    )
+    from .relevance import ContextFusion, SiglipRelevance
 
 __version__ = "0.1.0"
 
@@ -58,10 +61,32 @@ __all__ = [
     "apply",
     "apply_framefusion",
     "frame_budgets",
+    "hf",
     "layouts",
+    "methods",
     "reduce",
+    "relevance",
 ]
+
+_ROOMS = ("hf", "layouts", "methods", "relevance")
 
 
 def __getattr__(name: str) -> Any:
-    return deprecated(__name__, name)
+    """Load torch and transformers when something that needs them is asked for, not before: `fftriton --help`."""
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
+    if name in __all__:
+        for room in _ROOMS:
+            module = importlib.import_module(f".{room}", __name__)
+            if name in module.__all__:
+                globals()[name] = value = getattr(module, name)
+                return value
+    if name == "BatchReport":
+        from .hf.report import deprecated
+
+        return deprecated(__name__, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import fftriton.app.cli
-from fftriton.app.request import load_relevance
+from fftriton.relevance import load_relevance
 from fftriton.runtime.shipped import MODEL, NEEDLE
 
 ROOT = Path(__file__).parents[1]

@@ -16,10 +16,13 @@ from typer.testing import CliRunner
 
 import fftriton.app.cli
 import fftriton.app.run
+from bench.kvtp.needle import WORDS
+from bench.kvtp.small import small_siglip
 from fftriton.app.display import summarise_layers
-from fftriton.app.request import Options, choose_tasks, prepare
-from fftriton.app.run import is_right
+from fftriton.app.request import Options, choose_clips, prepare
+from fftriton.runtime.answers import is_right
 from fftriton.runtime.shipped import BUNNY, MODEL, NEEDLE
+from fftriton.runtime.target import Target
 
 av = pytest.importorskip("av")
 
@@ -33,10 +36,10 @@ def single_repeat(monkeypatch):
 def no_model(monkeypatch):
     """Any attempt to load a model fails the test."""
 
-    def load_model(options):
+    def load_model(target):
         pytest.fail("the model was loaded before the input was refused")
 
-    monkeypatch.setattr(fftriton.app.cli, "load_model", load_model)
+    monkeypatch.setattr(Target, "load_model", load_model)
 
 
 def invoke(*arguments: object):
@@ -107,18 +110,17 @@ def test_other_questions_at_30_percent(tmp_path, question, answer):
     assert clip["dense"] is None
 
 
-def test_kvtp_takes_its_budgets_from_a_predictor(scripts_of, tmp_path):
-    scripts = scripts_of("kvtp")
-    predictor = scripts.small.small_siglip(scripts.needle.WORDS, side=64, patch=16, width=16, depth=1)
+def test_kvtp_takes_its_budgets_from_a_predictor(tmp_path):
+    predictor = small_siglip(WORDS, side=64, patch=16, width=16, depth=1)
     predictor.save_pretrained(tmp_path / "siglip")
     arguments = ["--method", "kvtp", "--relevance", tmp_path / "siglip", "--video", NEEDLE.path]
     result = invoke(*arguments, "--out", tmp_path / "out", "--no-compare")
     assert result.exit_code == 0, result.output
     assert "KVTP" in result.output
     options = Options(method="kvtp", relevance=str(tmp_path / "siglip"), video=NEEDLE.path, out=tmp_path / "out")
-    (prompt,) = prepare(options, lambda _: nullcontext(lambda done, total: None))
-    expected = predictor(prompt.video.frames, prompt.task.question)
-    torch.testing.assert_close(prompt.method.relevance.scores, expected)
+    (job,) = prepare(options, lambda _: nullcontext(lambda done, total: None))
+    expected = predictor(job.video.frames, job.clip.question)
+    torch.testing.assert_close(job.method.relevance.scores, expected)
 
 
 def test_unknown_words_are_named(tmp_path):
@@ -262,27 +264,27 @@ def test_models_that_see_no_video_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_tasks():
-    both = choose_tasks(Options())
-    assert [(task.path, task.answer, task.max_pixels) for task in both] == [
+def test_clips():
+    both = choose_clips(Options())
+    assert [(clip.path, clip.answer, clip.max_pixels) for clip in both] == [
         (NEEDLE.path, "3", None),
         (BUNNY.path, None, 320 * 176),
     ]
-    (asked,) = choose_tasks(Options(question="Where is the red box?"))
+    (asked,) = choose_clips(Options(question="Where is the red box?"))
     assert (asked.path, asked.answer) == (NEEDLE.path, None)
-    other_model = choose_tasks(Options(model="some/model"))
-    assert [task.question for task in other_model] == [NEEDLE.question, "Describe this video."]
-    assert [task.max_pixels for task in other_model] == [None, None]
-    (own,) = choose_tasks(Options(video=Path("x.mp4"), max_pixels=5))
+    other_model = choose_clips(Options(Target("some/model")))
+    assert [clip.question for clip in other_model] == [NEEDLE.question, "Describe this video."]
+    assert [clip.max_pixels for clip in other_model] == [None, None]
+    (own,) = choose_clips(Options(video=Path("x.mp4"), max_pixels=5))
     assert (own.path, own.max_pixels) == (Path("x.mp4"), 5)
 
 
 def test_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert Options().threads == 1
-    assert Options(model="some/model").threads == torch.get_num_threads()
+    assert Target().threads == 1
+    assert Target("some/model").threads == torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert Options().threads == torch.get_num_threads()
+    assert Target().threads == torch.get_num_threads()
 
 
 def test_is_right():

@@ -19,15 +19,15 @@ from typer.testing import CliRunner
 
 import fftriton
 import fftriton.app.cli
-from fftriton.app.request import Options, load_model
+from bench.needle import ablations
 from fftriton.evaluate import Plan, Setting, evaluate, mcnemar_exact, runner, summarise, wilson_interval
 from fftriton.evaluate.flops import prefill_flops
 from fftriton.evaluate.records import Record, RecordFolder
 from fftriton.evaluate.rows import depth_cells
 from fftriton.needle import generate_sample
-from fftriton.runtime.processing import load_processor
-from fftriton.runtime.shipped import MODEL, NEEDLE
-from fftriton.runtime.video import Video
+from fftriton.needle.task import NeedleTask
+from fftriton.runtime.shipped import NEEDLE
+from fftriton.runtime.target import Target
 
 pytest.importorskip("av")  # reads videos
 
@@ -195,9 +195,9 @@ def answered(monkeypatch):
     """The index of every sample that is answered, and the settings."""
     seen, answer = [], runner.Answerer.answer
 
-    def noted(self, sample, settings, *told):
+    def noted(self, sample, settings):
         seen.append((sample.index, len(settings)))
-        return answer(self, sample, settings, *told)
+        return answer(self, sample, settings)
 
     monkeypatch.setattr(runner.Answerer, "answer", noted)
     return seen
@@ -205,10 +205,10 @@ def answered(monkeypatch):
 
 def test_answers_are_those_of_the_plain_model(evaluated):
     plan, rows, records = evaluated
-    model, processor = load_model(Options()), load_processor(MODEL)
+    model, processor = Target().load_model(), Target().load_processor()
     for index in range(plan.samples):
         sample = generate_sample("easy", 0, index)
-        inputs = processor(Video(sample.frames, list(range(16)), 16, sample.fps), sample.question)
+        inputs = processor(sample.video, sample.question)
         with torch.no_grad():
             token = model(**inputs).logits[0, -1].argmax()
             with fftriton.reduce(model, fftriton.FrameFusion(0.2)) as reduction:
@@ -241,7 +241,7 @@ def test_a_run_that_was_broken_off_goes_on(evaluated, answered, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"split": "hard"}, {"num_frames": (8,)}, {"max_new_tokens": 2}], ids=str
+    "changes", [{"seed": 1}, {"split": "hard"}, {"num_frames": (8,)}, {"target": Target(max_new_tokens=2)}], ids=str
 )
 def test_other_settings_do_not_mix(evaluated, answered, changes):
     plan = replace(evaluated[0], methods=("framefusion",), budgets=(0.5,), samples=1, **changes)
@@ -256,20 +256,19 @@ def test_fewer_samples_or_methods_are_read_from_what_is_there(evaluated, answere
 
 
 def test_retrained_weights_are_another_model():
-    model, processor = load_model(Options()), load_processor(MODEL)
-    before = runner.Answerer(model, processor).describe()
-    assert before == runner.Answerer(model, processor).describe()
+    answerer = runner.Answerer(Target(), NeedleTask())
+    before = answerer.describe()
+    assert before == runner.Answerer(Target(), NeedleTask()).describe()
     with torch.no_grad():
-        next(model.parameters()).add_(1e-3)
-    assert before["weights"] != runner.Answerer(model, processor).describe()["weights"]
+        next(answerer.model.parameters()).add_(1e-3)
+    assert before["weights"] != answerer.describe()["weights"]
 
 
 def test_the_video_is_encoded_once(monkeypatch):
-    model, processor = load_model(Options()), load_processor(MODEL)
-    calls = []
+    answerer, calls = runner.Answerer(Target(), NeedleTask()), []
+    model = answerer.model
     model.model.visual.register_forward_hook(lambda *_: calls.append(1))
     settings = {Setting("keep-all", 1.0): "a", Setting("framefusion", 0.3): "b", Setting("uniformframes", 0.3): "c"}
-    answerer = runner.Answerer(model, processor)
     for index in (3, 4):
         answerer.answer(generate_sample("easy", 0, index), settings)
     assert len(calls) == 2
@@ -358,12 +357,7 @@ def test_processes_share_the_samples(tmp_path, evaluated):
 # ---- the paper's ablations
 
 
-@pytest.fixture
-def ablations(scripts_of):
-    return scripts_of("needle").ablations
-
-
-def test_every_ablation_is_a_plan(ablations):
+def test_every_ablation_is_a_plan():
     for table in ablations.TABLES:
         plans = list(ablations.plans(table, Plan(), 0.9))
         assert plans
@@ -372,7 +366,7 @@ def test_every_ablation_is_a_plan(ablations):
             assert setting.name == "keep-all" or method.similarity_threshold == 0.9
 
 
-def test_ablations_are_written_line_by_line(ablations, tmp_path):
+def test_ablations_are_written_line_by_line(tmp_path):
     app = typer.Typer()
     app.command()(ablations.main)
     out = tmp_path / "results.csv"

@@ -4,36 +4,35 @@ import pytest
 import torch
 
 import fftriton
+from bench.kvtp.needle import WORDS
+from bench.kvtp.small import small_siglip
 from fftriton import KVTP
-from fftriton.app.request import Options, load_model
 from fftriton.evaluate import Plan, Setting, evaluate
-from fftriton.evaluate.relevance import SampleRelevance, load_relevance
+from fftriton.evaluate.relevance import SampleRelevance, sample_relevance
 from fftriton.evaluate.runner import Answerer
 from fftriton.needle import generate_sample
+from fftriton.needle.task import NeedleTask
 from fftriton.needle.vocabulary import COLOURS, DIGITS
 from fftriton.relevance import BoundRelevance, SiglipRelevance
-from fftriton.runtime.processing import load_processor
-from fftriton.runtime.shipped import MODEL
-from fftriton.runtime.video import Video
+from fftriton.runtime.target import Target
 
 pytest.importorskip("av")  # reads videos
 
 
 @pytest.fixture
-def predictor(scripts_of, tmp_path):
+def predictor(tmp_path):
     """A predictor with random weights: its folder."""
-    scripts = scripts_of("kvtp")
-    relevance = scripts.small.small_siglip(scripts.needle.WORDS, side=64, patch=16, width=16, depth=1)
+    relevance = small_siglip(WORDS, side=64, patch=16, width=16, depth=1)
     relevance.save_pretrained(tmp_path / "predictor")
     yield tmp_path / "predictor"
-    load_relevance.cache_clear()
+    sample_relevance.cache_clear()
 
 
 def test_settings(predictor):
     setting = Setting(f"kvtp:relevance='{predictor}':pruner='tome':temperature=3", 0.2)
     method = setting.method()
     assert (method.budget, method.pruner, method.temperature) == (0.2, "tome", 3)
-    assert method.relevance is setting.relevance is load_relevance(str(predictor))
+    assert method.relevance is setting.relevance is sample_relevance(str(predictor))
     assert not setting.is_control
     assert Setting(f"kvtp:relevance='{predictor}':question='unrelated'", 0.2).is_control
     chain = Setting("kvtp:pruner='random'+framefusion:similarity_threshold=0.9", 0.16).method()
@@ -80,7 +79,7 @@ class Noting(SampleRelevance):
 
 def test_the_control_is_told_another_question(monkeypatch, tmp_path):
     noting = Noting()
-    monkeypatch.setattr("fftriton.evaluate.plan.load_relevance", lambda checkpoint: noting)
+    monkeypatch.setattr("fftriton.evaluate.plan.sample_relevance", lambda checkpoint: noting)
     name = "kvtp:relevance='x'"
     plan = Plan(methods=(name, f"{name}:question='unrelated'"), budgets=(0.2,), samples=2, out=tmp_path)
     rows, _ = evaluate(plan, lambda description: _NoBar())
@@ -106,35 +105,31 @@ def test_frames_are_encoded_once_and_answers_are_those_of_the_library(predictor,
     settings = {Setting(name, 0.2): name for name in names}
     calls, encode = [], SiglipRelevance.encode
     monkeypatch.setattr(SiglipRelevance, "encode", lambda *args, **named: calls.append(1) or encode(*args, **named))
-    answerer = Answerer(load_model(Options()), load_processor(MODEL))
+    answerer = Answerer(Target(), NeedleTask())
     sample = generate_sample("easy", 0, 1)
     records = answerer.answer(sample, settings)
     assert len(calls) == 1
     bound = SiglipRelevance.from_pretrained(predictor).bind(sample.frames, sample.question)
     with torch.no_grad(), fftriton.reduce(answerer.model, KVTP(0.2, bound, "topk")) as reduction:
-        token = answerer.model(**answerer.processor(video_of(sample), sample.question)).logits[0, -1].argmax()
+        token = answerer.model(**answerer.processor(sample.video, sample.question)).logits[0, -1].argmax()
     assert records[1].answer == answerer.processor.tokenizer.decode(token)
     assert records[1].vision_tokens == reduction.report.vision_tokens_per_layer
 
 
 def test_a_retrained_predictor_is_another_one(predictor):
-    before = load_relevance(str(predictor)).digest
+    before = sample_relevance(str(predictor)).digest
     relevance = SiglipRelevance.from_pretrained(predictor)
     with torch.no_grad():
         next(relevance.model.parameters()).add_(1e-3)
     relevance.save_pretrained(predictor)
-    load_relevance.cache_clear()
-    assert load_relevance(str(predictor)).digest != before
+    sample_relevance.cache_clear()
+    assert sample_relevance(str(predictor)).digest != before
 
 
 def test_an_unbound_predictor_is_refused(predictor):
     relevance = SiglipRelevance.from_pretrained(predictor)
-    model = load_model(Options())
+    model = Target().load_model()
     with pytest.raises(ValueError, match="relevance must know the video and the question"):
         with torch.no_grad(), fftriton.reduce(model, KVTP(0.2, relevance)):
-            inputs = load_processor(MODEL)(video_of(generate_sample("easy", 0, 0)), "where is it")
+            inputs = Target().load_processor()(generate_sample("easy", 0, 0).video, "where is it")
             model(**inputs)
-
-
-def video_of(sample):
-    return Video(sample.frames, list(range(len(sample.frames))), len(sample.frames), sample.fps)

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fftriton.app.cli
+import fftriton.app.display
 import fftriton.app.request
 import fftriton.app.run
 import fftriton.evaluate.output
@@ -52,11 +53,7 @@ def no_work(monkeypatch):
     def work(*arguments, **settings):
         pytest.fail("work was done before the folder was refused")
 
-    for name in (
-        "fftriton.app.request.read_video",
-        "fftriton.app.cli.load_model",
-        "fftriton.evaluate.runner.load_model",
-    ):
+    for name in ("fftriton.app.request.read_video", "fftriton.runtime.target.Target.load_model"):
         monkeypatch.setattr(name, work)
 
 
@@ -135,13 +132,13 @@ def test_a_disk_that_fills_up_during_a_run(tmp_path, monkeypatch, largest):
 
 def test_a_report_is_whole_or_that_of_before(tmp_path, monkeypatch):
     monkeypatch.setattr(fftriton.app.run, "_REPEATS", 1)
-    write = fftriton.app.cli.write_report
+    write = fftriton.app.display.write_report
 
     def fill_up(*arguments):
         with full_disk(100):
             write(*arguments)
 
-    monkeypatch.setattr(fftriton.app.cli, "write_report", fill_up)
+    monkeypatch.setattr(fftriton.app.display, "write_report", fill_up)
     assert f"cannot write '{tmp_path / 'report.json'}'" in error_line(invoke("run", tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"needle-merges.png", "needle-tokens.png"}
 

@@ -9,6 +9,7 @@ from fftriton.evaluate import Plan, Setting, evaluate
 from fftriton.lmms import needle
 from fftriton.needle import generate_sample
 from fftriton.runtime.shipped import MODEL
+from fftriton.runtime.target import Target
 
 pytest.importorskip("av")  # reads videos
 
@@ -56,7 +57,9 @@ def test_scores_are_those_of_the_harness(tmp_path, method, monkeypatch):
         task_manager=TaskManager(include_path=str(tmp_path / "tasks"), model_name="fftriton"),
         batch_size=1,
     )
-    plan = Plan(methods=(method,), budgets=(0.2,), split="hard", samples=20, model=str(MODEL), out=tmp_path / "out")
+    plan = Plan(
+        methods=(method,), budgets=(0.2,), split="hard", samples=20, target=Target(str(MODEL)), out=tmp_path / "out"
+    )
     (row,), records = evaluate(plan, NoBar)
     assert found["results"]["fftriton_needle_hard"]["accuracy,none"] == pytest.approx(row.accuracy)
     answers = [sample["filtered_resps"][0] for sample in found["samples"]["fftriton_needle_hard"]]

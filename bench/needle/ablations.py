@@ -1,6 +1,6 @@
 """The ablations of the FrameFusion paper (arXiv:2501.01986) on the needle task, with the shipped model.
 
-    python bench/needle/ablations.py --out bench/results/needle-ablations.csv
+    python -m bench.needle.ablations --out bench/results/needle-ablations.csv
 
 | table | what differs |
 |---|---|
@@ -25,10 +25,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fftriton.app.display import Bars, make_progress
+from fftriton.app.bars import Bars, make_progress
 from fftriton.evaluate import Plan, Row, evaluate
 from fftriton.evaluate.output import describe, results_table
 from fftriton.evaluate.rows import write_csv
+from fftriton.runtime.target import Target
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ORIGINAL = "framefusion"
@@ -87,8 +88,8 @@ def main(
     for table in tables.split(","):
         for split in splits.split(","):
             base = Plan(
-                budgets=tuple(map(float, budgets.split(","))), split=split, samples=samples, seed=seed, model=model,
-                device=device, out=out.with_suffix(""),
+                budgets=tuple(map(float, budgets.split(","))), split=split, samples=samples, seed=seed,
+                target=Target(model, device), out=out.with_suffix(""),
             )  # fmt: skip
             for threshold in map(float, thresholds.split(",")):
                 for plan in plans(table, base, threshold):

@@ -1,4 +1,7 @@
-"""The command line: `fftriton run` and `fftriton eval`."""
+"""The command line: `fftriton run` and `fftriton eval`.
+
+What imports torch is imported when a command runs, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,7 @@ import typer
 from rich.console import Console
 
 from ..methods import NAMES
-from .display import Bars, make_progress, print_result, print_run, write_report
-from .request import Options, load_model, prepare
-from .run import run as run_prompt
+from .bars import Bars, make_progress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -52,10 +53,17 @@ def run(
 
     Without --model it is a small trained model that ships in the package, and without --video two clips that do.
     """
+    from ..runtime.target import Target
+    from .display import print_result, print_run, write_report
+    from .request import Options, prepare
+    from .run import run as run_job
+
     console = Console()
     with _in_one_line(ValueError, TypeError, OSError):
         options = Options(
-            model=model,
+            target=Target(
+                model=model, device=device, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code
+            ),
             video=video,
             question=question,
             method=method,
@@ -65,35 +73,36 @@ def run(
             out=out,
             frames=frames,
             max_pixels=max_pixels,
-            max_new_tokens=max_new_tokens,
-            device=device,
-            trust_remote_code=trust_remote_code,
         )
         with make_progress(console) as progress:
-            prompts = prepare(options, Bars(progress).open)
+            jobs = prepare(options, Bars(progress).open)
             with Bars(progress).open("Loading the model") as on_progress:
-                loaded = load_model(options)
+                loaded = options.target.load_model()
                 on_progress(1, 1)
     with _in_one_line(OSError):
         print_run(console, options)
         results = []
-        for prompt in prompts:
+        for job in jobs:
             with make_progress(console) as progress:
-                results.append(run_prompt(options, loaded, prompt, Bars(progress).open))
+                results.append(run_job(options, loaded, job, Bars(progress).open))
             print_result(console, options, results[-1])
         write_report(out / "report.json", options, results)
 
 
 @app.command("eval")
 def evaluate(
-    task: Annotated[str, typer.Option(help="What to ask: needle.")] = "needle",
+    task: Annotated[
+        str, typer.Option(help="What to ask: needle, the name of an installed task, or module:Class.")
+    ] = "needle",
     methods: Annotated[
         str, typer.Option(help=f"Separated by commas: {', '.join(NAMES)}; NAME:PARAMETER=VALUE sets a parameter.")
     ] = "keep-all,framefusion,fastv,streamingllm,uniformframes,randomtokens",
     budgets: Annotated[str, typer.Option(help="Vision tokens to keep, separated by commas.")] = "0.7,0.5,0.3,0.2,0.1",
     samples: Annotated[int, typer.Option(help="Questions to ask, each about a video of its own.")] = 500,
     seed: Annotated[int, typer.Option(help="Picks videos and digits, none of which training saw.")] = 0,
-    split: Annotated[str, typer.Option(help="easy, hard, blended, real or long.")] = "easy",
+    split: Annotated[
+        str | None, typer.Option(help="Of the task; needle: easy (the default), hard, blended, real or long.")
+    ] = None,
     frames: Annotated[str, typer.Option(help="Lengths of the videos, separated by commas; else the split's.")] = "",
     model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")] = None,
     reference: Annotated[str | None, typer.Option(help="Method to test the others against; else the first.")] = None,
@@ -113,6 +122,7 @@ def evaluate(
     -m fftriton eval ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton eval ...`.
     """
     from ..evaluate import output, plan, rows, runner
+    from ..runtime.target import Target
 
     console = Console(stderr=as_json)
     with _in_one_line(ValueError, TypeError, OSError):
@@ -124,10 +134,9 @@ def evaluate(
             samples=samples,
             seed=seed,
             num_frames=tuple(_parse_frames(length) for length in _split(frames)),
-            model=model,
-            device=device,
-            max_new_tokens=max_new_tokens,
-            trust_remote_code=trust_remote_code,
+            target=Target(
+                model=model, device=device, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code
+            ),
             out=out,
             reference=reference,
         )

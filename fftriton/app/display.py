@@ -1,68 +1,30 @@
-"""What a run prints: progress bars, a table for each clip, and the same figures as JSON."""
+"""What a run prints: a table for each clip, and the same figures as JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..hf import Report
-from ..runtime import shipped
+from ..runtime.answers import is_right
 from ..runtime.files import writing
-from ..runtime.video import OnProgress
+from ..runtime.provenance import provenance
+from ..runtime.shipped import MODEL_LIMITS, NEEDLE
 from .request import Options
-from .run import Result, Way, is_right
-
-
-class Bars:
-    """Progress bars, one a step.
-
-    Args:
-        progress: the display that they stand in.
-    """
-
-    def __init__(self, progress: Progress):
-        self._progress = progress
-
-    @contextmanager
-    def open(self, description: str) -> Iterator[OnProgress]:
-        """A bar that fills as `on_progress(done, total)` is called."""
-        task = self._progress.add_task(description, total=None)
-
-        def on_progress(done: int, total: int) -> None:
-            self._progress.update(task, completed=done, total=total)
-
-        yield on_progress
-
-
-def make_progress(console: Console) -> Progress:
-    """The display of the bars."""
-    text, bar = TextColumn("{task.description}"), BarColumn(bar_width=30)
-    return Progress(text, bar, TaskProgressColumn(), TimeElapsedColumn(), console=console)
+from .run import Result, Way
 
 
 def describe_run(options: Options) -> dict[str, Any]:
     """Which model, method and machine the figures are of."""
-    device = options.make_device()
-    on_gpu = device.type == "cuda"
-    return {
-        "model": shipped.MODEL.name if options.uses_shipped_model else options.checkpoint,
-        "method": options.method,
-        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
-        "threads": None if on_gpu else options.threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    sampling = {"frames": options.frames, "max_pixels": options.max_pixels}
+    return options.target.describe() | {"method": options.method} | sampling | provenance()
 
 
 def print_run(console: Console, options: Options) -> None:
@@ -74,13 +36,13 @@ def print_run(console: Console, options: Options) -> None:
 
 
 def print_result(console: Console, options: Options, result: Result) -> None:
-    """Print the table of one task, and what has to be known to read it."""
-    task, video = result.prompt.task, result.prompt.video
-    about = f" ({task.about})" if task.about else ""
-    console.print(f"\n[bold]{escape(task.path.name)}[/bold]{escape(about)}")
+    """Print the table of one clip, and what has to be known to read it."""
+    clip, video = result.job.clip, result.job.video
+    about = f" ({clip.about})" if clip.about else ""
+    console.print(f"\n[bold]{escape(clip.path.name)}[/bold]{escape(about)}")
     console.print(
         f"{len(video.frames)} of {video.total_frames} frames, {result.reduced.report.num_video_tokens} vision tokens. "
-        f"Question: {escape(task.question)}"
+        f"Question: {escape(clip.question)}"
     )
     console.print(_table(result))
     for note in _notes(options, result):
@@ -89,7 +51,7 @@ def print_result(console: Console, options: Options, result: Result) -> None:
 
 
 def write_report(path: Path, options: Options, results: Sequence[Result]) -> None:
-    """Write the figures of all tasks as JSON."""
+    """Write the figures of all clips as JSON."""
     content = describe_run(options) | {"clips": [_as_dict(result) for result in results]}
     with writing(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -122,7 +84,7 @@ def _rows(result: Result, ways: list[Way]) -> Iterator[tuple[str, list[str], str
     """Label, one cell a way, and the gain of reducing."""
     report = result.reduced.report
     alone = [""] * (len(ways) - 1)  # cells of the ways that reduce nothing
-    yield "answer", [_answer_cell(way.answer, result.prompt.task.answer) for way in ways], ""
+    yield "answer", [_answer_cell(way.answer, result.job.clip.answer) for way in ways], ""
     yield "vision tokens in layer", [summarise_layers(_vision_tokens(way, report)) for way in ways], ""
     yield "budget asked", [*alone, f"{report.budget:.0%}"], ""
     yield "budget achieved", [*alone, f"{report.budget_achieved:.1%}"], ""
@@ -175,11 +137,11 @@ def _saving(peaks: list[int | None]) -> str:
 
 def _notes(options: Options, result: Result) -> Iterator[str]:
     report = result.reduced.report
-    if result.prompt.unknown_words:
-        words = ", ".join(f"'{word}'" for word in result.prompt.unknown_words)
+    if result.job.unknown_words:
+        words = ", ".join(f"'{word}'" for word in result.job.unknown_words)
         yield f"The model's vocabulary does not hold: {words}. It read the rest of the question only."
-    if options.uses_shipped_model and result.prompt.task.path != shipped.NEEDLE.path:
-        yield shipped.MODEL_LIMITS
+    if options.target.is_shipped and result.job.clip.path != NEEDLE.path:
+        yield MODEL_LIMITS
     if report.budget < report.least_budget:
         yield f"No budget below {report.least_budget:.1%} can be met for this prompt with this method."
 
@@ -187,10 +149,10 @@ def _notes(options: Options, result: Result) -> Iterator[str]:
 def _as_dict(result: Result) -> dict[str, Any]:
     report = result.reduced.report
     return {
-        "video": result.prompt.task.path.name,
-        "question": result.prompt.task.question,
-        "right_answer": result.prompt.task.answer,
-        "frames": len(result.prompt.video.frames),
+        "video": result.job.clip.path.name,
+        "question": result.job.clip.question,
+        "right_answer": result.job.clip.answer,
+        "frames": len(result.job.video.frames),
         "vision_tokens": report.num_video_tokens,
         "budget": report.budget,
         "budget_achieved": report.budget_achieved,

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..hf import Report
-from ..runtime.files import writing
+from ..runtime.figures import save
 
 FRAMES_A_ROW = 8
 MAX_FRAMES = 32
@@ -219,9 +218,3 @@ def _label_counts(axes: Axes, counts: list[int]) -> None:
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
             at = (layer - 0.45, count)
             axes.annotate(f"{count}", at, xytext=(0, 5), textcoords="offset points", fontsize=9, bbox=box)
-
-
-def save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)  # draws without a display, and leaves the process's choice of back end alone
-    with writing(path) as partial:
-        figure.savefig(partial)

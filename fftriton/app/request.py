@@ -1,33 +1,26 @@
-"""What was asked, checked: the options, the video, the model.
+"""What was asked of `fftriton run`, checked: the options, the videos, the checkpoint's configuration.
 
-Everything that can be refused is refused before the model is loaded: first the options, then the video, then the
-checkpoint's configuration.
+Whatever can be refused is refused before the model is loaded.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedTokenizerBase
 
-from ..hf import reduce
+from ..checks import check_count
 from ..methods import Method, make_method
-from ..relevance import ContextFusion, SiglipRelevance
-from ..runtime import shipped
-from ..runtime.checkpoints import load_config, load_part
+from ..relevance import load_relevance
 from ..runtime.files import check_out
-from ..runtime.processing import load_processor, unknown_words
-from ..runtime.video import OnProgress, Video, read_video
-
-OpenBar = Callable[[str], AbstractContextManager[OnProgress]]  # a progress bar for as long as a step takes
+from ..runtime.processing import unknown_words
+from ..runtime.progress import OpenBar
+from ..runtime.shipped import BUNNY, NEEDLE, Clip
+from ..runtime.target import Target
+from ..runtime.video import Video, read_video
 
 _DEFAULT_QUESTION = "Describe this video."
 
@@ -37,26 +30,23 @@ class Options:
     """What to run; checked when made.
 
     Args:
-        model: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
+        target: the model.
         video: a video file; None for the clips that ship.
         question: what to ask; None for the clip's own question.
-        method: a key of methods.NAMES.
+        method: how to reduce, as for `fftriton.methods.parse`.
         budget: fraction of the vision tokens to keep, in (0, 1].
         relevance: for the method kvtp, a SigLIP that scores the frames: a folder, or a name on the Hugging Face hub.
-            None gives all frames the same.
-        compare: run with all tokens, too.
+            None gives all frames the same score.
+        compare: also run with all tokens.
         out: folder for the pictures and report.json.
         frames: frames to sample, at least 1.
         max_pixels: upper bound of a frame's pixels, at least 1; None for the checkpoint's own.
-        max_new_tokens: longest answer, at least 1; None for the checkpoint's own.
-        device: a torch device; None for the GPU where there is one.
-        trust_remote_code: run the checkpoint's own code if it has any.
 
     Raises:
         ValueError, TypeError: the parameter, the rule and the value.
     """
 
-    model: str | None = None
+    target: Target = field(default_factory=Target)
     video: Path | None = None
     question: str | None = None
     method: str = "framefusion"
@@ -66,87 +56,33 @@ class Options:
     out: Path = Path("fftriton-out")
     frames: int = 16
     max_pixels: int | None = None
-    max_new_tokens: int | None = None
-    device: str | None = None
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         self.make_method()
         if self.relevance is not None and self.method != "kvtp":
             raise ValueError(f"relevance must go with method kvtp, got method '{self.method}'")
-        for name in ("frames", "max_pixels", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.make_device()
+        check_count("fftriton", "frames", self.frames, 1)
+        if self.max_pixels is not None:
+            check_count("fftriton", "max_pixels", self.max_pixels, 1)
 
     def make_method(self, **parameters: Any) -> Method:
         """The method at its budget."""
         return make_method(self.method, self.budget, **parameters)
 
-    def make_device(self) -> torch.device:
-        """The device, which exists."""
-        if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-            raise ValueError(f"device must be one that torch can use here, got '{self.device}'") from error
-        return device
-
-    @property
-    def threads(self) -> int:
-        """CPU threads: one for the shipped model, which is too small to gain from more, unless OMP_NUM_THREADS says so.
-
-        With several, its times would hang on what else the machine is doing.
-        """
-        alone = self.uses_shipped_model and "OMP_NUM_THREADS" not in os.environ
-        return 1 if alone else torch.get_num_threads()
-
-    @property
-    def uses_shipped_model(self) -> bool:
-        """Whether the model is the small one in the package."""
-        return self.model is None
-
-    @property
-    def checkpoint(self) -> str:
-        """Folder or name to load from."""
-        return str(shipped.MODEL) if self.model is None else self.model
-
 
 @dataclass(frozen=True)
-class Task:
-    """One video and one question about it.
+class Job:
+    """A clip as the model gets it.
 
     Attributes:
-        path: the video file.
-        about: what is to be seen there; empty where unknown.
-        question: what to ask.
-        answer: the right answer; None where unknown.
-        max_pixels: upper bound of a frame's pixels; None for the checkpoint's own.
-    """
-
-    path: Path
-    about: str
-    question: str
-    answer: str | None
-    max_pixels: int | None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A task as the model gets it.
-
-    Attributes:
-        task: what to ask.
+        clip: the video file, and what to ask about it.
         video: the sampled frames.
         inputs: arguments of `generate`.
         tokenizer: the model's.
         method: how to reduce it.
     """
 
-    task: Task
+    clip: Clip
     video: Video
     inputs: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase
@@ -154,28 +90,27 @@ class Prompt:
 
     @property
     def unknown_words(self) -> list[str]:
-        """Words of the question outside the model's vocabulary."""
-        return unknown_words(self.tokenizer, self.task.question)
+        """Words of the question that are not in the model's vocabulary."""
+        return unknown_words(self.tokenizer, self.clip.question)
 
 
-def choose_tasks(options: Options) -> list[Task]:
-    """The user's video, or the shipped clips; a question about no video in particular is asked of the needle clip."""
+def choose_clips(options: Options) -> list[Clip]:
+    """The user's video, or the shipped clips; a question without a video is asked of the needle clip alone."""
+    shipped_model, asked, max_pixels = options.target.is_shipped, options.question, options.max_pixels
     if options.video is not None:
-        question = options.question or (shipped.NEEDLE.question if options.uses_shipped_model else _DEFAULT_QUESTION)
-        return [Task(options.video, "", question, None, options.max_pixels)]
-    needle = shipped.NEEDLE
-    answer = needle.answer if options.question in (None, needle.question) else None
-    tasks = [Task(needle.path, needle.about, options.question or needle.question, answer, options.max_pixels)]
-    if options.question is None:
-        bunny = shipped.BUNNY
-        question, max_pixels = _DEFAULT_QUESTION, options.max_pixels
-        if options.uses_shipped_model:
-            question, max_pixels = bunny.question, max_pixels or bunny.max_pixels
-        tasks.append(Task(bunny.path, bunny.about, question, None, max_pixels))
-    return tasks
+        question = asked or (NEEDLE.question if shipped_model else _DEFAULT_QUESTION)
+        return [Clip(options.video, "", question, None, max_pixels)]
+    if asked is not None and asked != NEEDLE.question:
+        return [replace(NEEDLE, question=asked, answer=None, max_pixels=max_pixels)]
+    needle = replace(NEEDLE, max_pixels=max_pixels)
+    if asked is not None:
+        return [needle]
+    if shipped_model:
+        return [needle, replace(BUNNY, max_pixels=max_pixels or BUNNY.max_pixels)]
+    return [needle, replace(BUNNY, question=_DEFAULT_QUESTION, max_pixels=max_pixels)]
 
 
-def prepare(options: Options, open_bar: OpenBar) -> list[Prompt]:
+def prepare(options: Options, open_bar: OpenBar) -> list[Job]:
     """Decode and encode what is to be asked, without the model.
 
     Args:
@@ -186,67 +121,29 @@ def prepare(options: Options, open_bar: OpenBar) -> list[Prompt]:
         ValueError, TypeError: a video, a model or a folder that cannot be used, or a model too shallow for the method.
     """
     check_out(options.out)
-    _quieten_transformers()
-    tasks = choose_tasks(options)
-    videos = []
-    for task in tasks:
-        with open_bar(f"Decoding {task.path.name}") as on_progress:
-            videos.append(read_video(task.path, options.frames, on_progress))
-    config = load_config(options.checkpoint, options.trust_remote_code)
-    options.make_method().check(config.get_text_config().num_hidden_layers)
-    methods = _methods(options, tasks, videos, open_bar)
-    return [_encode_prompt(options, *parts) for parts in zip(tasks, videos, methods, strict=True)]
+    clips, videos = choose_clips(options), []
+    for clip in clips:
+        with open_bar(f"Decoding {clip.path.name}") as on_progress:
+            videos.append(read_video(clip.path, options.frames, on_progress))
+    options.make_method().check(options.target.load_config().get_text_config().num_hidden_layers)
+    methods = _methods(options, clips, videos, open_bar)
+    return [_encode(options.target, *parts) for parts in zip(clips, videos, methods, strict=True)]
 
 
-def _encode_prompt(options: Options, task: Task, video: Video, method: Method) -> Prompt:
-    processor = load_processor(options.checkpoint, task.max_pixels, options.trust_remote_code)
-    return Prompt(task, video, processor(video, task.question), processor.tokenizer, method)
+def _encode(target: Target, clip: Clip, video: Video, method: Method) -> Job:
+    processor = target.load_processor(clip.max_pixels)
+    return Job(clip, video, processor(video, clip.question), processor.tokenizer, method)
 
 
-def _methods(options: Options, tasks: list[Task], videos: list[Video], open_bar: OpenBar) -> list[Method]:
-    """The method for each prompt, which knows how relevant the frames are where that was asked for."""
+def _methods(options: Options, clips: list[Clip], videos: list[Video], open_bar: OpenBar) -> list[Method]:
+    """The method for each clip; it knows how relevant the frames are if that was asked for."""
     if options.relevance is None:
-        return [options.make_method() for _ in tasks]
-    predictor = load_relevance(options.relevance).to(options.make_device())
+        return [options.make_method() for _ in clips]
+    predictor = load_relevance(options.relevance).to(options.target.torch_device())
     methods = []
     with open_bar("Scoring the frames") as on_progress:
-        for task, video in zip(tasks, videos, strict=True):
+        for clip, video in zip(clips, videos, strict=True):
             features = predictor.encode(video.frames, progress=False)
-            methods.append(options.make_method(relevance=predictor.bind(features, task.question)))
-            on_progress(len(methods), len(tasks))
+            methods.append(options.make_method(relevance=predictor.bind(features, clip.question)))
+            on_progress(len(methods), len(clips))
     return methods
-
-
-def load_relevance(checkpoint: str, head: ContextFusion | None = None) -> SiglipRelevance:
-    """The predictor of a checkpoint, with the head that lies in its folder if none is given.
-
-    Raises:
-        ValueError: it cannot be read, is no SigLIP, or needs code of its own, which no SigLIP does.
-    """
-    try:
-        return SiglipRelevance.from_pretrained(checkpoint, head)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"relevance must be the checkpoint of a SigLIP, got '{checkpoint}': {reason}") from error
-
-
-def load_model(options: Options) -> Any:
-    """The checkpoint's model on the device, bf16 on a GPU and float32 elsewhere.
-
-    Raises:
-        ValueError, TypeError: no such checkpoint, no model for videos, or one that cannot be reduced.
-    """
-    _quieten_transformers()
-    device = options.make_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = load_config(options.checkpoint, options.trust_remote_code)
-    model = load_part(
-        AutoModelForImageTextToText, options.checkpoint, options.trust_remote_code, config=config, dtype=dtype
-    )
-    reduce(model, options.make_method())  # refuses here what it cannot reduce
-    return model.to(device).eval()
-
-
-def _quieten_transformers() -> None:
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +15,12 @@ from torch import Tensor, nn
 
 from ..hf import Report, reduce
 from ..methods import Method
-from ..runtime.measure import Cost, TokenClock, generate, time_call, time_generation
-from ..runtime.video import OnProgress
-from .request import OpenBar, Options, Prompt
+from ..runtime.answers import TokenClock, generate
+from ..runtime.measure import Cost, time_call, time_generation
+from ..runtime.progress import OnProgress, OpenBar
+from ..runtime.target import to_model
+from .request import Job, Options
 
-_DEFAULT_ANSWER_TOKENS = 64
 _DECODE_TOKENS = 8
 _REPEATS = 5
 
@@ -62,17 +62,17 @@ class Way:
 
 @dataclass
 class Result:
-    """What came of one prompt.
+    """What came of one job.
 
     Attributes:
-        prompt: what was asked.
+        job: what was asked.
         dense: the model as it is; None unless compared.
         reduced: the model with its tokens reduced.
         vision_seconds: what the vision encoder takes of either prefill; None where it could not be timed alone.
         pictures: files drawn.
     """
 
-    prompt: Prompt
+    job: Job
     dense: Way | None
     reduced: Way
     vision_seconds: float | None
@@ -80,59 +80,41 @@ class Result:
 
 
 @torch.no_grad()
-def run(options: Options, model: Any, prompt: Prompt, open_bar: OpenBar) -> Result:
-    """Answer, time and draw one prompt.
+def run(options: Options, model: Any, job: Job, open_bar: OpenBar) -> Result:
+    """Answer, time and draw one job.
 
     Args:
         options: what to run.
-        model: from `load_model`.
-        prompt: from `prepare`.
+        model: from `Target.load_model`.
+        job: from `prepare`.
         open_bar: shows the progress of each step.
 
     Returns:
         The result; its pictures are in options.out.
     """
-    with threads(options.threads):
-        return _run(options, model, prompt, open_bar)
+    with options.target.own_threads():
+        return _run(options, model, job, open_bar)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch use so many CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _run(options: Options, model: Any, prompt: Prompt, open_bar: OpenBar) -> Result:
-    inputs = to_model(prompt.inputs, model)
+def _run(options: Options, model: Any, job: Job, open_bar: OpenBar) -> Result:
+    inputs = to_model(job.inputs, model)
     with open_bar("Encoding the frames") as on_progress:
         vision_seconds = _encode(model, inputs, on_progress)
 
-    reduced = Way(type(prompt.method).__name__, prompt.method)
+    reduced = Way(type(job.method).__name__, job.method)
     dense = Way("all tokens", None) if options.compare else None
     ways = [way for way in (dense, reduced) if way is not None]
     for way in ways:
         with open_bar(f"Generating, {way.name}") as on_progress:
-            way.answer = _answer(options, model, inputs, way, prompt.tokenizer, on_progress)
+            way.answer = _answer(options.target.answer_length(model), model, inputs, way, job.tokenizer, on_progress)
     with open_bar("Timing") as on_progress:
         for done in range(_REPEATS):
             for way in ways:  # in turn, so that a busy machine slows all alike
                 time_generation(model, inputs, way.running(model), _DECODE_TOKENS, way.cost)
             on_progress(done + 1, _REPEATS)
 
-    pictures = _draw(options, prompt, reduced, inputs)
-    return Result(prompt, dense, reduced, vision_seconds, pictures)
-
-
-def to_model(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Move the arguments that the model knows to its device, and pixels to its dtype."""
-    known = inspect.signature(model.forward).parameters
-    moved = {name: value.to(model.device) for name, value in inputs.items() if name in known}
-    return {name: value.to(model.dtype) if name.startswith("pixel") else value for name, value in moved.items()}
+    pictures = _draw(options.out, job, reduced, inputs)
+    return Result(job, dense, reduced, vision_seconds, pictures)
 
 
 def _encode(model: Any, inputs: dict[str, Tensor], on_progress: OnProgress) -> float | None:
@@ -165,10 +147,7 @@ def _vision_blocks(model: Any) -> list[nn.Module]:
     return list(max(lists, key=len, default=[]))
 
 
-def _answer(
-    options: Options, model: Any, inputs: dict[str, Tensor], way: Way, tokenizer: Any, on_progress: OnProgress
-) -> str:
-    most = answer_length(model, options.max_new_tokens)
+def _answer(most: int, model: Any, inputs: dict[str, Tensor], way: Way, tokenizer: Any, on_progress: OnProgress) -> str:
     clock = TokenClock(lambda done: on_progress(done, most))
     with way.running(model):
         tokens = generate(model, inputs, clock, most)
@@ -176,16 +155,11 @@ def _answer(
     return tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-def answer_length(model: Any, asked: int | None) -> int:
-    """The most new tokens of an answer: as asked, else the checkpoint's own."""
-    return asked or model.generation_config.max_new_tokens or _DEFAULT_ANSWER_TOKENS
-
-
-def _draw(options: Options, prompt: Prompt, way: Way, inputs: dict[str, Tensor]) -> list[Path]:
+def _draw(out: Path, job: Job, way: Way, inputs: dict[str, Tensor]) -> list[Path]:
     from .pictures import draw_merges, draw_tokens_per_layer, patch_fates  # matplotlib: models run without
 
-    clip, video, report = prompt.task.path, prompt.video, way.report
-    merges, tokens = options.out / f"{clip.stem}-merges.png", options.out / f"{clip.stem}-tokens.png"
+    clip, video, report = job.clip.path, job.video, way.report
+    merges, tokens = out / f"{clip.stem}-merges.png", out / f"{clip.stem}-tokens.png"
     fates = patch_fates(report)
     seconds = [index / video.fps for index in video.indices]
     title = f"{clip.name}: {way.name} at a budget of {report.budget:.0%}"
@@ -202,8 +176,3 @@ def _grid(patches: int, inputs: dict[str, Tensor]) -> tuple[int, int]:
         return height // merge, width // merge
     rows = max(n for n in range(1, int(patches**0.5) + 1) if patches % n == 0)
     return rows, patches // rows
-
-
-def is_right(answer: str, expected: str) -> bool:
-    """Whether the expected word stands in the answer."""
-    return re.search(rf"\b{re.escape(expected.lower())}\b", answer.lower()) is not None

@@ -1,10 +1,21 @@
-"""Digests of what answers depend on."""
+"""Digests of what answers depend on: the weights, and the code that chose the tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib
+import inspect
+from functools import lru_cache
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
 
 from torch import nn
+
+from ..methods import Method
+
+_PACKAGES = ("fftriton.methods", "fftriton.layouts", "fftriton.relevance", "fftriton.hf", "fftriton_kernels")
 
 
 def digest_of_weights(model: nn.Module) -> str:
@@ -14,3 +25,56 @@ def digest_of_weights(model: nn.Module) -> str:
         part = parameter.detach().flatten()[:256].float().cpu().numpy().tobytes()
         weights.update(f"{name} {tuple(parameter.shape)}".encode() + part)
     return weights.hexdigest()
+
+
+def digest_of_method(method: Method) -> str:
+    """Of all code that decides what a method keeps: this library's, and that of the method and its parts."""
+    return _digest([digest_of_library(), *sorted({digest_of_code(kind) for kind in _kinds(method)})])
+
+
+@lru_cache
+def digest_of_library() -> str:
+    """Of the sources of the packages that methods run in."""
+    roots = [Path(importlib.import_module(name).__path__[0]) for name in _PACKAGES]
+    return _digest(path.read_text(encoding="utf-8") for root in roots for path in sorted(root.rglob("*.py")))
+
+
+def digest_of_code(kind: type) -> str:
+    """Of the modules in which a class and its bases are written; of their byte code if there is no source."""
+    return _digest(_source(base) for base in kind.__mro__ if base is not object)
+
+
+def _source(kind: type) -> str:
+    module = inspect.getmodule(kind)
+    try:
+        return inspect.getsource(module if isinstance(module, ModuleType) and hasattr(module, "__file__") else kind)
+    except (OSError, TypeError):
+        codes = [getattr(member, "__code__", None) for member in vars(kind).values()]
+        return "".join(_text(code) for code in codes if code is not None)
+
+
+def _text(code: CodeType) -> str:
+    """Byte code and constants, those of inner functions included; without addresses, which differ from run to run."""
+    inner = [_text(part) if isinstance(part, CodeType) else _constant(part) for part in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {' '.join(inner)}"
+
+
+def _constant(value: Any) -> str:
+    """The same text in every process: sets have no order of their own."""
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
+
+
+def _kinds(part: Any) -> set[type]:
+    """The classes of a method and of the methods and other parts in its fields."""
+    if isinstance(part, (list, tuple)):
+        return set().union(*map(_kinds, part))
+    if not dataclasses.is_dataclass(part) or isinstance(part, type):
+        return set()
+    return {type(part)}.union(*(_kinds(getattr(part, field.name)) for field in dataclasses.fields(part)))
+
+
+def _digest(parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()

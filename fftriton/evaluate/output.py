@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .. import __version__
-from ..app.request import Options
-from ..runtime import shipped
+from ..runtime.provenance import provenance
 from .plan import Plan, Setting
 from .plots import draw_depths, draw_layers, draw_pareto
 from .records import Record
@@ -48,36 +40,8 @@ def write_results(plan: Plan, rows: Sequence[Row], records: Mapping[Setting, Seq
 
 def describe(plan: Plan) -> dict[str, Any]:
     """Where figures come from: samples, model, machine, versions, command."""
-    options = Options(model=plan.model, device=plan.device)
-    device = options.make_device()
-    return {
-        "task": plan.task,
-        "split": plan.split,
-        "seed": plan.seed,
-        "model": shipped.MODEL.name if options.uses_shipped_model else options.checkpoint,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": options.threads,
-        "fftriton": __version__,
-        "commit": commit(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def commit() -> str:
-    """The commit of the checkout that the package runs from, with a + where it has been changed; else empty."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
-    except (OSError, subprocess.CalledProcessError):  # no git, or an installed package
-        return ""
+    asked = {"task": plan.task, "split": plan.make_task().split, "seed": plan.seed}
+    return asked | plan.target.describe() | provenance()
 
 
 def results_table(rows: Sequence[Row]) -> Table:
@@ -101,5 +65,5 @@ def results_table(rows: Sequence[Row]) -> Table:
 
 
 def _title(plan: Plan) -> str:
-    model = shipped.MODEL.name if plan.model is None else plan.model
-    return f"{model} on the {plan.task} task, {plan.split} split: {plan.samples} samples, seed {plan.seed}"
+    split = plan.make_task().split
+    return f"{plan.target.name} on the {plan.task} task, {split} split: {plan.samples} samples, seed {plan.seed}"

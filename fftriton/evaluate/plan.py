@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ast
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..checks import check_budget, check_choice, check_count
-from ..methods import NAMES, BeforeLayers, Method, make_method
-from .relevance import UNRELATED, SampleRelevance, load_relevance
-
-TASKS = ("needle",)
-
-_EVERYTHING = "keep-all"
+from ..methods import NAMES, BeforeLayers, KeepAll, Method, make_method
+from ..runtime.target import Target
+from .relevance import UNRELATED, SampleRelevance, sample_relevance
+from .tasks import Task, make_task
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Setting:
     def relevance(self) -> SampleRelevance | None:
         """The predictor that is named; None where none is."""
         named = [parameters["relevance"] for _, parameters in self._parts if "relevance" in parameters]
-        return load_relevance(named[0]) if named else None
+        return sample_relevance(named[0]) if named else None
 
     @property
     def is_control(self) -> bool:
@@ -91,15 +89,12 @@ class Plan:
     Args:
         methods: keys of methods.NAMES, each with parameters if wanted: "fastv:layer=3".
         budgets: fractions of the video tokens to keep, in (0, 1]. keep-all runs once.
-        task: one of TASKS.
-        split: of the task.
+        task: name of a task, see tasks.py.
+        split: of the task; None for its default.
         samples: how many, at least 1: those of the indices 0, 1, ...
         seed: picks the samples, which training never saw.
         num_frames: lengths of the videos, which take turns; empty for the split's own.
-        model: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
-        device: a torch device; None for the GPU where there is one.
-        max_new_tokens: longest answer; None for the checkpoint's own.
-        trust_remote_code: run the checkpoint's own code if it has any.
+        target: the model.
         out: folder for records and results.
         reference: the method that the others are tested against, at the same budget; one of `methods`.
 
@@ -110,56 +105,52 @@ class Plan:
     methods: tuple[str, ...] = ("keep-all", "framefusion")
     budgets: tuple[float, ...] = (0.3,)
     task: str = "needle"
-    split: str = "easy"
+    split: str | None = None
     samples: int = 500
     seed: int = 0
     num_frames: tuple[int, ...] = ()
-    model: str | None = None
-    device: str | None = None
-    max_new_tokens: int | None = None
-    trust_remote_code: bool = False
+    target: Target = field(default_factory=Target)
     out: Path = Path("fftriton-eval")
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        from ..needle import SPLITS
-
-        check_choice("eval", "task", self.task, TASKS)
-        check_choice("eval", "split", self.split, SPLITS)
         check_count("eval", "samples", self.samples, 1)
-        check_count("eval", "seed", self.seed, 0)
+        self.make_task()
         for name in ("methods", "budgets"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"eval: {name} must be one or more, each once, got {values!r}")
         for budget in self.budgets:
             check_budget("eval", "budgets", budget)
-        for frames in self.num_frames:
-            check_count("eval", "frames", frames, 4)
-            if frames % 4:
-                raise ValueError(f"eval: frames must be multiples of 4, got {frames}")
         if self.reference is not None:
             check_choice("eval", "reference", self.reference, self.methods)
         for name in self.methods:
             Setting(name, min(self.budgets)).method()  # a chain with a first budget of its own cannot do all
 
+    def make_task(self) -> Task:
+        """The task, with its samples picked."""
+        return make_task(self.task, self.split, self.seed, self.num_frames)
+
     @property
     def settings(self) -> list[Setting]:
         """Each method at each budget; keep-all once, as there is nothing to choose."""
         return [
-            Setting(name, budget)
-            for name in self.methods
-            for budget in ((1.0,) if name == _EVERYTHING else self.budgets)
+            Setting(name, budget) for name in self.methods for budget in ((1.0,) if _keeps_all(name) else self.budgets)
         ]
 
     def counterpart(self, setting: Setting) -> Setting | None:
         """The setting that this one is tested against; None for that itself."""
         reference = self.reference
         if reference is None:
-            reference = next((name for name in self.methods if name != _EVERYTHING), self.methods[0])
-        if setting.name in (reference, _EVERYTHING):
+            reference = next((name for name in self.methods if not _keeps_all(name)), self.methods[0])
+        if setting.name == reference or _keeps_all(setting.name):
             return None
-        return Setting(reference, 1.0 if reference == _EVERYTHING else setting.budget)
+        return Setting(reference, 1.0 if _keeps_all(reference) else setting.budget)
+
+
+def _keeps_all(name: str) -> bool:
+    """Whether this is the name of the method that keeps everything."""
+    return "+" not in name and isinstance(Setting(name, 0.5).method(), KeepAll)
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:

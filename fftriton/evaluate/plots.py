@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..app.pictures import save
+from ..runtime.figures import save
 from .rows import DEPTHS, Cell, Row
 
 _COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]

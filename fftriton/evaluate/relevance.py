@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from ..app import request
-from ..relevance import BoundRelevance, SiglipRelevance
+from ..relevance import BoundRelevance, SiglipRelevance, load_relevance
 from .digests import digest_of_weights
 
 UNRELATED = "unrelated"
@@ -34,6 +33,6 @@ class SampleRelevance:
 
 
 @lru_cache
-def load_relevance(checkpoint: str) -> SampleRelevance:
+def sample_relevance(checkpoint: str) -> SampleRelevance:
     """The predictor of a checkpoint, loaded once."""
-    return SampleRelevance(request.load_relevance(checkpoint))
+    return SampleRelevance(load_relevance(checkpoint))

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,21 +18,19 @@ import transformers
 from torch import Tensor
 
 from .. import __version__
-from ..app.request import OpenBar, Options, load_model
-from ..app.run import answer_length, is_right, threads, to_model
 from ..hf import Report, reduce
 from ..methods import Method
-from ..needle import KINDS, Sample, generate_sample
-from ..needle.vocabulary import COLOURS, DIGITS
+from ..runtime.answers import TokenClock, generate
 from ..runtime.files import check_out
-from ..runtime.measure import TokenClock, generate, memory_before, peak_memory
-from ..runtime.processing import Processor, load_processor
-from ..runtime.video import Video
-from .digests import digest_of_weights
+from ..runtime.measure import memory_before, peak_memory
+from ..runtime.progress import OpenBar
+from ..runtime.target import Target, to_model
+from .digests import digest_of_code, digest_of_method, digest_of_weights
 from .flops import prefill_flops
 from .plan import Plan, Setting
 from .records import Record, RecordFolder
 from .rows import Row, summarise
+from .tasks import Sample, Task
 
 _MEMORY_SAMPLES = 3  # for which peak memory is measured: that takes longer than the answer of a small model
 
@@ -53,18 +52,16 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
     """
     check_out(plan.out)
     process, processes, wait = _processes()
-    device = plan.device or (f"cuda:{process}" if processes > 1 and torch.cuda.is_available() else None)
-    options = Options(
-        model=plan.model, device=device, max_new_tokens=plan.max_new_tokens, trust_remote_code=plan.trust_remote_code
-    )
-    with threads(options.threads):
+    target, task = plan.target, plan.make_task()
+    if target.device is None and processes > 1 and torch.cuda.is_available():
+        target = replace(target, device=f"cuda:{process}")
+    with target.own_threads():
         with open_bar("Loading the model") as on_progress:
-            processor = load_processor(options.checkpoint, trust_remote_code=options.trust_remote_code)
-            answerer = Answerer(load_model(options), processor, options.max_new_tokens)
+            answerer = Answerer(target, task)
             on_progress(1, 1)
         layers = answerer.config.num_hidden_layers
         problems = {setting: why for setting in plan.settings if (why := setting.problem(layers)) is not None}
-        origin = answerer.describe() | {"samples": _digest_of_samples(plan)}
+        origin = answerer.describe()
         keys = {setting: _key(origin, setting) for setting in plan.settings if setting not in problems}
         folder = RecordFolder(plan.out, process)
         done = folder.read(keys.values())
@@ -73,8 +70,7 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
             for count, index in enumerate(own, 1):
                 missing = {setting: key for setting, key in keys.items() if (key, index) not in done}
                 if missing:
-                    told = _other_question(plan, index) if any(setting.is_control for setting in missing) else ""
-                    folder.append(answerer.answer(_sample(plan, index), missing, told))
+                    folder.append(answerer.answer(task.sample(index), missing))
                 on_progress(count, len(own))
     wait()
     found = folder.read(keys.values())
@@ -83,42 +79,39 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
 
 
 class Answerer:
-    """A model and its processor, and what they make of a sample.
+    """A model, and what it makes of the samples of a task.
 
     Args:
-        model: a Hugging Face generation model for videos.
-        processor: makes its inputs.
-        max_new_tokens: longest answer; None for the checkpoint's own.
+        target: the model; it is loaded here.
+        task: the samples, and what makes an answer right.
     """
 
-    def __init__(self, model: Any, processor: Processor, max_new_tokens: int | None = None) -> None:
-        self.model, self.processor = model, processor
-        self.config = model.config.get_text_config()
-        self._longest = answer_length(model, max_new_tokens)
+    def __init__(self, target: Target, task: Task) -> None:
+        self.task, self.processor = task, target.load_processor()
+        self.model = target.load_model()
+        self.config = self.model.config.get_text_config()
+        self._longest = target.answer_length(self.model)
 
     @torch.no_grad()
-    def answer(self, sample: Sample, settings: dict[Setting, str], other_question: str = "") -> list[Record]:
+    def answer(self, sample: Sample, settings: dict[Setting, str]) -> list[Record]:
         """Ask about a sample in each of the settings; the video is encoded once.
 
         Args:
             sample: what to ask.
             settings: each with the key of its records.
-            other_question: what the methods of control settings are told.
         """
-        frames = len(sample.frames)
-        inputs = self.processor(Video(sample.frames, list(range(frames)), frames, sample.fps), sample.question)
-        inputs = to_model(inputs, self.model)
+        inputs = to_model(self.task.inputs(sample, self.processor), self.model)
         with encoded_once(self.model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fftriton: the budget")  # the rows say what was met
             records = []
             for setting, key in settings.items():
-                told = other_question if setting.is_control else sample.question
-                method = setting.method(sample.index).about(sample.frames, told)
+                told = self.task.unrelated_question(sample) if setting.is_control else sample.question
+                method = setting.method(sample.index).about(sample.video.frames, told)
                 records.append(self._record(sample, inputs, method, key))
             return records
 
     def describe(self) -> dict[str, Any]:
-        """Everything about the model that an answer depends on."""
+        """Everything about the model, the task and this library that an answer depends on."""
         kind = type(self.model)  # code of a checkpoint's own may answer otherwise with the same weights
         return {
             "class": f"{kind.__module__}.{kind.__qualname__}",
@@ -127,6 +120,8 @@ class Answerer:
             "device": self.model.device.type,
             "attention": self.config._attn_implementation,
             "longest answer": self._longest,
+            "samples": self.task.digest,
+            "task": digest_of_code(type(self.task)),
             "fftriton": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -146,11 +141,11 @@ class Answerer:
             key,
             sample.index,
             sample.kind,
-            len(sample.frames),
-            sample.needle_depth,
+            len(sample.video.frames),
+            sample.depth,
             answer,
             sample.answer,
-            is_right(answer, sample.answer),
+            self.task.score(sample, answer),
             report.budget_achieved,
             prefill_flops(self.config, report.rows_per_layer, report.tokens_per_layer),
             prefill_flops(self.config, all_tokens, all_tokens),
@@ -187,37 +182,12 @@ def encoded_once(model: Any) -> Iterator[None]:
         del inner.__dict__["get_video_features"]
 
 
-def _sample(plan: Plan, index: int) -> Sample:
-    lengths = plan.num_frames
-    frames = lengths[index // len(KINDS) % len(lengths)] if lengths else None  # each kind of question gets each length
-    return generate_sample(plan.split, plan.seed, index, held_out=True, num_frames=frames)
-
-
-def _other_question(plan: Plan, index: int) -> str:
-    """A question that has nothing to do with the sample's: it names another needle."""
-    sample = _sample(plan, index)
-    named = _needles_named_in(f"{sample.question} {sample.answer}")
-    while True:
-        index += 1
-        other = _needles_named_in(question := _sample(plan, index).question)
-        if other and not other & named:
-            return question
-
-
-def _needles_named_in(text: str) -> set[str]:
-    return set(text.replace("?", " ").split()) & {*COLOURS, *DIGITS}
-
-
-def _digest_of_samples(plan: Plan) -> str:
-    """Of the first sample and all that picks the others."""
-    first = _sample(plan, 0)
-    picked = f"{plan.task} {plan.split} {plan.seed} {plan.num_frames} {first.question} {first.answer}"
-    return hashlib.sha256(picked.encode() + first.frames.tobytes()).hexdigest()
-
-
 def _key(origin: dict[str, Any], setting: Setting) -> str:
-    """A digest of everything that the answers of this setting depend on."""
-    everything = origin | {"method": str(setting.method()), "name": setting.name, "budget": setting.budget}
+    """A digest of everything that the answers of this setting depend on, the source of the method included."""
+    method = setting.method()
+    everything = origin | {
+        "method": str(method), "name": setting.name, "budget": setting.budget, "code": digest_of_method(method)
+    }  # fmt: skip
     if setting.relevance is not None:
         everything["relevance"] = setting.relevance.digest
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,13 +8,11 @@ import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models import get_model
 
-from ..app.request import Options, load_model
-from ..app.run import answer_length, to_model
-from ..checks import check_choice
+from ..checks import check_choice, check_count
 from ..evaluate import Setting
 from ..hf import apply
-from ..runtime.measure import TokenClock, generate
-from ..runtime.processing import load_processor
+from ..runtime.answers import TokenClock, generate
+from ..runtime.target import Target, to_model
 from ..runtime.video import Video, read_video
 
 PROCESSING = ("base", "fftriton")
@@ -97,16 +95,14 @@ class VideoModel(lmms):
         super().__init__()
         if int(batch_size) != 1:
             raise ValueError(f"fftriton: batch_size must be 1 with processing=fftriton, got {batch_size}")
-        options = Options(
-            model=pretrained, device=device, frames=int(max_num_frames), trust_remote_code=trust_remote_code
-        )
-        self.processor = load_processor(options.checkpoint, trust_remote_code=trust_remote_code)
-        self.model = load_model(options)
+        self.target = Target(pretrained, device, trust_remote_code=trust_remote_code)
+        self.processor, self.model = self.target.load_processor(), self.target.load_model()
         if self.model.config.model_type != family:
             raise ValueError(
                 f"fftriton: base must be {self.model.config.model_type}, as the checkpoint is, got {family}"
             )
-        self._frames = options.frames
+        self._frames = int(max_num_frames)
+        check_count("fftriton", "max_num_frames", self._frames, 1)
 
     @torch.no_grad()
     def generate_until(self, requests: list[Any]) -> list[str]:
@@ -126,8 +122,9 @@ class VideoModel(lmms):
         if len(visuals) != 1:
             raise ValueError(f"fftriton: a question must be about one video, got {len(visuals)} of '{task}'")
         video = visuals[0] if isinstance(visuals[0], Video) else read_video(visuals[0], self._frames)
+        most = settings.get("max_new_tokens") or self.target.answer_length(self.model)
         inputs = to_model(self.processor(video, question), self.model)
-        tokens = generate(self.model, inputs, TokenClock(), answer_length(self.model, settings.get("max_new_tokens")))
+        tokens = generate(self.model, inputs, TokenClock(), most)
         answer = str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
         for stop in settings.get("until") or ():
             answer = answer.partition(stop)[0]

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..app.run import is_right
 from ..needle import generate_sample
+from ..runtime.answers import is_right
 from ..runtime.video import Video
 
 _TASK = """\

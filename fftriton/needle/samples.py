@@ -85,6 +85,11 @@ class Sample:
     fps: float = float(FPS)
 
     @property
+    def depth(self) -> float | None:
+        """`needle_depth`, under the name that every task's samples have."""
+        return self.needle_depth
+
+    @property
     def video(self) -> Video:
         """As a processor takes it."""
         return Video(self.frames, list(range(len(self.frames))), len(self.frames), self.fps)

@@ -8,11 +8,11 @@ DIGITS = tuple("0123456789")
 QUARTERS = ("first quarter", "second quarter", "third quarter", "last quarter")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = ("zero", "one", "two", "three", "four")
-KINDS = ("what", "when", "where", "count", "whichcolour")
+KIND_WORDS = ("what", "when", "where", "count", "whichcolour")
 
 PAD, BOS, SYSTEM, VISION_START, VISION_END = "<pad>", "<bos>", "<sys>", "<|vision_start|>", "<|vision_end|>"
 QUESTION, EOS, IMAGE, VIDEO, UNKNOWN = "<q>", "<eos>", "<|image_pad|>", "<|video_pad|>", "<unk>"
 SPECIAL = (PAD, BOS, SYSTEM, VISION_START, VISION_END, QUESTION, EOS, IMAGE, VIDEO)
 
-TOKENS = (*SPECIAL, *DIGITS, *COLOURS, *QUARTERS, *QUADRANTS, *COUNTS, *KINDS, "all", UNKNOWN)
+TOKENS = (*SPECIAL, *DIGITS, *COLOURS, *QUARTERS, *QUADRANTS, *COUNTS, *KIND_WORDS, "all", UNKNOWN)
 IDS = {token: i for i, token in enumerate(TOKENS)}

@@ -217,3 +217,16 @@ def _as_pictures(frames: Frames) -> np.ndarray | Sequence[Any]:
     if len(frames) == 0:
         raise ValueError("SiglipRelevance: frames must hold at least one picture, got none")
     return frames
+
+
+def load_relevance(checkpoint: str, head: ContextFusion | None = None) -> SiglipRelevance:
+    """The predictor of a checkpoint, with the head that lies in its folder if none is given.
+
+    Raises:
+        ValueError: it cannot be read, is no SigLIP, or needs code of its own, which no SigLIP does.
+    """
+    try:
+        return SiglipRelevance.from_pretrained(checkpoint, head)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"relevance must be the checkpoint of a SigLIP, got '{checkpoint}': {reason}") from error

@@ -15,6 +15,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..checks import check_choice, check_count
+from ..hf import reduce
+from ..methods import KeepAll
 from . import shipped
 from .checkpoints import load_config, load_part
 from .processing import Processor, load_processor
@@ -115,7 +117,7 @@ class Target:
         """The model on the device, ready to generate.
 
         Raises:
-            ValueError: no such checkpoint, or no model for videos.
+            ValueError, TypeError: no such checkpoint, no model for videos, or one that cannot be reduced.
         """
         quieten_transformers()
         chosen = {} if self.attention is None else {"attn_implementation": self.attention}
@@ -123,6 +125,7 @@ class Target:
             AutoModelForImageTextToText, self.checkpoint, self.trust_remote_code,
             config=self.load_config(), dtype=self.torch_dtype(), **chosen,
         )  # fmt: skip
+        reduce(model, KeepAll())  # raises if the model cannot be reduced
         return model.to(self.torch_device()).eval()
 
     def answer_length(self, model: Any) -> int:

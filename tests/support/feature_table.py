@@ -6,10 +6,10 @@ that has no such parameter names the families: `@pytest.mark.feature("beams", "q
 
 import sys
 from collections import defaultdict
-from pathlib import Path
 from xml.etree import ElementTree
 
-README = Path(__file__).parents[1] / "README.md"
+from bench.generated import README, updated
+
 BEGIN, END = "<!-- made by make features -->", "<!-- end -->"
 TITLES = {
     "qwen2": "Qwen2 with `inputs_embeds`", "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL",
@@ -82,12 +82,6 @@ def between(text):
     return text.split(BEGIN)[1].split(END)[0]
 
 
-def updated(text, new, begin=BEGIN, end=END):
-    """The text with `new` between the markers."""
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n\n{new}\n\n{end}{rest.partition(end)[2]}"
-
-
 def main(report):
     import torch
     import transformers
@@ -96,7 +90,7 @@ def main(report):
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     legend = f"yes: every test passes ({versions}); -: transformers itself does not do it; blank: not tested."
     text = README.read_text(encoding="utf-8")
-    README.write_text(updated(text, f"{table(found)}\n\n{legend}"), encoding="utf-8")
+    README.write_text(updated(text, f"{table(found)}\n\n{legend}", BEGIN, END), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""The needle task, as `fftriton eval` asks it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..checks import check_choice, check_count
+from ..runtime.answers import is_right
+from ..runtime.processing import Processor
+from .samples import KINDS, SPLITS, Sample, generate_sample
+from .vocabulary import COLOURS, DIGITS
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """Questions about digits on coloured boxes that show for a moment; none of the samples was seen in training.
+
+    Args:
+        split: one of SPLITS; None for "easy".
+        seed: picks the samples.
+        num_frames: lengths of the videos, multiples of 4, which take turns; empty for the split's own.
+
+    Raises:
+        TypeError, ValueError: an argument out of range.
+    """
+
+    split: str | None = None
+    seed: int = 0
+    num_frames: tuple[int, ...] = ()
+
+    kinds = KINDS
+
+    def __post_init__(self) -> None:
+        if self.split is None:
+            object.__setattr__(self, "split", SPLITS[0])
+        check_choice("needle", "split", self.split, SPLITS)
+        check_count("needle", "seed", self.seed, 0)
+        for frames in self.num_frames:
+            check_count("needle", "frames", frames, 4)
+            if frames % 4:
+                raise ValueError(f"needle: frames must be multiples of 4, got {frames}")
+
+    @property
+    def digest(self) -> str:
+        """Of the first sample and all that picks the others."""
+        first = self.sample(0)
+        picked = f"needle {self.split} {self.seed} {self.num_frames} {first.question} {first.answer}"
+        return hashlib.sha256(picked.encode() + first.frames.tobytes()).hexdigest()
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` of the split."""
+        assert self.split is not None  # set by __post_init__
+        length = self.num_frames[index // len(KINDS) % len(self.num_frames)] if self.num_frames else None
+        return generate_sample(self.split, self.seed, index, num_frames=length)
+
+    def inputs(self, sample: Sample, processor: Processor) -> dict[str, Tensor]:
+        """The arguments of the model's `generate`."""
+        return processor(sample.video, sample.question)
+
+    def score(self, sample: Sample, answer: str) -> bool:
+        """Whether the right word is in the answer."""
+        return is_right(answer, sample.answer)
+
+    def unrelated_question(self, sample: Sample) -> str:
+        """The next sample's question that names another needle."""
+        named, index = _needles_named_in(f"{sample.question} {sample.answer}"), sample.index
+        while True:
+            index += 1
+            other = _needles_named_in(question := self.sample(index).question)
+            if other and not other & named:
+                return question
+
+
+def _needles_named_in(text: str) -> set[str]:
+    return set(text.replace("?", " ").split()) & {*COLOURS, *DIGITS}

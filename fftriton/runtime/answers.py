@@ -1,0 +1,59 @@
+"""Answers: greedy generation, when each token came, and whether an answer is right."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+
+class TokenClock(BaseStreamer):
+    """Notes when each new token arrives; `generate` copies it to the host first, so the device has finished it.
+
+    Args:
+        on_token: called with the number of new tokens so far.
+    """
+
+    def __init__(self, on_token: Callable[[int], None] | None = None):
+        self.times: list[float] = []
+        self._on_token = on_token
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate` with the prompt, then with each token."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.times.append(time.perf_counter())
+        if self._on_token is not None:
+            self._on_token(len(self.times))
+
+    def end(self) -> None:
+        """Called by `generate` when it is done."""
+
+
+def generate(model: Any, inputs: dict[str, Tensor], clock: TokenClock, most: int, least: int = 0) -> Tensor:
+    """Generate greedily.
+
+    Args:
+        model: a Hugging Face generation model.
+        inputs: its arguments for one prompt.
+        clock: told of every token.
+        most, least: bounds of the number of new tokens.
+
+    Returns:
+        [n] int64: the new tokens.
+    """
+    output = model.generate(
+        **inputs, streamer=clock, do_sample=False, num_beams=1, max_new_tokens=most, min_new_tokens=least
+    )
+    return output[0, inputs["input_ids"].shape[1] :]
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Whether the expected word stands in the answer."""
+    return re.search(rf"\b{re.escape(expected.lower())}\b", answer.lower()) is not None
