@@ -1,8 +1,10 @@
 """One reduced prefill: the hidden states on their way through the decoder's layers.
 
-This is the walk, in order. The hooks of layers.py (in parentheses) make the calls; N is the length of the prompt, M the
-number of rows that are left.
+This is the walk, in order, with the hooks that make the calls in parentheses; those of the layers are in layers.py. N
+is the length of the prompt, M the number of rows that are left.
 
+    before the decoder (decoder_hooks.py, DecoderHooks.before)
+        LayerHooks.open             the layers get their hooks, and this thread has the forward open
     at the start of layer 0 (_before_layer)
         Prefill.begin               a BatchRow for each sample: its tokens without padding, and the state of its method
     in every layer
@@ -21,7 +23,7 @@ number of rows that are left.
         Prefill.after_layer         what the decoder would have added to it (Qwen3-VL's deepstack features)
     after the last layer (_after_layer)
         Prefill.restore             [B, M, D] -> [B, N, D]: every row in its place, zeros for those that left
-    after the decoder (entry.py, _after_decoder)
+    after the decoder (decoder_hooks.py, DecoderHooks.after)
         Prefill.check_depth         have all layers run?
         Prefill.finish              do the invariants hold? The report
         Prefill.hide_targets        labels of rows that left become -100
