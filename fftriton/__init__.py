@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import hf, layouts, methods, relevance
-    from .hf import BatchReport, MergeStep, Reduction, Report, apply, apply_framefusion, reduce
+    from .hf import MergeStep, Reduction, Report, SampleReport, apply, apply_framefusion, reduce
     from .layouts import VideoLayout
     from .methods import (
         KVTP,
@@ -39,7 +39,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KVTP",
-    "BatchReport",
     "Chain",
     "ContextFusion",
     "FastV",
@@ -54,6 +53,7 @@ __all__ = [
     "RandomTokens",
     "Reduction",
     "Report",
+    "SampleReport",
     "ScoringMethod",
     "SiglipRelevance",
     "StreamingLLM",
@@ -85,6 +85,10 @@ def __getattr__(name: str) -> Any:
             if name in module.__all__:
                 globals()[name] = value = getattr(module, name)
                 return value
+    if name == "BatchReport":
+        from .hf.report import deprecated
+
+        return deprecated(__name__, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -26,7 +26,8 @@ from rich.table import Table
 import fftriton
 from bench.hf.decode_overhead import RESULTS, build, in_turn, median_difference, prompt, stepper, write_csv
 from bench.provenance import provenance
-from fftriton.hf import invariants, prefill, reduction
+from fftriton.hf import decoder_hooks, invariants
+from fftriton.hf import rows as batch_rows
 
 PATCHES, TEXT = 49, 20
 METHODS = {
@@ -68,10 +69,10 @@ def unchecked() -> Iterator[None]:
     """Without checks; what takes their place is as quick as a function can be, unlike a Mock."""
     first: Callable[[Any], int] = lambda layers: layers[0].get_seq_length() if layers else 0  # noqa: E731
     with (
-        mock.patch.object(reduction, "check_lengths", first),
-        mock.patch.object(reduction, "check_growth", _nothing),
-        mock.patch.object(prefill, "check_left", lambda method, stage, layer, before, after, *_: after),
-        mock.patch.object(prefill, "versions", _nothing),
+        mock.patch.object(decoder_hooks, "check_lengths", first),
+        mock.patch.object(decoder_hooks, "check_growth", _nothing),
+        mock.patch.object(batch_rows, "check_left", lambda method, stage, layer, before, after, *_: after),
+        mock.patch.object(batch_rows, "versions", _nothing),
         mock.patch.object(invariants.Invariants, "expect_output", _nothing),
     ):
         yield

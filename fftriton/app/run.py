@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hf import BatchReport, Report, reduce
+from ..hf import Report, reduce
 from ..methods import Method
 from ..runtime.answers import TokenClock, generate
 from ..runtime.measure import Cost, time_call, time_generation
@@ -57,7 +57,6 @@ class Way:
             return
         with reduce(model, self.method) as reduction:
             yield
-        assert not isinstance(reduction.report, BatchReport)  # one prompt at a time
         self._report = reduction.report
 
 

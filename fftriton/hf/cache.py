@@ -1,8 +1,8 @@
 """A KV cache layer that holds fewer tokens than it reports.
 
 `get_seq_length()` stays the length of the whole sequence, so that generate, position ids, a second turn and everything
-else that counts tokens see what they would without a reduction; the keys and values are the kept ones only, and those
-of a batch stand at the right end of their rows, behind padding.
+else that counts tokens see what they would without a reduction. Only the keys and values of kept tokens are there; in a
+batch, they stand at the right end of their rows, after padding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Permit:
 
     Attributes:
         active: whether a model is being reduced.
-        compiled: whether its compiled code runs, which makes no checkpoint.
+        compiled: whether its compiled code runs, which takes no snapshot.
     """
 
     def __init__(self) -> None:
@@ -39,14 +39,14 @@ class ReducedLayer(DynamicLayer):
     """A DynamicLayer that also counts the tokens that it does not hold.
 
     Attributes:
-        reduced: whether the rows are other than the sequence's tokens one after the other.
+        reduced: whether the rows are anything but all of the sequence's tokens in order.
         missing: how many more tokens the sequence has than there are rows.
-        fixed: the sequence's length up to which it cannot be cropped.
+        fixed: the length of the sequence below which it cannot be cropped.
         valid: [B, rows] bool, False for padding; None: no padding, or nothing known while `reduced` is False.
         broken: whether a forward failed in the middle and could not be taken back.
         permit: a reduced layer can be used while it is active.
-        window: all else is forgotten as soon as no later token can attend to it; None: nothing is.
-        checkpoint: of the forward that is writing here, or was when it was interrupted; None between forwards.
+        window: tokens outside of it are forgotten as soon as no later token can attend to them; None: nothing is.
+        snapshot: that of the forward that is writing here, or was when it was interrupted; None between forwards.
     """
 
     keys: Any
@@ -56,7 +56,7 @@ class ReducedLayer(DynamicLayer):
         super().__init__(*args, **kwargs)
         self._forget()
         self.permit = Permit()
-        self.checkpoint: Checkpoint | None = None
+        self.snapshot: Snapshot | None = None
 
     def _forget(self) -> None:
         self.reduced, self.missing, self.fixed, self.broken = False, 0, 0, False
@@ -72,7 +72,7 @@ class ReducedLayer(DynamicLayer):
 
     @property
     def rows(self) -> int:
-        """Tokens that are here."""
+        """Number of tokens that are held here."""
         return super().get_seq_length()
 
     def get_seq_length(self, *args: Any) -> int:
@@ -81,7 +81,7 @@ class ReducedLayer(DynamicLayer):
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if self.broken:
             raise RuntimeError("the KV cache is from a forward that failed in the middle: reset it, or take a new one")
-        is_called = self.permit.active and (self.permit.compiled or self.checkpoint is not None)
+        is_called = self.permit.active and (self.permit.compiled or self.snapshot is not None)
         if (self.reduced or self.fixed) and not is_called:  # by another model, say
             raise RuntimeError(
                 "the KV cache holds a reduced prompt, which only a model that is being reduced can read: use it inside "
@@ -93,7 +93,7 @@ class ReducedLayer(DynamicLayer):
         return keys, values
 
     def _forget_unseen(self, window: Windows) -> None:
-        """Keep what the next token may attend to. This forward has got all."""
+        """Keep only what the next token may attend to. This forward itself has got everything."""
         kept = window.kept(self.valid, self.rows)
         if kept is None:
             return
@@ -105,7 +105,7 @@ class ReducedLayer(DynamicLayer):
         self.fixed = self.get_seq_length()
 
     def append_valid(self, past: int, new: int, valid: Tensor | None) -> None:
-        """Note which of `new` rows [B, new] behind `past` ones are no padding. None: all."""
+        """Note which of `new` rows [B, new], which follow `past` ones, are not padding. None: all."""
         like = self.valid if valid is None else valid
         if like is None:
             return
@@ -114,17 +114,15 @@ class ReducedLayer(DynamicLayer):
         self.valid = torch.cat([before, after.to(before.device)], 1)
 
     def crop(self, length: int) -> None:
-        """Remove -length tokens from the end or, where length is positive, all behind it. Raises a ValueError where
-        that would reach into what has been reduced."""
+        """Remove -length tokens from the end or, if length is positive, all beyond it. Raises a ValueError if that
+        would remove part of what has been reduced."""
         self.recover()
         logical = self.get_seq_length()
         end = logical + length if length <= 0 else min(length, logical)
         if end == logical:
             return
         if end < self.fixed:
-            raise ValueError(
-                f"crop: length must stay at or behind {self.fixed}, the end of the reduced video, got {end}"
-            )
+            raise ValueError(f"crop: length must be at least {self.fixed}, the end of the reduced video, got {end}")
         rows = self.rows - (logical - end)
         self.keys = self.keys[..., :rows, :]
         self.values = self.values[..., :rows, :]
@@ -132,12 +130,12 @@ class ReducedLayer(DynamicLayer):
 
     def recover(self) -> None:
         """Take back a forward that was interrupted in the middle."""
-        if self.checkpoint is not None:
-            self.checkpoint.restore()
+        if self.snapshot is not None:
+            self.snapshot.restore()
 
     def reset(self) -> None:
         self.recover()
-        self.keys = self.values = None  # as a new layer has them
+        self.keys = self.values = None  # as in a new layer
         self.is_initialized = False
         self._forget()
 
@@ -165,12 +163,12 @@ class ReducedLayer(DynamicLayer):
             self.window = self.window[samples]
 
 
-class Checkpoint:
-    """What a cache held before a forward, so that one that fails can be taken back. Holds keys and values of layers
-    that forget some, and of no others. The layers know of it until the forward has ended, well or not.
+class Snapshot:
+    """What a cache held before a forward, so that a forward that fails can be taken back.
 
-    What recurrent layers held, and layers that only now have come to forget, cannot be taken back: such a cache is
-    emptied where it was empty, else it cannot be used any more until it is reset.
+    It holds keys and values only of layers that forget some. The layers refer to it until the forward has ended, with
+    success or without. What recurrent layers held, and layers that have only now begun to forget, cannot be taken back:
+    such a cache is emptied if it was empty before; otherwise it cannot be used until it is reset.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -180,7 +178,7 @@ class Checkpoint:
                 layer.recover()
         self._states = [(layer, layer.rows, _notes(layer)) for layer in layers if isinstance(layer, ReducedLayer)]
         for layer, *_ in self._states:
-            layer.checkpoint = self
+            layer.snapshot = self
         self._recurrent = [layer for layer in layers if not isinstance(layer, ReducedLayer)]
         self._open = True
 
@@ -188,10 +186,10 @@ class Checkpoint:
         """The forward went through."""
         self._open = False
         for layer, *_ in self._states:
-            layer.checkpoint = None
+            layer.snapshot = None
 
     def restore(self) -> None:
-        """Take out of each layer what has come since, once: after that the cache may have been used again."""
+        """Take out of each layer what it has received since. Only once: later the cache may have been used again."""
         if not self._open:
             return
         self.release()
@@ -216,7 +214,7 @@ def _notes(layer: ReducedLayer) -> dict[str, Any]:
 
 
 def check_cache(cache: Any) -> None:
-    """Raise an UnknownReleaseError for a plain DynamicCache with layers of a class that is not known."""
+    """Raise an UnknownReleaseError for a plain DynamicCache with layers of an unknown class."""
     for number, layer in enumerate(getattr(cache, "layers", ()) if type(cache) is DynamicCache else ()):
         if type(layer) is not ReducedLayer and type(layer) not in KNOWN_LAYERS:
             raise UnknownReleaseError(
@@ -225,9 +223,10 @@ def check_cache(cache: Any) -> None:
 
 
 def prepare(cache: Any, num_layers: int, permit: Permit) -> list[ReducedLayer | None] | None:
-    """Make every attention layer of a DynamicCache a ReducedLayer; None, and nothing changed, where that cannot be.
+    """Make every attention layer of a DynamicCache a ReducedLayer. Returns None, and changes nothing, if that is not
+    possible.
 
-    Recurrent states have no rows: they stay as they are, and stand as None in what is returned.
+    Recurrent states have no rows: they stay as they are, and are None in what is returned.
     """
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return None

@@ -1,4 +1,4 @@
-"""The differences between the transformers releases that fftriton runs on, all in one place."""
+"""The differences between the transformers releases that fftriton supports, all in one place."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ RecurrentLayer: type | None = getattr(cache_utils, "LinearAttentionLayer", None)
 """The cache layer of a linear-attention layer; None in 4.x, whose models have caches of their own."""
 
 KNOWN_LAYERS = frozenset(kind for kind in vars(cache_utils).values() if isinstance(kind, type))
-"""The classes that the layers of a KV cache may have, as far as this release brings them."""
+"""The classes that the layers of a KV cache may have in this release."""
 
 _LAYER_METHODS = (
     "update", "get_seq_length", "crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices",
 )  # fmt: skip
 
 CACHE = ("cache", "past_key_values")
-"""What a forward calls its KV cache: renamed in 5.24, whose forwards still accept the old name."""
-
+"""The names under which a forward takes its KV cache: renamed in 5.24, whose forwards still accept the old name."""
 
 MASKS_WHEN_COMPILED = not hasattr(masking_utils, "is_torchdynamo_exporting")
-"""Whether compiled code makes a mask even for one token, of the whole sequence's length: until 5.2x."""
+"""Whether compiled code makes a mask even for one token, as long as the whole sequence: until 5.2x."""
 
 
 class UnknownReleaseError(RuntimeError):
-    """Something of transformers is not where fftriton relies on it."""
+    """Something that fftriton relies on is missing from this transformers release."""
 
     def __init__(self, rule: str) -> None:
         super().__init__(f"reduce: {rule}; {RELEASE} is not a release that this version of fftriton can work with")
@@ -63,10 +62,10 @@ def check_decoder(decoder: Any) -> str:
     """Check that a decoder and its layers take the arguments that a reduction reads and changes.
 
     Returns:
-        What the decoder calls its KV cache.
+        The name under which the decoder takes its KV cache.
 
     Raises:
-        UnknownReleaseError: naming what is not there.
+        UnknownReleaseError: naming what is missing.
     """
     owner = f"{type(decoder).__name__}.forward"
     for name in ("input_ids", "inputs_embeds", "attention_mask", "use_cache"):
@@ -86,17 +85,17 @@ def check_decoder(decoder: Any) -> str:
 
 
 def check_model(model: Any) -> None:
-    """Check that a model of a known family takes the arguments in which its videos are looked for.
+    """Check that a model of a known family takes the arguments in which its videos are found.
 
     Raises:
-        UnknownReleaseError: naming what is not there.
+        UnknownReleaseError: naming what is missing.
     """
     for name in ("input_ids", "inputs_embeds"):
         parameter(model.forward, f"{type(model).__name__}.forward", name)
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """The KV cache among the arguments of a forward or of `generate`; None where there is none."""
+    """The KV cache among the arguments of a forward or of `generate`, or None."""
     for name in CACHE:
         cache = arguments.get(name)
         if cache is not None:
@@ -105,13 +104,13 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
 
 
 def past_of(arguments: Mapping[str, Any]) -> int:
-    """How many tokens of the sequence the KV cache among the arguments stands for."""
+    """How many tokens of the sequence the KV cache among the arguments represents."""
     cache = cache_in(arguments)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def attention_name(config: Any) -> str:
-    """Which attention implementation a config names.
+    """The attention implementation that a config names.
 
     Raises:
         UnknownReleaseError: it names none.
@@ -123,13 +122,13 @@ def attention_name(config: Any) -> str:
 
 
 def causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, past: int, sees: Callable | None = None) -> Any:
-    """The mask for `hidden` [B, n, D] behind `past` cached rows, in the form that the attention back end wants.
+    """The mask for `hidden` [B, n, D] after `past` cached rows, in the form that the attention back end wants.
 
-    valid: [B, past + n] bool, False for padding; None when nothing is padded.
+    valid: [B, past + n] bool, False for padding; None if nothing is padded.
     sees: which keys a query may attend to, causality aside: a function of indices of sample, head, query and key.
 
     Raises:
-        UnknownReleaseError: the mask function has other parameters than those that are known.
+        UnknownReleaseError: the mask function has unknown parameters.
     """
     make = getattr(masking_utils, "create_causal_mask", None)
     if make is None:
@@ -165,10 +164,10 @@ def head_group(attention: Any, heads: int) -> Any:
     """The processes over which tensor parallelism splits the heads of a module that has `heads` of them here.
 
     Returns:
-        A torch.distributed.ProcessGroup; None where all heads are here.
+        A torch.distributed.ProcessGroup, or None if all heads are here.
 
     Raises:
-        RuntimeError: heads are elsewhere, and no parameter says where.
+        RuntimeError: there are heads in other processes, and no parameter says in which.
     """
     total = getattr(attention.config, "num_attention_heads", heads)
     if heads == total:
@@ -194,18 +193,18 @@ def with_first(output: Any, hidden: Tensor) -> Any:
 
 
 def pooled(features: Any) -> Tensor:
-    """What an encoder's get_..._features gives: a tensor in 4.x, an output that holds it from 5.x on."""
+    """The tensor in what an encoder's get_..._features returns: itself in 4.x, an output that holds it from 5.x on."""
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def take_deepstack(decoder_arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Take over what Qwen3-VL's decoder adds to the outputs of its first layers, at places of the full prompt.
+    """Take from the arguments what Qwen3-VL's decoder adds to the outputs of its first layers.
 
     Args:
-        decoder_arguments: of the decoder's forward, by name; emptied of the features.
+        decoder_arguments: those of the decoder's forward, by name; the features are removed from them.
 
     Returns:
-        A tensor [B, N, D] for each of the first layers, zero where nothing is added.
+        A tensor [B, N, D] for each of the first layers, at places of the full prompt; zero if nothing is added there.
     """
     features, places = decoder_arguments.get("deepstack_visual_embeds"), decoder_arguments.get("visual_pos_masks")
     if features is None or places is None:
@@ -217,7 +216,7 @@ def take_deepstack(decoder_arguments: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 class _CachedRows:
-    """Stands in for a cache of `past` rows where only its length matters."""
+    """Stands in for a cache of `past` rows when only its length matters."""
 
     is_compileable = False
 

@@ -1,8 +1,8 @@
-"""Models that torch.compile has compiled: what is to be reduced runs eagerly, all else in the compiled code.
+"""Models compiled with torch.compile: calls that are to be reduced run eagerly, all others in the compiled code.
 
-Compiled code does not notice hooks that come after it, and what is traced with hooks keeps them when they are gone. So
-every compiled module that could contain a hook of ours stands behind a gate: a call that is to be reduced takes the
-plain code, and any other the compiled one, without hooks.
+Compiled code does not notice hooks that are added later, and code that is traced with hooks keeps them after they are
+removed. So every compiled module that could contain a hook of ours gets a gate: a call that is to be reduced takes the
+plain code, and any other call the compiled code, without hooks.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Gates:
     """Choose between the compiled and the plain code of modules, call by call.
 
     Args:
-        modules: which of them are compiled is found out at `install`.
+        modules: `install` finds out which of them are compiled.
         acts: (module, whether its hooks have run, args, kwargs) -> whether the call is to take the plain code.
-        compiled: what is around a call of compiled code; it gets the module, whether the module's hooks are part of
-            that code, and the keyword arguments, which it may change.
+        compiled: a context around each call of compiled code; it gets the module, whether the module's hooks are part
+            of that code, and the keyword arguments, which it may change.
     """
 
     def __init__(self, modules: Iterable[nn.Module], acts: Acts, compiled: Compiled) -> None:
@@ -35,7 +35,7 @@ class Gates:
         self._thread: threading.Thread | None = None  # that is in compiled code
 
     def install(self, undo: list[Callable[[], object]]) -> None:
-        """Put the gates in; what takes them out again is appended to `undo`."""
+        """Put the gates in place; what takes them out again is appended to `undo`."""
         for module in self._modules:
             for name in ("forward", "_compiled_call_impl"):
                 compiled: Any = module.__dict__.get(name)
@@ -48,7 +48,7 @@ class Gates:
                 module.__dict__[name] = gate
 
     def check(self) -> None:
-        """Raise a RuntimeError where a module has been compiled since `install`."""
+        """Raise a RuntimeError if a module has been compiled since `install`."""
         for module in self._modules:
             if any(_is_compiled(module.__dict__.get(name)) for name in ("forward", "_compiled_call_impl")):
                 raise RuntimeError(
@@ -70,7 +70,7 @@ class Gates:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Refuse a second thread: hooks are taken out for compiled code, which would be in use by the other one."""
+        """Refuse a second thread: hooks are taken out for compiled code, and the other thread may need them."""
         outer, current = self._thread, threading.current_thread()
         if outer is not None and outer is not current:
             raise RuntimeError(

@@ -1,10 +1,11 @@
-"""Where the videos stand in what a forward gets: `generate` hands its prompt on in pieces, repeated, or encoded."""
+"""Finds the videos in what a forward gets: `generate` passes its prompt on in pieces, repeated, or encoded."""
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,40 +21,44 @@ _ENCODERS = ("get_image_features", "get_video_features")
 _CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
-class Video(NamedTuple):
-    """A video of a forward, and how many come before it in the whole batch, copies of beams left out."""
+class PlacedVideo(NamedTuple):
+    """A video's place in a forward, and how many come before it in the batch, not counting copies for beams."""
 
     layout: VideoLayout
     number: int
 
 
 class _Prompt(threading.local):
-    """What this thread's `generate` is at work on, and what its encoders were called with."""
+    """What this thread's `generate` is working on, and what its encoders were called with."""
 
-    depth = 0  # of generate: an assistant may be the model itself
-    videos: list[Video] | None = None
-    length = 0  # of the prompt, the turns before included
-    by_ids = True  # whether it has come as ids
+    depth = 0  # of nested calls of generate: an assistant may be the model itself
+    videos: list[PlacedVideo] | None = None
+    length = 0  # of the prompt, including the turns before it
+    by_ids = True  # whether it was given as ids
     encoded: Mapping[str, Any] = {}
 
 
 class LayoutFinder:
     """Finds the videos of each forward.
 
-    A forward of its own is asked about by the rule. `generate` is asked about once, with the whole prompt, and each of
-    its forwards holds the part that it gets; beams and returned sequences repeat the rows of the batch. Layouts that
-    the caller lists are positions in the sequence, too.
+    For a forward that the user calls, the rule is asked about that forward. For `generate` it is asked once, about
+    the whole prompt, and each of its forwards holds the videos in the part that it gets; beams and returned sequences
+    repeat the rows of the batch. Layouts that the caller lists are positions in the whole sequence, too.
 
     Args:
         model: a Hugging Face model.
         layout: as for `fftriton.reduce`.
+        on_prompt: called whenever a prompt with a video begins, or fails to.
 
     Raises:
-        TypeError: a layout of another kind; None for a model that no rule is known for.
+        TypeError: a layout of another kind; None for a model for which no rule is known.
     """
 
-    def __init__(self, model: Any, layout: Sequence[VideoLayout] | LayoutRule | None) -> None:
+    def __init__(
+        self, model: Any, layout: Sequence[VideoLayout] | LayoutRule | None, on_prompt: Callable[[], object]
+    ) -> None:
         self.model = model
+        self._on_prompt = on_prompt
         self._listed: list[VideoLayout] | None = None
         if callable(layout):
             self._rule = layout
@@ -67,7 +72,7 @@ class LayoutFinder:
         self._prompt = _Prompt()
 
     def install(self, modules: Iterable[nn.Module], undo: Undo) -> None:
-        """Listen to the vision encoders, and to `generate` of these modules; what takes that back goes to `undo`."""
+        """Listen to the vision encoders and to `generate` of these modules; what takes that back goes to `undo`."""
         inner = getattr(self.model, "base_model", self.model)
         for name in _ENCODERS:
             wrap(inner, name, self._record_encoder, undo)
@@ -83,22 +88,22 @@ class LayoutFinder:
                     wrap(module, name, _refuse_continuous_batching, undo)
 
     def forget(self) -> None:
-        """Keep nothing of what this thread has encoded, unless its generate goes on to need it."""
+        """Keep nothing of what this thread has encoded, unless its generate still needs it."""
         if self._prompt.depth == 0:
             self._prompt.encoded = {}
 
     def clear(self) -> None:
-        """Keep nothing, of no thread."""
+        """Keep nothing of any thread."""
         self._prompt = _Prompt()
 
     @property
     def depth(self) -> int:
-        """How many calls of this thread's generate are at work, one in the other: an assistant may be the model."""
+        """How many nested calls of generate this thread is in: an assistant may be the model itself."""
         return self._prompt.depth
 
     @property
     def prompt_has_video(self) -> bool:
-        """Whether this thread's generate is at work on a prompt with a video."""
+        """Whether this thread's generate is working on a prompt with a video."""
         return bool(self._prompt.videos)
 
     @property
@@ -111,15 +116,31 @@ class LayoutFinder:
         """Whether the caller listed the layouts, as positions in the sequence."""
         return self._listed is not None
 
-    def find(self, arguments: Mapping[str, Any]) -> list[Video]:
+    def find(self, arguments: Mapping[str, Any]) -> list[PlacedVideo]:
         """The videos among the tokens of a forward with these arguments, counted from its first token.
 
         Raises:
-            ValueError: a layout that does not fit the batch, or a video that lies in the forward in part.
+            ValueError: a layout that does not fit the batch, or a video of which only a part is in the forward.
         """
         tokens = tokens_of(arguments)
         if tokens is None or tokens.shape[1] == 1:  # decoding: no time to lose
             return []
+        with self._noting_failure():
+            found = self._find(arguments, tokens)
+        if found:
+            self._on_prompt()
+        return found
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """A prompt whose videos cannot be found has begun, too."""
+        try:
+            yield
+        except BaseException:
+            self._on_prompt()
+            raise
+
+    def _find(self, arguments: Mapping[str, Any], tokens: Tensor) -> list[PlacedVideo]:
         known = self._prompt.videos
         if known is None and self._listed is not None:
             known = _numbered(self._listed)
@@ -128,8 +149,8 @@ class LayoutFinder:
         else:
             if self._prompt.videos and self._prompt.by_ids and arguments.get("input_ids") is None and self.has_rule:
                 raise ValueError(
-                    "layout: must be given where generate is asked with input_ids, but passes embeddings on, of which "
-                    "some may not be the prompt's"
+                    "layout: must be given if generate is called with input_ids but passes on embeddings, some of "
+                    "which may not belong to the prompt"
                 )
             found = _lying_in(known, past_of(arguments), tokens.shape[1])
         check_layouts([video.layout for video in found], *tokens.shape[:2])
@@ -144,7 +165,7 @@ class LayoutFinder:
         return max(keep - 1, 0) if isinstance(keep, int) else 0
 
     def _with_encoded(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The arguments with what the encoders were called with, where they ran before the forward."""
+        """The arguments, with those of the encoders added if they ran before the forward."""
         if not any(output is not None for output in (arguments.get("mm_encoder_outputs") or {}).values()):
             return arguments
         return {**self._prompt.encoded, **{name: value for name, value in arguments.items() if value is not None}}
@@ -172,17 +193,21 @@ class LayoutFinder:
         return scoped
 
     def _before_expansion(self, expand: Callable) -> Callable:
-        """`generate` repeats the rows of its prompt here: it has all arguments together, and still as they were."""
+        """`generate` repeats the rows of its prompt here. It has all arguments together, and has not changed them."""
 
         def announced(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
             if self._prompt.depth == 0:
                 raise RuntimeError(
-                    "reduce: generate must be looked up while the model is being reduced, as model.generate(...), but "
-                    "one from before is running"
+                    "reduce: generate must be looked up while the model is being reduced, but this one was looked up "
+                    "before, or on the class: call model.generate(...) inside the block"
                 )
+            with self._noting_failure():
+                found = self._find_in_prompt(kwargs)
+            if found and self._listed is None:  # those that are listed may belong to an earlier turn
+                self._on_prompt()
             self._prompt.videos = [
-                Video(VideoLayout(layout.positions, layout.sample * expand_size + copy), number)
-                for layout, number in _numbered(self._find_in_prompt(kwargs))
+                PlacedVideo(VideoLayout(layout.positions, layout.sample * expand_size + copy), number)
+                for layout, number in _numbered(found)
                 for copy in range(expand_size)
             ]
             return expand(expand_size, *args, **kwargs)
@@ -196,7 +221,7 @@ class LayoutFinder:
         except NoPlaceholderError:
             if past_of(arguments) == 0:
                 raise
-            return []  # the video came with an earlier part of the prompt
+            return []  # the video is in an earlier part of the prompt
 
     def _find_in_prompt(self, arguments: Mapping[str, Any]) -> list[VideoLayout]:
         """The videos of generate's prompt, in positions of the sequence."""
@@ -217,7 +242,7 @@ class LayoutFinder:
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
-    """[B, N, D] or [B, N]: what a forward gets its tokens from; None where these are something else."""
+    """[B, N, D] or [B, N]: what a forward gets its tokens from, or None if it is something else."""
     embeddings = arguments.get("inputs_embeds")
     tokens = arguments.get("input_ids") if embeddings is None else embeddings
     return tokens if isinstance(tokens, Tensor) and tokens.ndim == (2 if embeddings is None else 3) else None
@@ -238,7 +263,7 @@ def _refuse_continuous_batching(method: Callable) -> Callable:
 
 
 def _sequence_length(arguments: Mapping[str, Any]) -> int | None:
-    """Length of the whole sequence, which generate's mask and positions have, and its tokens may have."""
+    """Length of the whole sequence: that of generate's mask and positions, and maybe of its tokens."""
     for name in ("attention_mask", "position_ids"):  # a mask of ones may have been dropped
         if arguments.get(name) is not None:
             return arguments[name].shape[-1]
@@ -246,12 +271,14 @@ def _sequence_length(arguments: Mapping[str, Any]) -> int | None:
     return None if tokens is None else tokens.shape[1]
 
 
-def _numbered(layouts: Sequence[VideoLayout]) -> list[Video]:
-    """The videos in the order of their samples."""
-    return [Video(layout, number) for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.sample))]
+def _numbered(layouts: Sequence[VideoLayout]) -> list[PlacedVideo]:
+    """The videos, numbered in the order of their samples."""
+    return [
+        PlacedVideo(layout, number) for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.sample))
+    ]
 
 
-def _lying_in(videos: Sequence[Video], first: int, length: int) -> list[Video]:
+def _lying_in(videos: Sequence[PlacedVideo], first: int, length: int) -> list[PlacedVideo]:
     """The videos in [first, first + length) of the sequence, counted from there."""
     found = []
     for layout, number in videos:
@@ -264,7 +291,7 @@ def _lying_in(videos: Sequence[Video], first: int, length: int) -> list[Video]:
                 f"{first + length - 1} of the sequence, and the video has {low} to {high}; use a prefill_chunk_size, "
                 "or chunks of your own, that cut no video"
             )
-        found.append(Video(_moved(layout, -first), number))
+        found.append(PlacedVideo(_moved(layout, -first), number))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What stands in a module while its model is being reduced: hooks and wrapped methods that refuse to be copied."""
+"""What a module holds while its model is being reduced: hooks and wrapped methods that refuse to be copied."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 Undo = list[Callable[[], object]]
-"""What takes an installation back, the last first."""
+"""Callables that take an installation back, called from the last to the first."""
 
 
 class Hook:
-    """A callable that a copy or a pickle of the module cannot take along: it belongs to this model's reduction."""
+    """A callable that cannot be copied or pickled with its module: it belongs to this model's reduction."""
 
     def __init__(self, call: Callable, original: Callable | None = None) -> None:
-        """original: the method that is wrapped; its name, signature and docstring are shown."""
+        """original: the method that is wrapped, whose name, signature and docstring are shown."""
         self._call = call
         if original is not None:
             functools.update_wrapper(self, original)  # generate reads signatures
@@ -33,7 +33,7 @@ class Hook:
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable], undo: Undo) -> None:
-    """Put wrapper(method) in the place of a method of one object; nothing where there is none."""
+    """Replace a method of one object with wrapper(method); do nothing if there is no such method."""
     method = getattr(owner, name, None)
     if method is None:
         return

@@ -1,8 +1,9 @@
 """Attention importance at one layer, whatever attention back end the model uses.
 
 While a prompt is reduced, the config of each attention module is a proxy. In the thread and the layer that listens, it
-names an attention function of ours, which keeps the queries and keys and calls the model's own choice, so outputs are
-unchanged. Where tensor parallelism splits the heads over processes, all of them get the mean over all heads.
+names an attention function of ours, which keeps the queries and keys and then calls the function that the model chose,
+so outputs are unchanged. If tensor parallelism splits the heads over processes, all of them get the mean over all
+heads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Attention:
 
     Args:
         q: [B, H, N, d] queries. k: [B, Hkv, past + N, d] keys. scale: of their products; None for 1 / sqrt(d).
-        group: the processes that have the other heads; None where all of them are here.
+        group: the processes that have the other heads, or None if all of them are here.
     """
 
     q: Tensor
@@ -45,9 +46,9 @@ class Attention:
         Args:
             sample: the row of the batch.
             rows: which n of the N new rows are its tokens.
-            past_valid: [B, past] bool, which cached rows are no padding; None: all.
-            later: how many of the last tokens do not count, neither as queries nor as keys.
-            num_queries: attention is summed over the last so many of the tokens that count; None: over all of them.
+            past_valid: [B, past] bool, which cached rows are not padding; None: all.
+            later: how many of the last tokens do not count, either as queries or as keys.
+            num_queries: attention is summed over the last num_queries of the tokens that count; None: over all of them.
         """
         q = self.q[sample : sample + 1, :, rows]
         n, past = q.shape[2], self.k.shape[2] - self.q.shape[2]
@@ -68,7 +69,7 @@ class Attention:
 
 
 class AttentionTap:
-    """Keeps the queries and keys of the attention calls that it listens to, for each thread its own."""
+    """Keeps the queries and keys of the attention calls that it listens to, separately for each thread."""
 
     def __init__(self) -> None:
         self.name = f"fftriton_{id(self)}"
@@ -79,7 +80,7 @@ class AttentionTap:
         ALL_ATTENTION_FUNCTIONS[self.name] = self._attend
 
     def remove(self) -> None:
-        """Take it out again."""
+        """Remove that function again."""
         ALL_ATTENTION_FUNCTIONS.pop(self.name, None)
 
     def open(self, attentions: Iterable[Any]) -> None:
@@ -89,14 +90,14 @@ class AttentionTap:
 
     @staticmethod
     def close(attentions: Iterable[Any]) -> None:
-        """Put the modules' configs back; harmless where they are back already."""
+        """Put the modules' configs back; harmless if that is done already."""
         for attention in attentions:
             if isinstance(attention.config, _TappedConfig):
                 attention.config = attention.config.original
 
     @property
     def listening(self) -> bool:
-        """Whether this thread's next attention call is to be heard."""
+        """Whether this thread listens to its next attention call."""
         return self._local.listening
 
     def listen(self) -> None:
@@ -104,11 +105,11 @@ class AttentionTap:
         self._local.listening, self._local.seen = True, None
 
     def stop(self) -> None:
-        """Do not listen any more."""
+        """Stop listening."""
         self._local.listening = False
 
     def take(self) -> Attention | None:
-        """What was heard since `listen`; None where the module asked its config for no function."""
+        """What was heard since `listen`, or None if the module did not ask its config for a function."""
         seen, self._local.seen = self._local.seen, None
         return seen
 
@@ -124,7 +125,7 @@ class _Heard(threading.local):
 
 
 class _TappedConfig:
-    """A config that names another attention implementation to a thread that listens; the original in all else."""
+    """A config that names another attention implementation to a thread that listens, and is the original otherwise."""
 
     def __init__(self, original: Any, tap: AttentionTap) -> None:
         self.original, self._tap = original, tap

@@ -1,7 +1,7 @@
-"""What must hold while a method is at work, whoever broke it: a transformers release, a decoder, a method.
+"""What must hold while a method is at work, whether a transformers release, a decoder or a method would break it.
 
-What the host knows is checked at once. What a device has to compute is gathered there and read once, before the decoder
-returns: a wrong answer does not leave the model, and a GPU is not waited for in between.
+What the host knows is checked at once. What a device has to compute is collected there and read once, before the
+decoder returns: so no wrong answer leaves the model, and there is no waiting for a GPU in between.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ STRUCTURE = (
     "must be built as norm, attention, residual, norm, feed-forward, residual: its output must be the input of "
     "post_attention_layernorm plus the output of mlp"
 )
-_ROUNDING = 8  # roundings that a layer's own sum may be off
-_COLUMNS = 16  # of the hidden states that are looked at for NaN
+_ROUNDING = 8  # by how many roundings a layer's own sum may be off
+_COLUMNS = 16  # of the hidden states that are checked for NaN
 
 
 class Invariants:
@@ -33,13 +33,13 @@ class Invariants:
         self._layers: list[tuple[int, Tensor, Tensor]] = []
 
     def expect(self, holds: Tensor, rule: str) -> None:
-        """holds: a bool. rule: what the error says where it is False."""
+        """Demand something. holds: a bool. rule: what the error says if it is False."""
         self._rules.append(rule)
         self._holds.append(holds)
 
     def expect_output(self, layer: int, output: Tensor, expected: Tensor) -> None:
-        """That a layer's last row [B, D] is the sum of what its residual and its feed-forward block gave."""
-        self._layers.append((layer, output - expected, expected))  # copies: no layer's output is held
+        """Demand that a layer's last row [B, D] is the sum of its residual and the output of its feed-forward block."""
+        self._layers.append((layer, output - expected, expected))  # copies, so that no layer's output is held
 
     def read(self) -> None:
         """Wait for the devices, and raise for the first rule that does not hold.
@@ -70,11 +70,11 @@ def check_left(
     """Check what a method leaves of the tokens [1, N, ...] that it was given.
 
     Returns:
-        It, with positions that are sure to be some of those that were given.
+        The same tokens, with positions that are certain to be among those that were given.
 
     Raises:
-        TypeError: no VideoTokens, or fields of another kind. RuntimeError: shapes, types or counts that cannot be; the
-            rest is left to `invariants`.
+        TypeError: something other than VideoTokens, or a field of the wrong kind. RuntimeError: impossible shapes,
+            types or counts. All else is left to `invariants`.
     """
 
     def rule(text: str) -> str:
@@ -108,8 +108,8 @@ def check_left(
     )
     given, left = before.position[0].contiguous(), after.position[0].contiguous()
     origin = torch.searchsorted(given, left).clamp_(max=before.length - 1)
-    invariants.expect((left.diff() > 0).all(), rule("position must ascend, without a row that stands twice"))
-    invariants.expect((given[origin] == left).all(), rule("position must hold places of rows that it was given, only"))
+    invariants.expect((left.diff() > 0).all(), rule("position must ascend, and hold no row twice"))
+    invariants.expect((given[origin] == left).all(), rule("position must hold places of rows that it was given"))
     invariants.expect(
         (before.patch[0, origin] == after.patch[0]).all(), rule("patch must stay as it was for every row that is left")
     )
@@ -127,13 +127,13 @@ def check_left(
 
 
 def versions(tokens: VideoTokens) -> list[int] | None:
-    """How often each tensor has been written to; None in inference mode, which does not count."""
+    """How often each tensor has been written to, or None in inference mode, which does not count."""
     parts = [tokens.hidden, tokens.position, tokens.patch, *tokens.companions, *tokens.additions]
     return None if any(part.is_inference() for part in parts) else [part._version for part in parts]
 
 
 def check_lengths(layers: Sequence[ReducedLayer]) -> int:
-    """The length of the sequence that a KV cache's layers report, all the same.
+    """The length of the sequence, which all layers of a KV cache report alike.
 
     Raises:
         RuntimeError: they differ.
@@ -148,7 +148,7 @@ def check_lengths(layers: Sequence[ReducedLayer]) -> int:
 
 
 def check_growth(layers: Sequence[ReducedLayer | None], expected: int, method: Method) -> None:
-    """Raise a RuntimeError unless each layer of the KV cache stands for `expected` tokens."""
+    """Raise a RuntimeError unless each layer of the KV cache represents `expected` tokens."""
     for number, layer in enumerate(layers):
         if layer is not None and layer.get_seq_length() != expected:
             raise RuntimeError(

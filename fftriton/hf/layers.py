@@ -1,18 +1,12 @@
-"""The decoder's layers while a prompt is reduced: which rows each sees, and what becomes of its output.
+"""The hooks of the decoder's layers while a prompt is reduced. prefill.py tells the walk of the hidden states.
 
-- before a layer: the method's call before attention; the layer gets the rotary embeddings and the mask of its rows
-- before its post_attention_layernorm: the method's call between attention and feed-forward. The layer has bound its
-  residual already, so what it adds to that is thrown away, and the feed-forward block adds to the rows kept instead
-- behind the layer: its output, for the user's hooks to see and change; behind the last one, rows go back to their
-  places in the prompt, zeros for those that left
-
-The layers have hooks only while some thread has a forward open that needs them. A thread without one passes by.
+The layers have hooks only while some thread has a forward open that needs them. They do nothing in the other threads.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,13 +14,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .compat import first_of, with_first
+from .continuation import Continuation
 from .hooks import Hook, Undo
 from .importance import AttentionTap
-from .prefill import Continuation, Prefill
+from .modules import has_attention
+from .prefill import Prefill
 
 
 class Forward(threading.local):
-    """The forward that this thread has open; None where it has none, or one that needs no hooks."""
+    """The forward that this thread has open, or None if it has none that needs hooks."""
 
     open: Continuation | None = None
 
@@ -35,7 +31,7 @@ class LayerHooks:
     """Hooks of the layers, for as long as a forward is open.
 
     Args:
-        decoder: its layers.
+        decoder: whose layers they are.
         forward: which forward a thread has open.
     """
 
@@ -46,12 +42,12 @@ class LayerHooks:
         self._masked, self._reduced = _Shared(self._before_layers), _Shared(self._around_layers)
 
     def install(self, undo: Undo) -> None:
-        """Make ready to listen to attention; what takes everything back is appended to `undo`."""
+        """Prepare to listen to attention; what takes everything back is appended to `undo`."""
         self._tap.install()
         undo += [self._tap.remove, self._masked.clear, self._reduced.clear]
 
     def open(self, forward: Continuation) -> None:
-        """Start a forward of this thread. Without a video there are only the masks to see to."""
+        """Start a forward of this thread. Without a video, only masks need hooks."""
         with self._lock:
             self._forward.open = forward
             self._masked.enter()
@@ -59,11 +55,11 @@ class LayerHooks:
                 self._reduced.enter()
 
     def close(self) -> Continuation | None:
-        """End this thread's forward: where it was the only one, the layers are as before."""
+        """End this thread's forward. If it was the only one, the layers are as before."""
         forward, self._forward.open = self._forward.open, None
         if forward is None:
             return None
-        self._tap.stop()  # where a KeyboardInterrupt left it open: torch runs no hook behind one
+        self._tap.stop()  # a KeyboardInterrupt may have left it open: torch runs no hook after one
         self._tap.take()
         with self._lock:
             self._masked.leave()
@@ -84,7 +80,7 @@ class LayerHooks:
             undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
 
     def _around_layers(self, undo: Undo) -> None:
-        """The user's hooks of a layer, its norm and its feed-forward block see what the layer itself has."""
+        """Placed so that the user's hooks of a layer, its norm and its mlp see what the layer itself has."""
 
         def keep(handle: RemovableHandle) -> None:
             undo.append(handle.remove)
@@ -115,7 +111,7 @@ class LayerHooks:
         if isinstance(forward, Prefill):
             if index == 0:
                 forward.begin(hidden, kwargs)
-                forward.note_state(hidden)
+                forward.residual.note_state(hidden)
             hidden = forward.before_attention(index, hidden)
         kwargs.update(forward.layer_arguments(index, hidden, kwargs, self._decoder.config))
         if args:
@@ -139,7 +135,7 @@ class LayerHooks:
 
     def _after_feed_forward(self, mlp: nn.Module, args: tuple, output: Any) -> Any:
         prefill = self._prefill
-        stand_in = None if prefill is None else prefill.after_feed_forward(first_of(output))
+        stand_in = None if prefill is None else prefill.residual.add_feed_forward(first_of(output))
         return None if stand_in is None else with_first(output, stand_in)
 
     def _output(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
@@ -147,7 +143,7 @@ class LayerHooks:
         if prefill is None:
             return None
         given = first_of(output)
-        hidden = prefill.output(index, given)
+        hidden = prefill.residual.leave_layer(index, given)
         return None if hidden is given else with_first(output, hidden)
 
     def _after_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> Any:
@@ -158,12 +154,12 @@ class LayerHooks:
         hidden = prefill.after_layer(given)
         if index == len(self._decoder.layers) - 1 and prefill.packed:
             hidden = prefill.restore(hidden)
-        prefill.note_state(hidden)
+        prefill.residual.note_state(hidden)
         return None if hidden is given else with_first(output, hidden)
 
 
 class _Shared:
-    """Something that is there while at least one thread needs it."""
+    """Something that exists while at least one thread needs it."""
 
     def __init__(self, make: Callable[[Undo], None]) -> None:
         self._make = make
@@ -181,7 +177,7 @@ class _Shared:
             self.clear()
 
     def clear(self) -> None:
-        """Take it away, whoever needs it."""
+        """Take it away, whoever still needs it."""
         self._users.clear()
         while self._undo:
             self._undo.pop()()
@@ -189,16 +185,3 @@ class _Shared:
     def has_others(self) -> bool:
         """Whether another thread, one that is alive, needs it."""
         return any(user.is_alive() and user is not threading.current_thread() for user in self._users)
-
-
-def has_attention(layer: nn.Module) -> bool:
-    """Whether the decoder layer has softmax attention; Qwen3.5 has layers with linear attention instead."""
-    return hasattr(layer, "self_attn")
-
-
-def hooked_in(layers: Sequence[Any]) -> set[nn.Module]:
-    """The modules of these layers that have hooks while a prompt is reduced."""
-    hooked = set(layers)
-    for layer in layers:
-        hooked |= {layer.post_attention_layernorm, layer.mlp} | ({layer.self_attn} if has_attention(layer) else set())
-    return hooked

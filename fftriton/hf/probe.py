@@ -1,4 +1,4 @@
-"""Whether a decoder's layers are built so that rows can be taken out of them, found out by running one."""
+"""Finds out, by running them, whether a decoder's layers are built so that rows can be taken out of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class _Seen(Exception):  # noqa: N818
 
 
 def check_structure(decoder: Any) -> None:
-    """Run the first layer of each kind on two random tokens and see whether its output is what a reduction builds on.
+    """Run the first layer of each kind on two random tokens, and check that its output is the sum that it must be.
 
-    A bare twin of the decoder runs, which shares its weights and has none of its hooks. Where that is not possible
-    (weights that are offloaded, sharded or not there yet), the first prompt shows it.
+    A bare twin of the decoder runs, which shares its weights and has none of its hooks. If that is not possible
+    (weights that are offloaded, sharded or not loaded yet), the check is made on the first prompt.
 
     Raises:
         TypeError: a layer of another structure.
@@ -35,18 +35,18 @@ def check_structure(decoder: Any) -> None:
     try:
         twin = _twin(decoder)
         invariants = _run(twin, next(decoder.parameters()))
-    except Exception:  # whatever it is, the plain model will say
+    except Exception:  # whatever it is, the model itself will raise it
         return
     invariants.read()
     _checked.add(decoder)
 
 
 def check_structure_in_place(decoder: Any, source: Tensor) -> None:
-    """As `check_structure`, where that was not possible: the decoder itself runs, once.
+    """Like `check_structure`, if that was not possible: the decoder itself runs, once.
 
     Args:
-        decoder: hooks of its own run, too.
-        source: [B, N] or [B, N, D], what it got.
+        decoder: what to run; its own hooks run, too.
+        source: [B, N] or [B, N, D], what it was given.
     """
     if decoder in _checked:
         return
@@ -55,7 +55,7 @@ def check_structure_in_place(decoder: Any, source: Tensor) -> None:
 
 
 def _run(decoder: Any, like: Tensor) -> Invariants:
-    """Random tokens of this type on this device, up to the last layer that is the first of its kind."""
+    """Run random tokens, of the type and device of `like`, up to the last layer that is the first of its kind."""
     first = {_kind(layer): index for index, layer in reversed([*enumerate(decoder.layers)])}
     invariants, handles = Invariants(), []
     noise = torch.randn(1, 2, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -95,7 +95,7 @@ def _twin(module: nn.Module) -> Any:
     """A module of the same class, weights and attributes, without hooks, in evaluation.
 
     Raises:
-        ValueError: a forward of its own, which a twin cannot have.
+        ValueError: the module has a forward of its own, which a twin cannot have.
     """
     twin = module.__new__(type(module))
     twin.__dict__.update(module.__dict__)
@@ -113,7 +113,7 @@ def _twin(module: nn.Module) -> Any:
 
 
 class _Eager:
-    """A config with eager attention, which needs no device, type or registration."""
+    """A config with eager attention, which works on every device and type and needs no registration."""
 
     _attn_implementation = "eager"
 

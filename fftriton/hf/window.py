@@ -15,9 +15,9 @@ _EVERYTHING = Window(0, 2**62)
 
 @dataclass(frozen=True)
 class Windows:
-    """The window of each sample of a batch, over the rows of a KV cache and those of the forward behind it.
+    """The window of each sample of a batch, over the rows of a KV cache and those of the forward that follows.
 
-    Rows are counted from a sample's first one that is no padding. Those that a cache has forgotten do not matter: they
+    Rows are counted from a sample's first one that is not padding. Those that a cache has forgotten do not matter: they
     lay between the sinks and the window, and no later window reaches back to them.
 
     Args:
@@ -29,7 +29,7 @@ class Windows:
 
     @classmethod
     def of(cls, windows: Sequence[Window | None]) -> Windows | None:
-        """Of the samples' windows, None for one without; None where no sample has one."""
+        """From the samples' windows (None for a sample without one). Returns None if no sample has one."""
         if not any(windows):
             return None
         found = [window or _EVERYTHING for window in windows]
@@ -40,7 +40,7 @@ class Windows:
         return Windows(self.sinks[samples.cpu()], self.recent[samples.cpu()])
 
     def mask(self, valid: Tensor | None, rows: int, device: torch.device) -> Callable[..., Tensor]:
-        """The function of sample, head, query and key that transformers makes masks from, over all `rows`.
+        """The function of sample, head, query and key from which transformers makes masks, over all `rows`.
 
         valid: [B, rows] bool, False for padding; None: no padding.
         """
@@ -51,9 +51,13 @@ class Windows:
         return lambda sample, head, query, key: table[sample, query, key]
 
     def kept(self, valid: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None] | None:
-        """What the next token may attend to, of `rows` rows: their indices [B, M] int64, left-padded, and which of them
-        are no padding (None: all; never where `valid` is known, as the caller's masks are then padded, too); None where
-        it is everything."""
+        """What the next token may attend to, out of `rows` rows.
+
+        Returns:
+            The indices of these rows [B, M] int64, left-padded, and which of them are not padding [B, M] bool. The
+            latter is None for all, but never if `valid` is known, since the caller's masks are then padded, too.
+            None if it may attend to everything.
+        """
         order = self._order(valid, rows)
         count = order[:, -1:] + 1
         sinks, recent = (part.to(order.device)[:, None] for part in (self.sinks, self.recent))
@@ -69,7 +73,7 @@ class Windows:
         return index, None if equal else keep.gather(1, index)
 
     def _order(self, valid: Tensor | None, rows: int) -> Tensor:
-        """[B, rows] int64: the number of each row among its sample's, without padding."""
+        """[B, rows] int64: the number of each row among those of its sample, without padding."""
         if valid is None:
             return torch.arange(rows).expand(len(self.sinks), -1)
         return valid.long().cumsum(1) - 1

@@ -68,8 +68,8 @@ def test_equals_its_samples(family, method, side, attention, text):
             single = reduction.report
             assert single.vision_tokens_per_layer == report.samples[row].vision_tokens_per_layer
             assert single.budget_achieved == report.samples[row].budget_achieved
-            for kept, expected in zip(report.kept_positions, single.kept_positions, strict=True):
-                assert torch.equal(kept[row] - start, expected)
+            for kept, expected in zip(report.samples[row].kept_positions, single.kept_positions, strict=True):
+                assert torch.equal(kept - start, expected)
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,9 @@ def test_methods_that_count_frames(method, side, family):
             alone = model(**sample).logits
             assert (logits[row, start : start + length_of(sample)] - alone[0]).abs().max() < 1e-4
             if row != 1:
-                for kept, expected in zip(report.kept_positions, reduction.report.kept_positions, strict=True):
-                    assert torch.equal(kept[row] - start, expected)
+                own = report.samples[row].kept_positions
+                for kept, expected in zip(own, reduction.report.kept_positions, strict=True):
+                    assert torch.equal(kept - start, expected)
     if isinstance(method, MiddleFrame):
         assert method.seen[len(seen) :] == seen
         method.seen.clear()
@@ -160,20 +161,20 @@ def test_what_follows_right_padding(turn):
         mask = torch.cat([batch["attention_mask"], torch.ones_like(later)], 1)
         positions = lengths + torch.arange(turn)
         logits = model(input_ids=later, **behind(cache), attention_mask=mask, position_ids=positions).logits
-        kept = reduction.report.kept_positions
+        kept = [own.kept_positions for own in reduction.report.samples]
     for row, (sample, (_, layout)) in enumerate(zip(samples, prompts, strict=True)):
         with fftriton.reduce(model, METHODS["scripted"], layout) as reduction:
             cache = cache_of(model(**sample))
             alone = model(input_ids=later[row : row + 1], **behind(cache)).logits[0]
         assert (logits[row] - alone).abs().max() < 1e-4
         assert all(
-            torch.equal(layer[row], own) for layer, own in zip(kept, reduction.report.kept_positions, strict=True)
+            torch.equal(layer, own) for layer, own in zip(kept[row], reduction.report.kept_positions, strict=True)
         )
 
 
 @torch.no_grad()
 def test_a_report_of_a_batch():
-    """Counts are sums; the rest is a list with one entry a sample."""
+    """Each sample has its own, as alone; the forward has the method, its budget and the seconds."""
     family = FAMILIES["qwen2_vl"]
     model, samples = family.model(), three_samples(family, "shortest")
     with fftriton.reduce(model, fftriton.FastV(0.6)) as reduction:
@@ -182,20 +183,23 @@ def test_a_report_of_a_batch():
         for sample in samples[::2]:
             model(**sample)
             alone.append(reduction.report)
-    lengths = [length_of(sample) for sample in samples]
-    assert (report.num_tokens, report.num_video_tokens) == (sum(lengths), sum(one.num_video_tokens for one in alone))
-    vision = zip(*(one.vision_tokens_per_layer for one in alone), strict=True)
-    assert report.vision_tokens_per_layer == [*map(sum, vision)]
-    rows = zip(*(one.tokens_per_layer for one in alone), strict=True)
-    assert report.tokens_per_layer == [sum(layer) + lengths[1] for layer in rows]
-    assert report.prune_layer == [1, None, 1]
-    assert [len(pruned) for pruned in report.pruned] == [len(alone[0].pruned), 0, len(alone[1].pruned)]
-    assert [layout.sample for layout in report.layouts] == [0, 0, 2]
-    assert report.budget_achieved == pytest.approx(0.6, abs=1 / report.num_video_tokens)
-    assert report.least_budget == pytest.approx(
-        sum(one.least_budget * one.num_video_tokens for one in alone) / report.num_video_tokens
-    )
-    assert report.merge_steps == [[], [], []]
+    first, text, last = report.samples
+    assert [sample.num_tokens for sample in report.samples] == [length_of(sample) for sample in samples]
+    assert text.num_video_tokens == 0
+    for own, one in zip((first, last), alone, strict=True):
+        assert own.num_video_tokens == one.num_video_tokens > 0
+        assert own.vision_tokens_per_layer == one.vision_tokens_per_layer
+        assert own.tokens_per_layer == one.tokens_per_layer
+        assert own.least_budget == one.least_budget
+        assert len(own.pruned) == len(one.pruned) > 0
+        assert own.budget_achieved == pytest.approx(0.6, abs=1 / own.num_video_tokens)
+    assert text.tokens_per_layer == [text.num_tokens] * len(first.tokens_per_layer)
+    assert [sample.prune_layer for sample in report.samples] == [1, None, 1]
+    assert len(text.pruned) == 0
+    assert [[layout.sample for layout in sample.layouts] for sample in report.samples] == [[0, 0], [], [2]]
+    assert [sample.merge_steps for sample in report.samples] == [[], [], []]
+    assert report.budget == 0.6
+    assert report.method == str(fftriton.FastV(0.6))
     assert report.seconds["prefill"] > 0
 
 

@@ -73,12 +73,12 @@ def test_a_forward_that_fails_can_be_repeated(place, error, turn):
             for arguments in turns:
                 model(**arguments, **behind(cache))
         expected = model(inputs_embeds=video, **behind(caches[0])).logits
-        report = reduction.report
+        assert reduction.report is not None
         lengths = [layer.get_seq_length() for layer in caches[1].layers]
         break_off(model, place, error, {"inputs_embeds": video, **behind(caches[1])})
         if error is not KeyboardInterrupt:  # behind which torch calls no hook: the next forward sees to it
             assert [layer.get_seq_length() for layer in caches[1].layers] == lengths
-        assert reduction.report is report
+        assert reduction.report is None
         assert torch.equal(model(inputs_embeds=video, **behind(caches[1])).logits, expected)
         break_off(model, place, error, {"inputs_embeds": video})
     assert snapshot(model) == before
@@ -314,7 +314,7 @@ def test_what_is_refused_leaves_every_layer_alone():
     with reduction:
         cache = cache_of(model(inputs_embeds=video))
         expected = model(**WORD, **behind(copy.deepcopy(cache))).logits
-        with pytest.raises(ValueError, match="crop: length must stay at or behind"):
+        with pytest.raises(ValueError, match="crop: length must be at least"):
             cache.crop(10)
         assert torch.equal(model(**WORD, **behind(copy.deepcopy(cache))).logits, expected)
     with pytest.raises(RuntimeError, match="holds a reduced prompt"):

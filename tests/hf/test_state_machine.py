@@ -279,7 +279,7 @@ class Machine(RuleBasedStateMachine):
     def crop_too_much(self, conversation: Conversation, beyond: int) -> None:
         if self.subject.is_recurrent or not conversation.reduced or not self.settle(conversation):
             return
-        with pytest.raises(ValueError, match="crop: length must stay at or behind"):
+        with pytest.raises(ValueError, match="crop: length must be at least"):
             conversation.cache.crop(max(conversation.fixed - beyond, 1))
 
     @rule(

@@ -288,7 +288,7 @@ def test_tokens_that_a_module_puts_before_the_prompt():
     outer = SoftPrompt(model, hides=True)
     with (
         fftriton.reduce(outer, METHOD),
-        pytest.raises(ValueError, match="layout: must be given where a module"),
+        pytest.raises(ValueError, match="layout: must be given if a module"),
     ):
         outer(**inputs)
 

@@ -1,0 +1,68 @@
+"""Which modules of a model matter: its decoder, the model that holds it, and those that get hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def find_decoder(model: Any) -> Any:
+    """The module whose `layers` are Qwen2-style decoder layers. Raises a TypeError if there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"reduce: model must be a Hugging Face model, got {type(model).__name__}")
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers) and all(map(_is_decoder_layer, layers)):
+            return module
+    raise TypeError(
+        f"reduce: model must have a Qwen2-style decoder (layers with self_attn, post_attention_layernorm and mlp), "
+        f"got {type(model).__name__}"
+    )
+
+
+def owner_of(decoder: nn.Module, root: nn.Module) -> Any:
+    """The Hugging Face model that holds the decoder: `root`, or what it wraps (PEFT, DistributedDataParallel)."""
+    models = (module for module in root.modules() if isinstance(module, PreTrainedModel))
+    return next((model for model in models if decoder in model.modules()), root)
+
+
+def check_wrapper(root: nn.Module) -> None:
+    """Raise a TypeError for a DataParallel that makes copies of the model."""
+    for module in root.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise TypeError(
+                f"reduce: model must not be a DataParallel over {len(module.device_ids)} devices, whose copies a "
+                "reduction does not reach; use DistributedDataParallel"
+            )
+
+
+def has_attention(layer: nn.Module) -> bool:
+    """Whether the decoder layer has softmax attention; Qwen3.5 has layers with linear attention instead."""
+    return hasattr(layer, "self_attn")
+
+
+def hooked_in(layers: Sequence[Any]) -> set[nn.Module]:
+    """The modules of these layers that have hooks while a prompt is reduced."""
+    hooked = set(layers)
+    for layer in layers:
+        hooked |= {layer.post_attention_layernorm, layer.mlp} | ({layer.self_attn} if has_attention(layer) else set())
+    return hooked
+
+
+def above_hooks(model: nn.Module, decoder: Any) -> list[nn.Module]:
+    """The modules that have hooks while a prompt is reduced, and those that contain one."""
+    hooked = {decoder} | hooked_in(decoder.layers)
+    return [module for module in model.modules() if any(part in hooked for part in module.modules())]
+
+
+def runs_again(layer: nn.Module) -> bool:
+    """Whether gradient checkpointing runs the layer a second time."""
+    return layer.training and getattr(layer, "gradient_checkpointing", False)
+
+
+def _is_decoder_layer(layer: nn.Module) -> bool:
+    mixes = has_attention(layer) or hasattr(layer, "linear_attn")
+    return mixes and all(hasattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm", "mlp"))
