@@ -17,9 +17,11 @@ import inspect
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,7 +39,7 @@ from fftriton.runtime.shipped import MODEL
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md", "kernels/README.md", "CONTRIBUTING.md",
-    *(str(path.relative_to(ROOT)) for folder in ("docs", "fftriton/docs") for path in sorted((ROOT / folder).glob("*.md"))),
+    *(f"{folder}/{path.name}" for folder in ("docs", "fftriton/docs") for path in sorted((ROOT / folder).glob("*.md"))),
 ]  # fmt: skip
 MARKER = re.compile(r"<!-- needs: .+ -->")
 COMMAND = re.compile(r"`((?:make|fftriton|python|pip) [^`]+)`")
@@ -116,13 +118,16 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {"README.md": of_the_readme}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_python_runs(document, tmp_path):
+def test_python_runs(document, tmp_path, monkeypatch):
     python = [block for block in every_block() if block.document == document and block.language == "python"]
     checkpoints = dict(SHIPPED)
     if any(PREDICTOR in block.text for block in python):
         checkpoints[PREDICTOR] = tmp_path / "predictor"
         small_siglip(WORDS, side=64, patch=16, width=16, depth=1).save_pretrained(checkpoints[PREDICTOR])
-    namespace = {"__name__": "document"} | GIVEN.get(document, dict)()
+    module = ModuleType("document")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where a dataclass looks its annotations up
+    namespace = vars(module)
+    namespace.update(GIVEN.get(document, dict)())
     for block in python:
         if block.marked:
             continue
@@ -133,7 +138,9 @@ def test_python_runs(document, tmp_path):
         exec(code, namespace)
 
 
-@pytest.mark.parametrize("block", [block for block in every_block() if block.language != "python"], ids=str)
+@pytest.mark.parametrize(
+    "block", [block for block in every_block() if block.language not in ("python", "toml")], ids=str
+)
 def test_commands_exist(block):
     if not block.marked and not is_listing(block.text):
         for command in commands(block.text):
