@@ -1,7 +1,7 @@
 """Every op of fftriton_kernels, the merge step and the prune step: inputs, what they move or compute, and providers.
 
-Bytes and operations are the least that any implementation needs: each input read once, each output written once, and
-nothing in between. So a provider that moves more shows as a lower share of the ceiling.
+Bytes and FLOPs are the least that any implementation needs: each input is read once, each output is written once, and
+nothing in between. A provider that moves more therefore shows a lower share of the ceiling.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class Op:
     Args:
         name: as the results call it.
         tests: the files under tests/kernels that must pass before it gets a number.
-        axes: what of a shape it depends on, as in `Shape.label`.
+        axes: the parts of a shape that it depends on, as in `Shape.label`.
         inputs: (shape, dtype, device) -> arguments by name.
         providers: by name.
-        bytes_moved: (shape, bytes an element) -> bytes; None where arithmetic is the bound.
-        flops: shape -> floating point operations; None where memory is the bound.
-        dense_bytes: what providers that hold the whole attention matrix need for it.
-        exact: results of different providers are compared bit for bit where they are integers. False: which of two
-            nearly equal tokens is kept may differ.
+        bytes_moved: (shape, bytes per element) -> bytes; None if arithmetic is the bound.
+        flops: shape -> FLOPs, of which a multiplication with its addition has two; None if memory is the bound.
+        dense_bytes: memory that the whole attention matrix takes in providers that hold it.
+        exact: if True, integer results of different providers must be equal. If False, they may differ in which of two
+            nearly equal tokens is kept.
     """
 
     name: str
