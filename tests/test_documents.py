@@ -174,9 +174,13 @@ def is_listing(text: str) -> bool:
 def check(command: str) -> None:
     """Raise unless all that a command names is there."""
     words = shlex.split(command, comments=True)
+    variables = {}
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-        words.pop(0)
+        name, _, variables[name] = words.pop(0).partition("=")
     program, arguments = words[0], words[1:]
+    if program == "python" and arguments[0].startswith("bench/"):
+        found = "." in variables.get("PYTHONPATH", "").split(":")
+        assert found, f"{command}: a bench needs the root on its path; python -m bench... has it there"
     if program not in CHECKS:
         pytest.fail(f"{command}: run it in a test, or say what it needs in a comment before it: <!-- needs: ... -->")
     CHECKS[program](arguments)
@@ -276,7 +280,8 @@ def test_blocks_are_found():
 @pytest.mark.parametrize(
     "command",
     [
-        "make nothing", "make test NO_SUCH=1", "fftriton run --no-such-option", "python bench/nothing.py",
+        "make nothing", "make test NO_SUCH=1", "fftriton run --no-such-option", "python bench/gpu.py --toy",
+        "PYTHONPATH=. python bench/nothing.py",
         "python -m bench.kernels.run --no-such-option", "python -m bench.gpu --no-such-option",
         "python -m bench.nothing", "pip install .[nothing]", "curl https://example.org",
     ],
@@ -291,6 +296,7 @@ def test_what_does_not_exist_is_found(command):
     [
         "make test-transformers-5.23", "make fuzz MINUTES=10", "fftriton run --compare --out out  # of a clip",
         "PYTHONPATH=kernels python -m bench.kernels.run --device cpu", "python -m bench.gpu --toy",
+        "PYTHONPATH=kernels:. python bench/gpu.py --toy",
         "python kernels/examples/tome.py", "pip install .[eval]",
     ],
 )  # fmt: skip
