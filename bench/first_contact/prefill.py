@@ -86,7 +86,7 @@ def main(run: Run) -> None:
 
 
 def make_model(run: Run) -> Any:
-    """Weights are made on the device; fewer layers where it is only about compiling."""
+    """Weights are made on the device; with fewer layers if only compiling matters."""
     shape = dict(SMALL if run.toy else QWEN2_7B)
     if run.warm:
         shape |= {"vocab_size": SMALL["vocab_size"], "num_hidden_layers": SMALL["num_hidden_layers"]}

@@ -69,7 +69,7 @@ class Provider:
 
     Args:
         run: called with the op's inputs by name.
-        refuse: why it cannot serve them; None where it can.
+        refuse: why it cannot serve them; None if it can.
         may_fail: an error or a wrong result is a note and no failure of the bench: it is not our code.
         dense: holds the op's intermediate of `Op.dense_bytes`.
     """
@@ -220,7 +220,7 @@ def attention_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def log_sum_exp(q: Tensor, k: Tensor) -> Tensor:
-    """[1, H, N] fp32 of the causal scores: from flash attention, or written out where there is none."""
+    """[1, H, N] fp32 of the causal scores: from flash attention, or computed directly if that is not available."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     if q.is_cuda and q.dtype != torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, 0.0, True)[1]
