@@ -17,11 +17,9 @@ import inspect
 import re
 import runpy
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -118,23 +116,21 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {"README.md": of_the_readme}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_python_runs(document, tmp_path, monkeypatch):
+def test_python_runs(document, tmp_path):
     python = [block for block in every_block() if block.document == document and block.language == "python"]
     checkpoints = dict(SHIPPED)
     if any(PREDICTOR in block.text for block in python):
         checkpoints[PREDICTOR] = tmp_path / "predictor"
         small_siglip(WORDS, side=64, patch=16, width=16, depth=1).save_pretrained(checkpoints[PREDICTOR])
-    module = ModuleType("document")
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # where a dataclass looks its annotations up
-    namespace = vars(module)
-    namespace.update(GIVEN.get(document, dict)())
+    namespace = {"__name__": "document"} | GIVEN.get(document, dict)()
     for block in python:
         if block.marked:
             continue
         text = block.text
         for name, folder in checkpoints.items():
             text = text.replace(f'"{name}"', repr(str(folder)))
-        code = compile("\n" * (block.line - 1) + text, str(ROOT / document), "exec")  # errors name the line
+        source = "\n" * (block.line - 1) + text  # errors name the line
+        code = compile(source, str(ROOT / document), "exec", dont_inherit=True)
         exec(code, namespace)
 
 
