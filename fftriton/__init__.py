@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .layouts import VideoLayout
     from .methods import (
         KVTP,
+        Chain,
         FastV,
         FrameContext,
         FrameFusion,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         Pruner,
         RandomPruner,
         RandomTokens,
+        ScoringMethod,
         StreamingLLM,
         TemporalMerge,
         ToMe,
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KVTP",
     "BatchReport",
+    "Chain",
     "ContextFusion",
     "FastV",
     "FrameContext",
@@ -51,6 +54,7 @@ __all__ = [
     "RandomTokens",
     "Reduction",
     "Report",
+    "ScoringMethod",
     "SiglipRelevance",
     "StreamingLLM",
     "TemporalMerge",

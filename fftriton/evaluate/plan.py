@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..checks import check_budget, check_choice, check_count
-from ..methods import NAMES, BeforeLayers, KeepAll, Method, make_method
+from ..methods import KeepAll, Method, RandomTokens
+from ..methods.components import Component, class_of, make
+from ..methods.text import read
 from ..runtime.target import Target
 from .relevance import UNRELATED, SampleRelevance, sample_relevance
 from .tasks import Task, make_task
@@ -20,10 +19,9 @@ class Setting:
     """One way of running the model: a method at a budget.
 
     Attributes:
-        name: the method's, with its parameters: "framefusion" or "framefusion:similarity_threshold=0.9". Two with a
-            plus between them are one after the other; the first keeps the square root of the budget, or its parameter
-            `budget`. For kvtp, `relevance` names the checkpoint of a SigLIP, and question='unrelated' tells it a
-            question about another needle.
+        name: the text of a method, as for `methods.parse`: "framefusion:similarity_threshold=0.9". For kvtp,
+            `relevance` names the checkpoint of a SigLIP, and question=unrelated tells it a question about another
+            needle.
         budget: fraction of the video tokens to keep, in (0, 1]; 1 for keep-all.
     """
 
@@ -36,42 +34,31 @@ class Setting:
         Raises:
             ValueError, TypeError: an unknown method or parameter, or one out of range.
         """
-        *first, last = self._parts
-        method = self._make(*last, self.budget, index)
-        for name, parameters in first:
-            budget = parameters.pop("budget", math.sqrt(self.budget))
-            before = self._make(name, parameters, budget, index)
-            if not isinstance(before, BeforeLayers):
-                raise ValueError(f"methods: '{name}' cannot come first in '{self.name}': it works inside the layers")
-            method = before + method
-        return method
+        try:
+            return make([self._adapt(part, index) for part in read(self.name)], self.budget)
+        except TypeError as error:
+            raise TypeError(f"methods: '{self.name}' cannot be made: {error}") from None
 
     @property
     def relevance(self) -> SampleRelevance | None:
-        """The predictor that is named; None where none is."""
-        named = [parameters["relevance"] for _, parameters in self._parts if "relevance" in parameters]
+        """The predictor that is named, or None."""
+        named = [part.parameters["relevance"] for part in read(self.name) if "relevance" in part.parameters]
         return sample_relevance(named[0]) if named else None
 
     @property
     def is_control(self) -> bool:
-        """Whether the method is to be told a question that has nothing to do with the sample's."""
-        return any(parameters.get("question") == UNRELATED for _, parameters in self._parts)
+        """Whether the method is told a question that has nothing to do with the sample's."""
+        return any(part.parameters.get("question") == UNRELATED for part in read(self.name))
 
-    @property
-    def _parts(self) -> list[tuple[str, dict[str, Any]]]:
-        return [_parse(part) for part in self.name.split("+")]
-
-    def _make(self, name: str, parameters: dict[str, Any], budget: float, index: int) -> Method:
-        if name == "randomtokens" and "seed" not in parameters:
-            parameters["seed"] = index
-        question = parameters.pop("question", UNRELATED)
-        check_choice("methods", "question", question, (UNRELATED,))
+    def _adapt(self, part: Component, index: int) -> Component:
+        """Replace the parameters that only an evaluation knows."""
+        parameters = dict(part.parameters)
+        if class_of(part) is RandomTokens:
+            parameters.setdefault("seed", index)
+        check_choice("methods", "question", parameters.pop("question", UNRELATED), (UNRELATED,))
         if "relevance" in parameters:
             parameters["relevance"] = self.relevance
-        try:
-            return make_method(name, budget, **parameters)
-        except TypeError as error:
-            raise TypeError(f"methods: '{self.name}' cannot be made: {error}") from None
+        return Component(part.name, parameters)
 
     def problem(self, num_layers: int) -> str | None:
         """Why the method cannot work at this budget and depth; None where it can."""
@@ -87,7 +74,7 @@ class Plan:
     """Which methods at which budgets, on which samples, by which model.
 
     Args:
-        methods: keys of methods.NAMES, each with parameters if wanted: "fastv:layer=3".
+        methods: texts of methods, as for `methods.parse`: "fastv:layer=3".
         budgets: fractions of the video tokens to keep, in (0, 1]. keep-all runs once.
         task: name of a task, see tasks.py.
         split: of the task; None for its default.
@@ -150,18 +137,4 @@ class Plan:
 
 def _keeps_all(name: str) -> bool:
     """Whether this is the name of the method that keeps everything."""
-    return "+" not in name and isinstance(Setting(name, 0.5).method(), KeepAll)
-
-
-def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    """ "fastv:layer=3" -> ("fastv", {"layer": 3})."""
-    name, *pairs = text.split(":")
-    check_choice("eval", "methods", name, tuple(NAMES))
-    parameters = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        try:
-            parameters[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"eval: methods must be NAME or NAME:PARAMETER=VALUE, got '{text}'") from None
-    return name, parameters
+    return [class_of(part) for part in read(name)] == [KeepAll]
