@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
+import importlib
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bench.kernels import measure, ops, peers, results, run, timing
-from bench.provenance import ROOT
+from bench.provenance import ROOT, provenance
 
+BENCH = ROOT / "bench"
 COLUMNS = (
     "op,provider,shape,dtype,metric,p50,p20,p80,gbps_or_tflops,percent_of_ceiling,device,torch,triton,commit,date,"
     "host_ms,waits"
@@ -230,6 +232,23 @@ def test_rows_are_read_as_they_were_written(device, tmp_path):
     assert [row.provider for row in results.read_csv(tmp_path / "rows.csv")] == EAGER_AND_OURS
     (saved,) = (ROOT / "bench" / "results").glob("kernels-intel-*.csv")
     assert all(row.host_ms is None and not row.waits for row in results.read_csv(saved))
+
+
+def test_every_row_says_where_it_comes_from():
+    origin = provenance("cpu", also=("pytest", "no-such-package"))
+    assert list(origin) == ["device", "torch", "triton", "pytest", "no-such-package", "commit", "date"]
+    assert (origin["torch"], origin["pytest"], origin["no-such-package"]) == (torch.__version__, pytest.__version__, "")
+    assert "thread" in origin["device"]
+    assert origin["commit"]
+    assert provenance("cpu", "abc")["commit"] == "abc"
+    assert set(provenance("cpu")) < {field.name for field in fields(results.Row)}
+
+
+@pytest.mark.parametrize("path", sorted(BENCH.rglob("*.py")), ids=lambda path: str(path.relative_to(BENCH)))
+def test_every_module_is_found_in_the_package(path):
+    assert "sys.path" not in path.read_text()
+    if path.name not in ("__init__.py", "conftest.py", "test_micro.py"):
+        importlib.import_module(".".join(["bench", *path.relative_to(BENCH).with_suffix("").parts]))
 
 
 def test_unknown_op():

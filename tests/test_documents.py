@@ -37,7 +37,7 @@ from fftriton.runtime.shipped import MODEL
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md", "kernels/README.md", "CONTRIBUTING.md",
-    *(str(path.relative_to(ROOT)) for folder in ("docs", "fftriton/docs") for path in sorted((ROOT / folder).glob("*.md"))),
+    *(f"{folder}/{path.name}" for folder in ("docs", "fftriton/docs") for path in sorted((ROOT / folder).glob("*.md"))),
 ]  # fmt: skip
 MARKER = re.compile(r"<!-- needs: .+ -->")
 COMMAND = re.compile(r"`((?:make|fftriton|python|pip) [^`]+)`")
@@ -129,11 +129,14 @@ def test_python_runs(document, tmp_path):
         text = block.text
         for name, folder in checkpoints.items():
             text = text.replace(f'"{name}"', repr(str(folder)))
-        code = compile("\n" * (block.line - 1) + text, str(ROOT / document), "exec")  # errors name the line
+        source = "\n" * (block.line - 1) + text  # errors name the line
+        code = compile(source, str(ROOT / document), "exec", dont_inherit=True)
         exec(code, namespace)
 
 
-@pytest.mark.parametrize("block", [block for block in every_block() if block.language != "python"], ids=str)
+@pytest.mark.parametrize(
+    "block", [block for block in every_block() if block.language not in ("python", "toml")], ids=str
+)
 def test_commands_exist(block):
     if not block.marked and not is_listing(block.text):
         for command in commands(block.text):
@@ -167,9 +170,13 @@ def is_listing(text: str) -> bool:
 def check(command: str) -> None:
     """Raise unless all that a command names is there."""
     words = shlex.split(command, comments=True)
+    variables = {}
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-        words.pop(0)
+        name, _, variables[name] = words.pop(0).partition("=")
     program, arguments = words[0], words[1:]
+    if program == "python" and arguments[0].startswith("bench/"):
+        found = "." in variables.get("PYTHONPATH", "").split(":")
+        assert found, f"{command}: a bench needs the root on its path; python -m bench... has it there"
     if program not in CHECKS:
         pytest.fail(f"{command}: run it in a test, or say what it needs in a comment before it: <!-- needs: ... -->")
     CHECKS[program](arguments)
@@ -269,7 +276,8 @@ def test_blocks_are_found():
 @pytest.mark.parametrize(
     "command",
     [
-        "make nothing", "make test NO_SUCH=1", "fftriton run --no-such-option", "python bench/nothing.py",
+        "make nothing", "make test NO_SUCH=1", "fftriton run --no-such-option", "python bench/gpu.py --toy",
+        "PYTHONPATH=. python bench/nothing.py",
         "python -m bench.kernels.run --no-such-option", "python -m bench.gpu --no-such-option",
         "python -m bench.nothing", "pip install .[nothing]", "curl https://example.org",
     ],
@@ -284,6 +292,7 @@ def test_what_does_not_exist_is_found(command):
     [
         "make test-transformers-5.23", "make fuzz MINUTES=10", "fftriton run --compare --out out  # of a clip",
         "PYTHONPATH=kernels python -m bench.kernels.run --device cpu", "python -m bench.gpu --toy",
+        "PYTHONPATH=kernels:. python bench/gpu.py --toy",
         "python kernels/examples/tome.py", "pip install .[eval]",
     ],
 )  # fmt: skip

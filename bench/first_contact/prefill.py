@@ -77,7 +77,7 @@ def main(run: Run) -> None:
             row = measure(run, model, prompt, name, method)
             dense = dense or row
             row["faster"] = dense["prefill_ms"] / row["prefill_ms"]
-            row["faster_by_flops"] = dense["flops"] / row["flops"]
+            row["faster_by_flops"] = dense["multiplications"] / row["multiplications"]
             run.note("prefill", method=name, **row)
             assert row["finite"], "logits are not finite"
             assert row["same_logits"], "two runs differ"
@@ -86,7 +86,7 @@ def main(run: Run) -> None:
 
 
 def make_model(run: Run) -> Any:
-    """Weights are made on the device; fewer layers where it is only about compiling."""
+    """Weights are made on the device; with fewer layers if only compiling matters."""
     shape = dict(SMALL if run.toy else QWEN2_7B)
     if run.warm:
         shape |= {"vocab_size": SMALL["vocab_size"], "num_hidden_layers": SMALL["num_hidden_layers"]}
@@ -138,7 +138,7 @@ def measure(run: Run, model: Any, prompt: Prompt, name: str, method: Any) -> dic
                 "merges": [(step.layer, step.tokens_before, step.tokens_after) for step in report.merge_steps],
                 "stages_ms": {stage: 1e3 * seconds for stage, seconds in report.seconds.items()},
             }
-        row["flops"] = prefill_flops(model.config, rows, attended)
+        row["multiplications"] = prefill_flops(model.config, rows, attended)
         if name in TRACED and not run.warm:
             row |= trace(f"prefill, {name}", lambda: forward(model, prompt), run.device, run.out)
     return row

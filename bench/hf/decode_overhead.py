@@ -40,7 +40,7 @@ Step = Callable[[], float]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV file. Times are milliseconds a step; `overhead` is the median of the paired differences."""
+    """One line of the CSV file. Times are milliseconds per step; `overhead` is the median of the paired differences."""
 
     case: str
     attention: str
@@ -110,7 +110,7 @@ def prompt(hidden: int, rows: int, device: str, dtype: torch.dtype) -> torch.Ten
 
 
 def stepper(model: Any, embeddings: torch.Tensor, device: str) -> tuple[Step, int]:
-    """A decode step behind the prompt, taken back at once outside of its timing, and the cached rows."""
+    """A decode step after the prompt, which is undone outside of its timing, and the number of cached rows."""
     cache = cache_in(model(inputs_embeds=embeddings, use_cache=True))
     token = torch.full((len(embeddings), 1), 3, device=device)
 
@@ -195,10 +195,10 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each model.")] = 300,
     layers: Annotated[int, typer.Option(min=1)] = 28,
     hidden: Annotated[int, typer.Option(min=256, help="A multiple of 256.")] = 512,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the default is the GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the default is the GPU, if there is one.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     out: Annotated[Path, typer.Option(help="Where the CSV file goes.")] = RESULTS,
-    commit: Annotated[str | None, typer.Option(help="What to call this commit where there is no git.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Name of this commit, if there is no git.")] = None,
 ) -> None:
     """Time decode steps of a reduced model against those of the plain one."""
     torch.set_num_threads(threads)

@@ -82,7 +82,7 @@ def unchecked() -> Iterator[None]:
 def measure(
     case: str, layers: int, hidden: int, frames: int, runs: int, device: str, about: dict[str, str]
 ) -> list[Row]:
-    """One method: its prefill, and a decode step behind it."""
+    """One method: its prefill, and a decode step after it."""
     model = build(layers, hidden, "sdpa", device)
     video = frames * PATCHES
     embeddings = prompt(hidden, TEXT + video, device, model.dtype)
@@ -139,10 +139,10 @@ def main(
     layers: Annotated[int, typer.Option(min=3)] = 28,
     hidden: Annotated[int, typer.Option(min=256, help="A multiple of 256.")] = 512,
     frames: Annotated[int, typer.Option(min=2, help="Of 49 tokens each.")] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; the default is the GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the default is the GPU, if there is one.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     out: Annotated[Path, typer.Option(help="Where the CSV file goes.")] = RESULTS,
-    commit: Annotated[str | None, typer.Option(help="What to call this commit where there is no git.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Name of this commit, if there is no git.")] = None,
 ) -> None:
     """Time the checks of a reduction."""
     torch.set_num_threads(threads)

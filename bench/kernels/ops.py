@@ -1,7 +1,7 @@
 """Every op of fftriton_kernels, the merge step and the prune step: inputs, what they move or compute, and providers.
 
-Bytes and operations are the least that any implementation needs: each input read once, each output written once, and
-nothing in between. So a provider that moves more shows as a lower share of the ceiling.
+Bytes and FLOPs are the least that any implementation needs: each input is read once, each output is written once, and
+nothing in between. A provider that moves more therefore shows a lower share of the ceiling.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Provider:
 
     Args:
         run: called with the op's inputs by name.
-        refuse: why it cannot serve them; None where it can.
+        refuse: why it cannot serve them; None if it can.
         may_fail: an error or a wrong result is a note and no failure of the bench: it is not our code.
         dense: holds the op's intermediate of `Op.dense_bytes`.
     """
@@ -87,14 +87,14 @@ class Op:
     Args:
         name: as the results call it.
         tests: the files under tests/kernels that must pass before it gets a number.
-        axes: what of a shape it depends on, as in `Shape.label`.
+        axes: the parts of a shape that it depends on, as in `Shape.label`.
         inputs: (shape, dtype, device) -> arguments by name.
         providers: by name.
-        bytes_moved: (shape, bytes an element) -> bytes; None where arithmetic is the bound.
-        flops: shape -> floating point operations; None where memory is the bound.
-        dense_bytes: what providers that hold the whole attention matrix need for it.
-        exact: results of different providers are compared bit for bit where they are integers. False: which of two
-            nearly equal tokens is kept may differ.
+        bytes_moved: (shape, bytes per element) -> bytes; None if arithmetic is the bound.
+        flops: shape -> FLOPs, of which a multiplication with its addition has two; None if memory is the bound.
+        dense_bytes: memory that the whole attention matrix takes in providers that hold it.
+        exact: if True, integer results of different providers must be equal. If False, they may differ in which of two
+            nearly equal tokens is kept.
     """
 
     name: str
@@ -220,7 +220,7 @@ def attention_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
 
 
 def log_sum_exp(q: Tensor, k: Tensor) -> Tensor:
-    """[1, H, N] fp32 of the causal scores: from flash attention, or written out where there is none."""
+    """[1, H, N] fp32 of the causal scores: from flash attention, or computed directly if that is not available."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     if q.is_cuda and q.dtype != torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, 0.0, True)[1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def refuse_flash_colreduce(q: Tensor, k: Tensor, lse: Tensor | None = None, **_) -> str | None:
-    """Why flash-colreduce cannot serve these inputs; None where it can."""
+    """Why flash-colreduce cannot serve these inputs; None if it can."""
     if find_spec("flash_colreduce") is None:
         return "flash-colreduce is not installed"
     if not q.is_cuda:
@@ -28,7 +28,7 @@ def flash_colreduce(q: Tensor, k: Tensor, num_queries: int | None = None, lse: T
 
 
 def refuse_scipy(edges: Tensor, **_) -> str | None:
-    """Why SciPy cannot serve these inputs; None where it can."""
+    """Why SciPy cannot serve these inputs; None if it can."""
     if find_spec("scipy") is None:
         return "SciPy is not installed"
     return "SciPy runs on CPU tensors" if edges.is_cuda else None

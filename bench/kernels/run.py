@@ -76,12 +76,12 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def main(
-    device: Annotated[str, typer.Option(help="cuda or cpu; by default a GPU where there is one.")] = "",
+    device: Annotated[str, typer.Option(help="cuda or cpu; the default is the GPU, if there is one.")] = "",
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as PyTorch takes.")] = 0,
     seconds: Annotated[float, typer.Option(help="Time for one measurement; 0: 0.1 on a GPU, 1 on a CPU.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the CSV file and the picture go.")] = ROOT / "bench" / "results",
-    commit: Annotated[str | None, typer.Option(help="What to call this commit where there is no git.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Name of this commit, if there is no git.")] = None,
     gate: Annotated[bool, typer.Option(help="Run the tests of the ops first.")] = True,
 ) -> None:
     """Time every op of fftriton_kernels, the merge step and the prune step."""

@@ -6,8 +6,8 @@ The loss is the paper's. A clip's logit z_c is the mean of its frames' logits, w
 relevance less the mean over the video's clips, the loss of a video is - sum over c of log sigmoid(z_c y_c). Adam, a
 learning rate of 1e-6, one epoch, gradients clipped to a norm of 1.
 
-`out` holds the last checkpoint, which `SiglipRelevance.from_pretrained` loads, and what training needs to go on from
-there: started again with the same arguments it goes on. `log.csv` has a row for every checkpoint.
+`out` holds the last checkpoint, which `SiglipRelevance.from_pretrained` loads, and what training needs to resume: the
+same command continues an interrupted training. `log.csv` has a row per checkpoint.
 
 Source: KVTP, ICCV 2025, arXiv:2503.10742, section 3.2.
 """
@@ -52,7 +52,7 @@ class Recipe:
     Args:
         learning_rate: of Adam, constant.
         epochs: passes over the triples.
-        batch_size: triples a step.
+        batch_size: triples per step.
         clip: frames of a clip.
         max_norm: that gradients are clipped to.
         seed: of the order of the triples.
@@ -105,13 +105,13 @@ def key_clip_auc(relevance: SiglipRelevance, triples: Sequence[Triple], clip: in
 
 
 class Trainer:
-    """Training that can stop anywhere and go on from its last checkpoint.
+    """Training that can stop anywhere and resume from its last checkpoint.
 
     Args:
         relevance: what to train.
         triples: the data.
         recipe: how.
-        out: folder of the checkpoint. One that is there already is gone on from.
+        out: folder of the checkpoint. If there is one already, training resumes from it.
         held_out: triples whose AUC is measured at every checkpoint.
 
     Raises:
@@ -137,7 +137,7 @@ class Trainer:
         return self.recipe.epochs * -(-len(self.triples) // self.recipe.batch_size)
 
     def run(self, progress: Progress) -> list[dict[str, Any]]:
-        """Train to the end. Returns the rows of the log, one a checkpoint."""
+        """Train to the end. Returns the rows of the log, one per checkpoint."""
         task = progress.add_task("training", total=self.num_steps, completed=self.step)
         total, count = 0.0, 0
         if self.step == 0:
@@ -212,7 +212,7 @@ class Trainer:
         self.step, self.rows = state["step"], state["rows"]
 
     def _identity(self) -> dict[str, Any]:
-        """What a training must share with the checkpoint that it goes on from."""
+        """What a training must share with the checkpoint that it resumes from."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "save_every"}
         head = None if self.relevance.head is None else self.relevance.head.extra_repr()
         return recipe | {"triples": len(self.triples), "head": head}
@@ -227,16 +227,16 @@ def progress_bar() -> Progress:
 def main(
     data: Annotated[Path, typer.Argument(help="Triples in JSONL.", exists=True, dir_okay=False)],
     checkpoint: Annotated[str, typer.Option(help="The SigLIP to start from: a folder or a name on the hub.")],
-    out: Annotated[Path, typer.Option(help="Folder of the result; training goes on from what it holds.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result; training resumes from a checkpoint in it.")],
     eval_data: Annotated[Path | None, typer.Option(help="Triples whose AUC is measured.", exists=True)] = None,
     head: Annotated[Head, typer.Option(help="Context fusion: with 1/sqrt(d), without, or none.")] = Head.scaled,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = Recipe.learning_rate,
     epochs: Annotated[int, typer.Option(min=1)] = Recipe.epochs,
-    batch_size: Annotated[int, typer.Option(min=1, help="Triples a step.")] = Recipe.batch_size,
+    batch_size: Annotated[int, typer.Option(min=1, help="Triples per step.")] = Recipe.batch_size,
     clip: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = Recipe.clip,
     save_every: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = Recipe.save_every,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the triples.")] = 0,
-    device: Annotated[str | None, typer.Option(help="A torch device; the GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="A torch device; the default is the GPU, if there is one.")] = None,
 ) -> None:
     """Train a SigLIP and its context fusion head to tell the clips that a question is about."""
     fusion = None if head is Head.none else ContextFusion(clip, scaled=head is Head.scaled)

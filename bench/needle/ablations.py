@@ -11,8 +11,8 @@
 | importance | attention of all queries, of the last four, or of the last one |
 
 Every line is a setting of `fftriton eval`, on the same samples as the others of its table, with a 95 % interval and the
-p-value of McNemar's exact test against the first line of its table. Answers are kept in a folder beside the CSV file: a
-run that was broken off goes on.
+p-value of McNemar's exact test against the first line of its table. Answers are kept in a folder beside the CSV file, so
+an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(
     samples: Annotated[int, typer.Option(help="For each line.")] = 500,
     seed: Annotated[int, typer.Option(help="Picks the samples.")] = 0,
     model: Annotated[str | None, typer.Option(help="Checkpoint; else the one that ships.")] = None,
-    device: Annotated[str | None, typer.Option(help="Torch device; else the GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device; the default is the GPU, if there is one.")] = None,
     out: Annotated[Path, typer.Option(help="CSV file.")] = RESULTS / "needle-ablations.csv",
 ) -> None:
     """Run the ablations and write one CSV file."""

@@ -50,8 +50,8 @@ class Frames(Batch):
 
     Attributes:
         pixels: [N * PATCHES, D] float32.
-        digit: [N, PATCHES] int64, NO_DIGIT where there is none.
-        colour: [N, PATCHES] int64, NO_COLOUR where there is none.
+        digit: [N, PATCHES] int64, NO_DIGIT if there is none.
+        colour: [N, PATCHES] int64, NO_COLOUR if there is none.
     """
 
     pixels: Tensor
@@ -61,7 +61,7 @@ class Frames(Batch):
 
 @dataclass
 class Questions(Batch):
-    """Videos with several questions each, packed behind their video so that none sees another.
+    """Videos with several questions each, packed after their video so that none sees another.
 
     Attributes:
         pixels: [B * F * PATCHES, D] float32.

@@ -2,7 +2,7 @@
 
     python -m bench.needle.train --out needle-run [--device cuda]
 
-A run that was stopped goes on where its last checkpoint stands, and ends with the same weights. The model, with its
+An interrupted run resumes from its last checkpoint, and ends with the same weights. The model, with its
 processor files, lands in OUT/model, the course of training in OUT/training.csv, its accuracy in OUT/accuracy.csv.
 """
 
@@ -114,7 +114,7 @@ def answer(model: Qwen2VLForConditionalGeneration, batch: Questions) -> tuple[Te
 
 
 def question_logits(model: Qwen2VLForConditionalGeneration, batch: Questions) -> Tensor:
-    """For the token behind each question: [B, Q, vocabulary] float32."""
+    """For the token after each question: [B, Q, vocabulary] float32."""
     hidden = model.model(
         input_ids=batch.input_ids,
         attention_mask=batch.mask.expand(len(batch.input_ids), -1, -1, -1),
@@ -162,7 +162,7 @@ PHASES = (
 
 
 class Trainer:
-    """Trains one model, from its last checkpoint where there is one.
+    """Trains one model, from its last checkpoint if there is one.
 
     Args:
         out: folder of the checkpoint and the results.
@@ -175,7 +175,7 @@ class Trainer:
 
     Attributes:
         model: as trained so far.
-        phase: the number of the phase to go on with.
+        phase: the number of the phase to continue with.
         log: a row every few steps.
     """
 
@@ -357,7 +357,7 @@ def main(
     samples_seed: Annotated[int, typer.Option(help="Which held-out samples.", min=0)] = 0,
     clip: Annotated[list[Path] | None, typer.Option(help="Real clips to measure on; else the one that ships.")] = None,
 ) -> None:
-    """Train the needle model, or go on where the last checkpoint stands, then measure its accuracy."""
+    """Train the needle model, or resume from the last checkpoint, then measure its accuracy."""
     clips = tuple(clip or (BUNNY.path,))
     if threads:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Kernels for compressing the token sequences of transformers. Needs torch and triton, nothing else.
+"""Kernels for compressing the token sequences of transformers. Needs only torch and triton.
 
 Each op validates its arguments, then runs a Triton kernel on CUDA and ROCm tensors and plain PyTorch elsewhere.
 With TRITON_INTERPRET=1 set before the import, CPU tensors run the Triton kernels in Triton's interpreter.

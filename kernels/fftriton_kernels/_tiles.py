@@ -110,19 +110,20 @@ def candidates(op: str, size: int) -> tuple[Tile, ...]:
 
 
 def tune(op: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Tile]:
-    """Measure on the present GPU which tiles serve a call best; later calls, and later processes, use them.
+    """Measure which tiles are fastest for a call on this GPU. Later calls, and later processes, use them.
 
-    Calls `op(*arguments, **options)` many times. The best tiles go into a JSON file, `fftriton/tiles.json` in
-    `$XDG_CACHE_HOME` (`~/.cache` if unset), or the file that `$FFTRITON_TILES` names, which a process reads once. They
-    serve calls on a GPU of that name with that Triton, of that element size and a width in the same power of two.
+    Calls `op(*arguments, **options)` many times. The best tiles are saved in a JSON file: the one that
+    `$FFTRITON_TILES` names, or else `fftriton/tiles.json` in `$XDG_CACHE_HOME` (`~/.cache` if unset). A process reads
+    it once. A tile is used on GPUs of the same name with the same Triton, for the same element size and for widths that
+    round up to the same power of two.
 
     Args:
-        op: a public op of this library, `attention_column_sum` for instance, or any function that calls some.
-        *arguments: what to call it with: tensors of the usual shapes and dtypes, on the GPU.
+        op: a public op of this library, such as `attention_column_sum`, or any function that calls some.
+        *arguments: its arguments: tensors of the usual shapes and dtypes, on the GPU.
         **options: its keyword arguments.
 
     Returns:
-        The tile that was best for each key that the call looked up; none for an op without a choice of tiles.
+        The best tile for each key that the call looked up; empty for an op without a choice of tiles.
 
     Raises:
         RuntimeError: there is no GPU to measure on, or no tile of an op runs on it.

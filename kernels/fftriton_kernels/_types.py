@@ -1,4 +1,4 @@
-"""The data that the kernels, what runs on a CPU and the reference have in common."""
+"""Data types that the kernels, the CPU implementations and the reference share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NO_LINK = -2.0
-"""Similarity of a token that has no partner: below every cosine, so it never reaches a threshold."""
+"""Similarity of a token without a partner. It is below every cosine, and reaches no threshold."""
 
 
 class Merged(NamedTuple):
-    """What `merge_mean` returns. Rows are left-padded to the batch's longest M, or to the capacity asked for.
+    """What `merge_mean` returns. Rows are padded on the left to the batch's longest M, or to the capacity.
 
     Packed sequences come back packed: x [M, D], companions [M, ...], kept and predecessor [M], lengths [S].
     """
@@ -20,14 +20,14 @@ class Merged(NamedTuple):
     x: Tensor  # [B, M, D] group means in their roots' order
     companions: tuple[Tensor, ...]  # each [B, M, ...], taken at the roots
     kept: Tensor  # [B, M] int64 original positions ascending, -1 for padding
-    lengths: Tensor  # [B] int64 rows that are no padding
+    lengths: Tensor  # [B] int64 rows that are not padding
     predecessor: Tensor | None  # [B, M] int64 links among the compacted rows, -1 for none
 
     @property
     def cu_seqlens(self) -> Tensor | None:
-        """[S+1] int32: where each sequence of packed rows begins and ends; None where rows are not packed.
+        """[S+1] int32: where each sequence of packed rows begins and ends. None if rows are not packed.
 
-        The first is 0, or the number of padding rows where a capacity was asked for: they belong to no sequence.
+        The first is 0, or with a capacity the number of padding rows, which belong to no sequence.
         """
         if self.x.ndim != 2:
             return None

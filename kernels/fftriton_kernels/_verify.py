@@ -1,4 +1,4 @@
-"""Every op recomputed by the reference, for those who chase a wrong answer."""
+"""Recomputes every op by the reference, to chase a wrong answer."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ _NAMESPACE = add_op_namespace_prefix("").partition("::")[0]
 
 
 class VerificationError(RuntimeError):
-    """The result of an op is not what its formula gives. The text says which op, for what, where and by how much."""
+    """The result of an op differs from its formula. The message says which op, for what, where and by how much."""
 
 
 def verified() -> AbstractContextManager[Any]:
     """Check every op: inside the block each result is recomputed in plain PyTorch, and a disagreement raises.
 
-    Floating point results must be as near to fp64 as PyTorch's own, by the rule of the README; since a few results say
-    little of PyTorch's errors, a rounding for each level of a sum is let pass. Integers and copied rows must be equal.
+    Floating point results must be as near to fp64 as PyTorch's own, by the rule of the README. Because a few results
+    say little about PyTorch's errors, one rounding per level of a sum is allowed. Integers and copied rows must be
+    equal.
 
-    The check holds for the thread that entered the block, and takes many times the time and memory of the ops alone.
-    Outside the block it costs nothing. Code that torch.compile has compiled runs uncompiled inside.
+    The check applies to the thread that entered the block, and takes many times the time and memory of the ops alone.
+    Outside the block it costs nothing. Inside it, code compiled by torch.compile runs uncompiled.
 
     Returns:
-        A context manager. Inside its block an op raises a VerificationError where its result is wrong.
+        A context manager. Inside its block an op raises a VerificationError if its result is wrong.
     """
     return _Verified()
 

@@ -390,38 +390,38 @@ def attention_column_sum(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor:
-    """Attention that each key receives, summed over the queries and averaged over the heads.
+    """Compute the attention that each key receives, summed over the queries and averaged over the heads.
 
     The queries are the last Nq of the Nk positions. The attention matrix is never stored: memory grows with Nk, not
     with Nq * Nk. Two runs on the same inputs agree bit for bit. Not differentiable.
 
-    With `cu_seqlens_q` and `cu_seqlens_k` the sequences of a batch stand one after the other, without padding, as flash
-    attention's varlen functions take them: each gives what it would give alone.
+    With `cu_seqlens_q` and `cu_seqlens_k` the sequences of a batch are concatenated without padding, as flash
+    attention's varlen functions take them. Each gives what it would give alone.
 
     Args:
         q: [B, H, Nq, d] fp16, bf16 or fp32, any strides, d from 1 to 256. Packed: [Tq, H, d].
         k: [B, Hkv, Nk, d] of q's dtype, any strides. H is a multiple of Hkv; query head h reads key head
             h // (H / Hkv). Packed: [Tk, Hkv, d].
-        scale: positive factor on the scores, 1 / sqrt(d) if None.
-        causal: each query sees the keys up to its own position only, so Nq <= Nk. False: every query sees every key.
-            Packed: a sequence with more queries than keys is not refused; its first queries see nothing.
+        scale: positive factor on the scores; 1 / sqrt(d) if None.
+        causal: if True, each query sees only the keys up to its own position, so Nq <= Nk. If False, every query sees
+            every key. Packed: a sequence may have more queries than keys; its first queries then see nothing.
         lse: [B, H, Nq] fp32, any strides: natural log-sum-exp of the scaled scores of each of the Nq rows, as flash
             attention returns it. Skips the first of the two passes over q and k. Not checked against q and k.
             Packed: [H, Tq].
-        num_queries: the last n queries only, 1 <= n <= Nq; all if None. Packed: the last n of each sequence, all of one
-            that has fewer.
-        columns: (a, b), 0 <= a <= b <= Nk: only the keys a..b-1; all if None. Rows are normalised over all keys. Not
-            with packed sequences.
+        num_queries: use only the last n queries, 1 <= n <= Nq; all if None. Packed: the last n of each sequence, or
+            all if it has fewer.
+        columns: (a, b) with 0 <= a <= b <= Nk: return only the keys a to b - 1; all if None. Rows are normalised over
+            all keys. Not available for packed sequences.
         cu_seqlens_q: [S+1] int32 or int64, contiguous: sequence s has the queries cu_seqlens_q[s] to
-            cu_seqlens_q[s + 1] - 1, perhaps none. The values are not checked: that would stall a GPU.
-        cu_seqlens_k: [S+1] int32 or int64, the same of the keys.
-        max_seqlen_q: at least the most queries that a sequence has; None reads it from the device, for which the host
-            waits once. With too low a number, queries are missing.
-        max_seqlen_k: the same of the keys.
+            cu_seqlens_q[s + 1] - 1, possibly none. The values are not checked, because that would stall a GPU.
+        cu_seqlens_k: [S+1] int32 or int64, the same for the keys.
+        max_seqlen_q: at least the number of queries in the longest sequence. If None, it is read from the device, for
+            which the host waits once. If it is too low, queries are missing.
+        max_seqlen_k: the same for the keys.
 
     Returns:
-        [B, C] fp32, C = b - a. Over all keys a sample adds up to the number of queries. Packed: [Tk] fp32, 0 for a key
-        of no sequence.
+        [B, C] fp32, C = b - a. Over all keys, a sample adds up to the number of queries. Packed: [Tk] fp32, 0 for a key
+        that is in no sequence.
 
         Scores that are not finite: a key whose score is -inf receives nothing from that query, and a query that sees no
         other score adds nothing. A query that sees a score of NaN or +inf makes its sample (packed: its sequence) NaN,
@@ -430,7 +430,7 @@ def attention_column_sum(
 
     Raises:
         TypeError: a dtype that is not listed, or two dtypes for q and k. ValueError: a shape, a range or a scale that
-            is not as above, tensors on two devices, or arguments that do not go together.
+            does not fit the above, tensors on two devices, or arguments that do not go together.
 
     Source:
         FastV, arXiv:2403.06764 (the last query); FrameFusion, arXiv:2501.01986 (all of them).

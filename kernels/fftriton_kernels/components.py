@@ -6,7 +6,7 @@ Union-find: every edge hooks the larger of its two roots below the smaller one w
 with what it displaced; then every node follows its parents. Parents only ever decrease and a stale one is still an
 ancestor, so the outcome is the same in whatever order edges are worked on.
 
-Bound by the latency of the chase through the parents: 16 bytes an edge, 8 a node.
+Bound by the latency of following parents: 16 bytes per edge, 8 per node.
 Reference: reference.connected_components.
 Source: Jaiganesh and Burtscher, A High-Performance Connected Components Implementation for GPUs, HPDC 2018.
 """
@@ -95,20 +95,20 @@ def _(edges, num_nodes):
 def connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     """Label each node with the smallest node it is connected to.
 
-    Packed graphs need no argument of their own: number the nodes through, as packed tokens are, and no edge leads from
-    one graph to another; num_nodes is the number of all nodes, and labels are numbers among them.
+    Several graphs can share a call without a special argument: number their nodes consecutively, as packed tokens are.
+    num_nodes is then the number of all nodes, and labels are numbers among them.
 
     Args:
         edges: [E, 2] int32 or int64, any strides. Direction, order, repetition and loops do not matter. An edge with an
-            end outside 0 .. num_nodes - 1 is no edge, so a list may be padded with -1.
-        num_nodes: how many nodes there are, from 0 to 2^31 - 1.
+            end outside 0 .. num_nodes - 1 is ignored, so a list may be padded with -1.
+        num_nodes: the number of nodes, from 0 to 2^31 - 1.
 
     Returns:
-        [num_nodes] int64. label[v] <= v; nodes without an edge are their own label.
+        [num_nodes] int64. label[v] <= v; a node without an edge is its own label.
 
     Raises:
-        TypeError: a dtype that is not listed, num_nodes that is no int. ValueError: a shape or a number that is not as
-            above.
+        TypeError: a dtype that is not listed, a num_nodes that is not an int. ValueError: a shape or a number that does
+            not fit the above.
 
     Source:
         Jaiganesh and Burtscher, A High-Performance Connected Components Implementation for GPUs, HPDC 2018.

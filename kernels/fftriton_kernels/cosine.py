@@ -150,16 +150,16 @@ def strided_cosine_similarity(x: Tensor, stride: int, *, cu_seqlens: Tensor | No
 
     Args:
         x: [B, N, D] fp16, bf16 or fp32, any strides.
-        stride: how many places earlier the partner stands, at least 1; none has one where that is N or more.
-        cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): x [T, D] is
-            packed sequences, and t counts from the start of each.
+        stride: how many places earlier the partner is, at least 1. If it is N or more, no token has a partner.
+        cu_seqlens: [S+1] int32 or int64, ascending from 0 to T (not checked, because that would stall a GPU). x [T, D]
+            then holds packed sequences, and t counts from the start of each.
 
     Returns:
-        [B, N] fp32, [T] packed. NO_LINK (-2) for t < stride and where either row is zero or holds a NaN or an Inf.
+        [B, N] fp32; packed: [T]. NO_LINK (-2) if t < stride, or if either row is zero or has a NaN or Inf.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape or a stride that is not as above, or tensors on two
-            devices.
+        TypeError: a dtype that is not listed. ValueError: a shape or a stride that does not fit the above, or tensors
+            on two devices.
 
     Source:
         FrameFusion, arXiv:2501.01986, eq. 1.
@@ -181,19 +181,19 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tens
     Args:
         x: [B, N, D] fp16, bf16 or fp32, any strides.
         predecessor: [B, N] int32 or int64, the position of each token's partner in its own sample, -1 for none.
-            From N up, which a GPU does not check because that would stall it, there is no partner either.
-        cu_seqlens: [S+1] int32 or int64: x [T, D] and predecessor [T] are packed sequences, and predecessors positions
-            among the T tokens. That a partner is of the same sequence is the caller's care.
+            On a GPU a position of N or more also counts as none: checking it would stall the GPU.
+        cu_seqlens: [S+1] int32 or int64. x [T, D] and predecessor [T] then hold packed sequences, and predecessors are
+            positions among all T tokens. The caller sees to it that a partner is in the same sequence.
 
     Returns:
-        [B, N] fp32, [T] packed. NO_LINK (-2) without a partner and where either row is zero or holds a NaN or an Inf.
+        [B, N] fp32; packed: [T]. NO_LINK (-2) without a partner, or if either row is zero or has a NaN or Inf.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape that is not as above, tensors on two devices, or, on
-            a CPU, a predecessor from N up.
+        TypeError: a dtype that is not listed. ValueError: a shape that does not fit the above, tensors on two devices,
+            or, on a CPU, a predecessor of N or more.
 
     Source:
-        FrameFusion, arXiv:2501.01986, eq. 1, with partners of any distance.
+        FrameFusion, arXiv:2501.01986, eq. 1, with partners at any distance.
     """
     op = "linked_cosine_similarity"
     check_dtype(op, "x", x, FLOATS)

@@ -317,32 +317,33 @@ def merge_roots(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """The first token of each token's group, where similar tokens join the group of their predecessor.
+    """Find the group of each token: the position of the group's first token. Similar tokens join their predecessor.
 
-    Groups are transitive: a token whose predecessor has joined an earlier one ends up with that one's root.
+    Groups are transitive: if a token's predecessor has joined an earlier token, both get that token's root.
 
     Args:
-        similarity: [B, N] fp16, bf16 or fp32, any strides: of each token with its predecessor. A pair joins when this
-            is at least the threshold; NaN and NO_LINK never join.
-        predecessor: the stride at which the partner stands earlier, at least 1; or [B, N] int32 or int64, any strides,
-            the position of each token's partner. Anything that is not an earlier position (-1, say) is no partner.
-        threshold: a number, finite in fp32, in which it is compared.
-        max_merges: admit at most this many pairs of each sample, the most similar, ties to the lower index. An int of
-            at least 0, or int32 or int64 [B] on the device of `similarity`, which the host does not wait for.
-        cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): similarity
-            is packed sequences [T]. A stride does not reach over the start of a sequence; explicit predecessors [T] are
-            positions among the T tokens, in the sequence of the token: that is the caller's care. Padding before the
-            first sequence, as `merge_mean` leaves it, has none. max_merges counts for each sequence, [S] as a tensor.
-        max_seqlen: the length of the longest packed sequence, or more. Only max_merges needs it; None: the host waits
-            for it.
+        similarity: [B, N] fp16, bf16 or fp32, any strides: similarity of each token to its predecessor. A pair joins if
+            this is at least the threshold; NaN and NO_LINK never join.
+        predecessor: how many places earlier the partner is, at least 1; or [B, N] int32 or int64, any strides, the
+            position of each token's partner. A position that is not earlier, such as -1, means no partner.
+        threshold: a finite number, compared in fp32.
+        max_merges: admit at most this many pairs per sample, the most similar ones; ties go to the lower index. An int
+            of at least 0, or int32 or int64 [B] on the device of `similarity`, which the host does not wait for.
+        cu_seqlens: [S+1] int32 or int64, ascending from 0 to T (not checked, because that would stall a GPU).
+            similarity [T] then holds packed sequences. A stride does not cross the start of a sequence. Explicit
+            predecessors [T] are positions among all T tokens; the caller sees to it that they are in the token's own
+            sequence, and that padding before the first sequence, as `merge_mean` leaves it, has none. max_merges
+            applies to each sequence; as a tensor it is [S].
+        max_seqlen: the length of the longest packed sequence, or more. Only needed with max_merges; if None, the host
+            waits for it.
 
     Returns:
-        [B, N] int64, [T] packed. root[b, t] == t for the first token of a group; min(pairs over the threshold,
-        max_merges) tokens of a sample are not their own root.
+        [B, N] int64; packed: [T]. root[b, t] == t for the first token of a group. In each sample, min(pairs that reach
+        the threshold, max_merges) tokens are not their own root.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape or a value that is not as above, or tensors on two
-            devices.
+        TypeError: a dtype that is not listed. ValueError: a shape or a value that does not fit the above, or tensors on
+            two devices.
 
     Source:
         FrameFusion, arXiv:2501.01986, section 3.3.
@@ -379,39 +380,39 @@ def merge_mean(
     cu_seqlens: Tensor | None = None,
     capacity: int | None = None,
 ) -> Merged:
-    """One row for each group of tokens: the mean of its members, in the place of its root.
+    """Replace each group of tokens by one row: the mean of its members, in the place of its root.
 
-    Differentiable in x (each member receives its row's gradient over the group's size) and in floating point companions
-    (the roots receive it).
+    Differentiable in x (each member receives its row's gradient divided by the group's size) and in floating point
+    companions (the roots receive the gradient).
 
     Args:
         x: [B, N, D] fp16, bf16 or fp32, any strides.
-        roots: [B, N] int32 or int64, any strides: the root of each token's group, as `merge_roots` returns it. A root
-            is its own root. -1, or a root that is not its own, puts a token out of the sequence and into no group.
+        roots: [B, N] int32 or int64, any strides: the root of each token's group, as `merge_roots` returns it. A token
+            is dropped if its root is -1 or is not itself a root.
         companions: tensors [B, N, ...] that follow their rows (position ids, rotary cosines): any dtype, any strides.
-            One whose trailing dimensions do not collapse to two strided ones is gathered by PyTorch.
-        predecessor: the links that the roots came from, as `merge_roots` takes them, to have the links among the
-            compacted rows; None for none.
-        cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): x [T, D],
-            roots [T], companions [T, ...] and predecessor [T] are packed sequences, roots and predecessors positions
-            among the T tokens. No group reaches over the start of a sequence.
-        capacity: the number of rows to return, at least as many as a sample (packed: all sequences together) has
-            groups, for which N (T) always suffices. Where it is too small the last rows are returned. None: the longest
-            of the batch, for which the host waits once; under torch.compile a dynamic size, which needs
+            PyTorch gathers those whose trailing dimensions do not collapse to two strided ones.
+        predecessor: the links that the roots came from, as `merge_roots` takes them. If given, the links among the
+            compacted rows are returned, too.
+        cu_seqlens: [S+1] int32 or int64, ascending from 0 to T (not checked, because that would stall a GPU). x [T, D],
+            roots [T], companions [T, ...] and predecessor [T] then hold packed sequences; roots and predecessors are
+            positions among all T tokens. No group crosses the start of a sequence.
+        capacity: the number of rows to return, at least the number of groups in a sample (packed: in all sequences
+            together); N (packed: T) always suffices. If it is too small, the last rows are returned. If None, it is
+            that of the longest sample, for which the host waits once; under torch.compile a dynamic size, which needs
             torch._dynamo.config.capture_dynamic_output_shape_ops for a single graph.
 
     Returns:
         Merged(x, companions, kept, lengths, predecessor). x [B, M, D]: sums in fp32 in ascending order of the members,
         rounded once; a group of one is copied bit for bit. companions: each [B, M, ...], taken at the roots.
         kept [B, M] int64: original positions, ascending. lengths [B] int64. predecessor [B, M] int64: the row of the
-        group that holds the root's predecessor, -1 for none. M is the longest of the batch, or the capacity: shorter
-        samples are padded on the left, with kept and predecessor -1 and zeros elsewhere.
-        Packed: x [M, D], companions [M, ...], kept and predecessor [M], positions and rows among all of them;
-        lengths [S], and Merged.cu_seqlens [S+1] int32.
+        group that holds the root's predecessor, -1 for none. M is the longest of the batch, or the capacity. Shorter
+        samples are padded on the left: -1 in kept and predecessor, zeros elsewhere.
+        Packed: x [M, D], companions [M, ...], kept and predecessor [M], which count over all sequences; lengths [S],
+        and Merged.cu_seqlens [S+1] int32.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape or a value that is not as above, or tensors on two
-            devices.
+        TypeError: a dtype that is not listed. ValueError: a shape or a value that does not fit the above, or tensors on
+            two devices.
 
     Source:
         FrameFusion, arXiv:2501.01986, section 3.3.

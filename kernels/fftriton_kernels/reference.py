@@ -1,4 +1,4 @@
-"""Every op of the library in plain PyTorch, as its formula reads: what the kernels and the CPU path must compute.
+"""Every op of the library in plain PyTorch, as its formula reads. The kernels and the CPU path must compute the same.
 
 Half and single precision inputs are computed in fp32, double precision ones in fp64, so `op(x.double())` is the
 ground truth that errors are measured against. Slow, and nothing is validated here; the public functions do that.
@@ -105,14 +105,14 @@ def merge_mean(
 
 
 def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity: int | None = None) -> Groups:
-    """roots [B, N] -> the compacted rows and who is in them. A root that is no root itself, or -1, puts a token out."""
+    """roots [B, N] -> the rows and their members. A token is dropped if its root is -1 or is not itself a root."""
     links = None if predecessor is None else _links(predecessor, roots.shape, roots.device)
     kept = _left_padded([(row == torch.arange(len(row), device=row.device)).nonzero()[:, 0] for row in roots])
     kept = kept.to(roots.device)
     row = torch.full(roots.shape, -1, device=roots.device)
     sizes, members, linked = torch.zeros_like(kept), torch.full_like(row, -1), torch.full_like(kept, -1)
     for sample, root in enumerate(roots):
-        place = torch.full((root.shape[0] + 1,), -1, device=roots.device)  # the row of each root; the last is nobody's
+        place = torch.full((root.shape[0] + 1,), -1, device=roots.device)  # the row of each root; the last stays -1
         place[kept[sample]] = torch.arange(kept.shape[1], device=roots.device)
         place[-1] = -1
         row[sample] = place[torch.where((root >= 0) & (root < len(root)), root, -1).long()]
@@ -162,7 +162,7 @@ def attention_column_sum(
 ) -> Tensor:
     """q [B, H, Nq, d], k [B, Hkv, Nk, d] -> [B, C]: attention summed over the queries, averaged over the heads.
 
-    With the bounds of packed sequences: q [Tq, H, d], k [Tk, Hkv, d], lse [H, Tq] -> [Tk]. The longest of them do not
+    With packed sequences: q [Tq, H, d], k [Tk, Hkv, d], lse [H, Tq] -> [Tk]. max_seqlen_q and max_seqlen_k do not
     matter here.
     """
     if cu_seqlens_q is not None and cu_seqlens_k is not None:

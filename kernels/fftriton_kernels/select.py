@@ -187,34 +187,35 @@ def topk_keep(
     max_seqlen: int | None = None,
     capacity: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Positions of the k tokens of the highest scores, in their original order.
+    """Return the positions of the k tokens with the highest scores, in their original order.
 
-    With a k on the device, with candidates or packed sequences the number of rows depends on the data, and the host
-    waits for it once. With a capacity, and with an int k and nothing else, it does not wait.
+    If k is a tensor, or with candidates or packed sequences, the number of rows depends on the data, and the host waits
+    for it once. It does not wait if a capacity is given, or if k is an int and all tokens of a batch compete.
 
     Args:
         scores: [B, N] fp16, bf16 or fp32, any strides. Ties go to the lower index; NaN is below every number.
-        k: how many to keep of each sample, 0 <= k <= N; or int32 or int64 [B] on the device of `scores`, whose values
-            are taken as the nearest in 0..N.
-        candidates: [B, N] bool, any strides: only these compete for the k places, all others stay. None: all compete.
-        cu_seqlens: [S+1] int32 or int64, 0 first, ascending, T last (not checked: that would stall a GPU): scores and
-            candidates are packed sequences [T], and k counts for each of them, [S] where it is a tensor. Where a
+        k: how many tokens to keep per sample, 0 <= k <= N; or int32 or int64 [B] on the device of `scores`, whose
+            values are clamped to 0..N.
+        candidates: [B, N] bool, any strides: only these compete for the k places, all others stay. If None, all
+            compete.
+        cu_seqlens: [S+1] int32 or int64, ascending from 0 to T (not checked, because that would stall a GPU). scores
+            and candidates [T] then hold packed sequences, and k applies to each of them; as a tensor it is [S]. If a
             sequence has fewer than k candidates, all of them stay.
-        max_seqlen: the length of the longest packed sequence, or more. None: the host waits for it, or, with a
-            capacity, launches for sequences of T.
-        capacity: the number of rows to return, at least as many as a sample (packed: all sequences together) keeps,
-            for which N (T) always suffices. Where it is too small the last rows are returned.
+        max_seqlen: the length of the longest packed sequence, or more. If None, the host waits for it, or, with a
+            capacity, launches for sequences of length T.
+        capacity: the number of rows to return, at least the number that a sample (packed: all sequences together)
+            keeps; N (packed: T) always suffices. If it is too small, the last rows are returned.
 
     Returns:
-        [B, K] int64 ascending. K is the most that a sample keeps, k where it is an int and all compete; the others are
+        [B, K] int64 ascending. K is the most that a sample keeps (k, if it is an int and all compete); the others are
         padded with -1 on the left.
-        Packed: [K] int64 ascending, positions among the T tokens, which index packed tensors.
-        With a capacity: a tuple (kept, lengths). K is the capacity, and lengths [B] ([S] packed) int64 are the rows of
-        each sample (sequence) that are no padding, all of which stands on the left.
+        Packed: [K] int64 ascending, positions among all T tokens, which index packed tensors.
+        With a capacity: a tuple (kept, lengths). K is the capacity, and lengths [B] (packed: [S]) int64 says how many
+        rows of each sample (packed: sequence) are not padding. Padding is on the left.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape or a value that is not as above, or tensors on two
-            devices.
+        TypeError: a dtype that is not listed. ValueError: a shape or a value that does not fit the above, or tensors on
+            two devices.
 
     Source:
         FastV, arXiv:2403.06764; FrameFusion, arXiv:2501.01986.
@@ -274,34 +275,34 @@ def segmented_topk_keep(
     cu_seqlens: Tensor | None = None,
     capacity: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Positions of the best tokens of every segment (a frame, say), in their original order.
+    """Return the positions of the best tokens of every segment, such as a frame, in their original order.
 
     The host waits once, for the number of rows; with a capacity it does not.
 
     Args:
         scores: [B, N] fp16, bf16 or fp32, any strides. Ties go to the lower index; NaN is below every number.
-        segments: [B, N] or [N] int32 or int64, any strides: the segment of each token, 0..S-1, in any order; -1 for
-            none, and such tokens always stay. Those of S up, which a GPU does not check because that would stall it,
-            do not.
-        counts: [B, S] or [S] int32 or int64, any strides: how many tokens of each segment stay; all of them where there
-            are fewer, none where it is negative.
-        cu_seqlens: [sequences + 1] int32 or int64, 0 first, ascending, T last (not checked): scores and segments are
-            packed sequences [T] and counts [S]. No two sequences share a segment number.
-        capacity: the number of rows to return, at least as many as a sample (packed: all sequences together) keeps,
-            for which N (T) always suffices. Where it is too small the last rows are returned.
+        segments: [B, N] or [N] int32 or int64, any strides: the segment of each token, 0..S-1, in any order. Tokens of
+            segment -1 always stay. On a GPU, tokens of a segment of S or more do not stay: checking for them would
+            stall the GPU.
+        counts: [B, S] or [S] int32 or int64, any strides: how many tokens of each segment stay. A segment with fewer
+            keeps all of them; a negative count keeps none.
+        cu_seqlens: [sequences + 1] int32 or int64, ascending from 0 to T (not checked). scores and segments [T] then
+            hold packed sequences, and counts is [S]. No two sequences share a segment number.
+        capacity: the number of rows to return, at least the number that a sample (packed: all sequences together)
+            keeps; N (packed: T) always suffices. If it is too small, the last rows are returned.
 
     Returns:
         [B, K] int64 ascending. K is the most that a sample keeps; the others are padded with -1 on the left.
-        Packed: [K] int64 ascending, positions among the T tokens.
-        With a capacity: a tuple (kept, lengths). K is the capacity, and lengths [B] (one a sequence when packed) int64
-        are the rows of each sample that are no padding, all of which stands on the left.
+        Packed: [K] int64 ascending, positions among all T tokens.
+        With a capacity: a tuple (kept, lengths). K is the capacity, and lengths [B] (packed: one per sequence) int64
+        says how many rows of each sample are not padding. Padding is on the left.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: a shape or a value that is not as above, or tensors on two
-            devices.
+        TypeError: a dtype that is not listed. ValueError: a shape or a value that does not fit the above, or tensors on
+            two devices.
 
     Source:
-        KVTP, arXiv:2503.10742, where each frame has a budget of its own.
+        KVTP, arXiv:2503.10742, in which each frame has a budget of its own.
     """
     op = "segmented_topk_keep"
     packed = cu_seqlens is not None
@@ -328,24 +329,24 @@ def segmented_topk_keep(
 
 
 def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The same rows of many tensors, copied bit for bit. Differentiable: gradients add up at the rows taken.
+    """Copy the same rows of many tensors, bit for bit. Differentiable: gradients add up at the rows taken.
 
-    Tensors of one element size, trailing shape and strides share a launch, four at a time.
+    Tensors that agree in element size, trailing shape and strides share a launch, up to four at a time.
 
     Args:
-        kept: [B, K] int32 or int64, any strides: the rows to take, in any order; -1 gives a row of zeros. So do values
-            from N up, which a GPU does not check because that would stall it.
-        tensors: each [B, N, ...] of any dtype on the device of `kept`, any strides. PyTorch's own gather serves those
-            whose trailing dimensions are not one or two strided runs, and elements over 8 bytes.
-        cu_seqlens: [S+1] int32 or int64: kept [K] and tensors [T, ...] are packed. Which row is of which sequence does
-            not matter here.
+        kept: [B, K] int32 or int64, any strides: the rows to take, in any order; -1 gives a row of zeros. On a GPU so
+            do values of N or more: checking for them would stall the GPU.
+        tensors: each [B, N, ...] of any dtype, on the device of `kept`, any strides. PyTorch's own gather takes those
+            whose trailing dimensions are not one or two strided runs, and those with elements over 8 bytes.
+        cu_seqlens: [S+1] int32 or int64. kept [K] and tensors [T, ...] are then packed. Which sequence a row belongs to
+            does not matter here.
 
     Returns:
         A tuple with each tensor's rows, [B, K, ...] contiguous; [K, ...] packed.
 
     Raises:
-        TypeError: `kept` of another dtype, or something that is no tensor. ValueError: a shape that is not as above,
-            tensors on two devices, or, on a CPU, a position from N up.
+        TypeError: `kept` of another dtype, or something that is not a tensor. ValueError: a shape that does not fit the
+            above, tensors on two devices, or, on a CPU, a position of N or more.
 
     Source:
         FastV, arXiv:2403.06764; FrameFusion, arXiv:2501.01986.
