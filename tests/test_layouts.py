@@ -11,7 +11,7 @@ from models import tiny_qwen2
 import fftriton
 from fftriton import layouts
 
-PAGE = Path(fftriton.__file__).parent / "docs" / "bring-your-own-model.md"
+PAGE = Path(__file__).parents[1] / "docs" / "bring-your-own-model.md"
 VIDEO, CONTEXT, START, END = -200, 151, 152, 153
 
 
