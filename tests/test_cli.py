@@ -125,7 +125,7 @@ def test_kvtp_takes_its_budgets_from_a_predictor(scripts_of, tmp_path):
 def test_unknown_words_are_named(tmp_path):
     result = invoke("--question", "Which llama is on the red box?", "--out", tmp_path, "--no-compare")
     assert result.exit_code == 0, result.output
-    assert "vocabulary does not hold: 'Which', 'llama'" in lines(result.output)
+    assert "vocabulary does not contain 'Which', 'llama'" in lines(result.output)
 
 
 def test_video_of_one_frame(tmp_path):
@@ -228,7 +228,7 @@ def test_bad_videos_are_refused(no_model, tmp_path):
         (["--device", "toaster"], "device must be one that torch can use here, got 'toaster'"),
         (["--device", "meta"], "device must be one that torch can use here, got 'meta'"),
         (["--out", str(NEEDLE.path)], "out must be a folder that can be written, got"),
-        (["--relevance", "siglip"], "relevance must go with method kvtp, got method 'framefusion'"),
+        (["--relevance", "siglip"], "relevance is only valid with method kvtp, got method 'framefusion'"),
         (["--method", "kvtp", "--relevance", str(NEEDLE.path.parent)], "relevance must be the checkpoint of a SigLIP"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
