@@ -228,7 +228,7 @@ def test_bad_videos_are_refused(no_model, tmp_path):
         (["--device", "toaster"], "device must be one that torch can use here, got 'toaster'"),
         (["--device", "meta"], "device must be one that torch can use here, got 'meta'"),
         (["--out", str(NEEDLE.path)], "out must be a folder that can be written, got"),
-        (["--relevance", "siglip"], "relevance is only valid with method kvtp, got method 'framefusion'"),
+        (["--relevance", "siglip"], "relevance must go with method kvtp, got method 'framefusion'"),
         (["--method", "kvtp", "--relevance", str(NEEDLE.path.parent)], "relevance must be the checkpoint of a SigLIP"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_made_is_refused(no_model, tmp_path):
 def test_folders_without_a_model_are_refused(no_model, tmp_path):
     result = invoke("--model", tmp_path)
     assert result.exit_code == 2
-    assert "model must be a folder with, or the hub's name of, a video language model" in result.output
+    assert "model must be the folder or the hub name of a video language model" in result.output
     assert str(tmp_path) in result.output
 
 

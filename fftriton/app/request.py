@@ -60,7 +60,7 @@ class Options:
     def __post_init__(self) -> None:
         self.make_method()
         if self.relevance is not None and self.method != "kvtp":
-            raise ValueError(f"relevance is only valid with method kvtp, got method '{self.method}'")
+            raise ValueError(f"relevance must go with method kvtp, got method '{self.method}'")
         check_count("fftriton", "frames", self.frames, 1)
         if self.max_pixels is not None:
             check_count("fftriton", "max_pixels", self.max_pixels, 1)
