@@ -17,9 +17,9 @@ def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int]) -> 
 
     Here q = query heads * head size, k = key heads * head size, and f is the width of the gated feed-forward block.
     This block processes the rows that are left after the layer's attention, which are those of the next layer; in the
-    last layer they are its own. For q = k = d the formula is the paper's. As in the paper, causal attention counts in full;
-    text counts like video. The vision encoder and the head of the language model are not counted, because no method
-    changes them.
+    last layer they are its own. For q = k = d the formula is the paper's. As in the paper, causal attention counts in
+    full; text counts like video. The vision encoder and the head of the language model are not counted, because no
+    method changes them.
 
     Args:
         config: text configuration of a Qwen2-style model.
