@@ -54,7 +54,7 @@ fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the 
 
 features: $(INSTALLED)  ## the table of families and features in docs/models.md, from the results of their tests
 	-$(BIN)/pytest --numprocesses auto -m feature --junitxml=build/features.xml
-	$(BIN)/python tests/feature_table.py build/features.xml
+	$(BIN)/python tests/support/feature_table.py build/features.xml
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
@@ -66,7 +66,7 @@ format: $(INSTALLED)  ## put the style right
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)  ## the kernel bench at sizes for a CPU, once the tests of the ops are green
-	$(BIN)/python bench/kernels/run.py --device cpu --threads 2
+	$(BIN)/python -m bench.kernels.run --device cpu --threads 2
 
 bench-save: $(INSTALLED)  ## the micro-benchmarks, saved to compare with on this machine
 	$(MICRO) --benchmark-save=baseline
@@ -75,10 +75,10 @@ bench-compare: $(INSTALLED)  ## the micro-benchmarks against the last saved run:
 	$(MICRO) --benchmark-compare --benchmark-compare-fail=min:50%
 
 gpu: $(INSTALLED)  ## on a GPU: checks, figures and a profile, in bench/results/<device>
-	$(BIN)/python bench/gpu.py $(GPU_FLAGS)
+	$(BIN)/python -m bench.gpu $(GPU_FLAGS)
 
 gpu-plots: $(INSTALLED)  ## pictures and the README's tables from bench/results/<device>
-	$(BIN)/python bench/gpu_plots.py
+	$(BIN)/python -m bench.gpu_plots
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fftriton-out

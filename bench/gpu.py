@@ -1,8 +1,8 @@
 """First contact with a GPU: is every kernel right, how fast is it, and what does a prefill gain? In a few minutes.
 
-    python bench/gpu.py                      # results go to bench/results/<device>
-    python bench/gpu.py --out DIR --minutes 3 --parts kernels,prefill
-    python bench/gpu.py --toy                # all of it on a CPU at tiny sizes, in Triton's interpreter
+    python -m bench.gpu                      # results go to bench/results/<device>
+    python -m bench.gpu --out DIR --minutes 3 --parts kernels,prefill
+    python -m bench.gpu --toy                # all of it on a CPU at tiny sizes, in Triton's interpreter
 
 Needs a checkout, torch, triton and transformers; pytest, compute-sanitizer, flash-colreduce and a compiler if they are
 there. Installs nothing and uses no network. Each part is a process with a time limit of its own, so that a part that
@@ -18,12 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent / "kernels"))
-from first_contact import parts
-from first_contact.runner import Runner
-from first_contact.summary import correctness_holds, summarise
+from bench.first_contact import parts
+from bench.first_contact.runner import Runner
+from bench.first_contact.summary import correctness_holds, summarise
 
-NAME = "import results, timing; print(results.slug(timing.device_name('cuda')))"
+NAME = (
+    "from bench.kernels.results import slug; from bench.provenance import device_name; print(slug(device_name('cuda')))"
+)
 
 
 def main() -> int:

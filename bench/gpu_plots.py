@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent / "kernels"))
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from feature_table import README, updated
-from first_contact import findings
-from first_contact.findings import KERNELS
-from picture import draw
-from results import Row, by_case, read_csv
+from bench.first_contact import findings
+from bench.first_contact.findings import KERNELS
+from bench.generated import README, updated
+from bench.kernels.picture import draw
+from bench.kernels.results import Row, by_case, read_csv
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- made by make gpu-plots -->", "<!-- end of gpu-plots -->"

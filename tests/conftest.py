@@ -1,12 +1,8 @@
 """Without a GPU the kernel tests run in Triton's interpreter; all other tests run the plain PyTorch path."""
 
-import importlib
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,8 +22,6 @@ settings.register_profile(
 settings.register_profile("fuzz", settings.get_profile("seeded"), derandomize=False, print_blob=True)
 settings.load_profile("fuzz" if FUZZ_MINUTES else "seeded")
 
-BENCH = Path(__file__).parents[1] / "bench"
-
 
 @pytest.fixture
 def device() -> str:
@@ -39,33 +33,6 @@ def device() -> str:
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the PyTorch path; tests/kernels overrides this."""
     monkeypatch.setattr("fftriton_kernels._dispatch.INTERPRET", False)
-
-
-class Scripts:
-    """The modules of a folder in bench, or of a package there, as attributes."""
-
-    def __init__(self, package: str | None) -> None:
-        self._prefix = f"{package}." if package else ""
-
-    def __getattr__(self, name: str) -> ModuleType:
-        return importlib.import_module(self._prefix + name)
-
-
-@pytest.fixture
-def scripts_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scripts]]:
-    """scripts_of("kvtp"): the modules in bench/kvtp; scripts_of(".", "package"): those of a package in bench.
-
-    Two folders may use one name, so the modules are gone after the test.
-    """
-
-    def scripts_of(folder: str, package: str | None = None) -> Scripts:
-        monkeypatch.syspath_prepend(str(BENCH / folder))
-        return Scripts(package)
-
-    yield scripts_of
-    for name, module in list(sys.modules.items()):
-        if BENCH in Path(getattr(module, "__file__", None) or "").parents:
-            del sys.modules[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from bench.kernels import measure, ops, peers, results, run, timing
+from bench.provenance import ROOT
+
 COLUMNS = (
     "op,provider,shape,dtype,metric,p50,p20,p80,gbps_or_tflops,percent_of_ceiling,device,torch,triton,commit,date,"
     "host_ms,waits"
 )
-IDENTITY = {"device": "a device", "torch": "2", "triton": "3", "commit": "abc", "date": "2025-01-01"}
+ORIGIN = {"device": "a device", "torch": "2", "triton": "3", "commit": "abc", "date": "2025-01-01"}
 EAGER_AND_OURS = ["eager", "fftriton"]
 OPS = [
     "strided_cosine_similarity", "linked_cosine_similarity", "merge_roots", "merge_roots_bounded", "merge_mean",
@@ -24,54 +27,49 @@ OPS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def bench(scripts_of) -> Any:
-    return scripts_of("kernels")
-
-
-def tiny_case(bench: Any, name: str, dtype: torch.dtype = torch.float32):
+def tiny_case(name: str, dtype: torch.dtype = torch.float32):
     """An op at a size that takes no time, without torch.compile, which takes seconds to say the same as eager."""
-    op = next(op for op in bench.ops.OPS if op.name == name)
+    op = next(op for op in ops.OPS if op.name == name)
     providers = {name: provider for name, provider in op.providers.items() if name != "torch.compile"}
-    return bench.measure.Case(replace(op, providers=providers), bench.ops.Shape(5, 33, 4, 2, 16, P=7), dtype)
+    return measure.Case(replace(op, providers=providers), ops.Shape(5, 33, 4, 2, 16, P=7), dtype)
 
 
-def new_bench(bench: Any, device: str):
+def new_bench(device: str):
     ceilings = {"GB/s": 10.0, "TFLOP/s float32": 1.0, "TFLOP/s bfloat16": 1.0}
-    return bench.measure.Bench(device, 0.001, IDENTITY, ceilings=ceilings)
+    return measure.Bench(device, 0.001, ORIGIN, ceilings=ceilings)
 
 
-def measured(bench: Any, case, device: str):
+def measured(case, device: str):
     """What one case adds to a bench."""
-    result = new_bench(bench, device)
+    result = new_bench(device)
     for _ in result.measure(case):
         pass
     return result
 
 
-def test_every_op_of_the_library_is_timed(bench):
-    assert [op.name for op in bench.ops.OPS] == OPS
-    assert all(next(iter(op.providers)) == "eager" for op in bench.ops.OPS)
-    assert all((bench.run.KERNEL_TESTS / file).exists() for op in bench.ops.OPS for file in op.tests)
+def test_every_op_of_the_library_is_timed():
+    assert [op.name for op in ops.OPS] == OPS
+    assert all(next(iter(op.providers)) == "eager" for op in ops.OPS)
+    assert all((run.KERNEL_TESTS / file).exists() for op in ops.OPS for file in op.tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_providers_agree(name, dtype, bench, device):
-    result = measured(bench, tiny_case(bench, name, dtype), device)
+def test_providers_agree(name, dtype, device):
+    result = measured(tiny_case(name, dtype), device)
     assert result.failures == []
     assert [row.provider for row in result.rows if row.provider in EAGER_AND_OURS] == EAGER_AND_OURS
     assert all(0 < row.p20 <= row.p50 <= row.p80 and row.percent_of_ceiling > 0 for row in result.rows)
 
 
-def test_peer_for_equal_heads_only(bench):
+def test_peer_for_equal_heads_only():
     q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
-    assert bench.peers.refuse_flash_colreduce(q, k)
+    assert peers.refuse_flash_colreduce(q, k)
 
 
 @pytest.mark.parametrize("name", ["topk_keep", "merge_mean", "prune_step"])
-def test_wrong_result_gives_no_number(name, bench, device):
-    case = tiny_case(bench, name)
+def test_wrong_result_gives_no_number(name, device):
+    case = tiny_case(name)
 
     def wrong(**inputs):
         out = case.op.providers["fftriton"].run(**inputs)
@@ -79,7 +77,7 @@ def test_wrong_result_gives_no_number(name, bench, device):
         return spoiled(first), *others
 
     providers = {"eager": case.op.providers["eager"], "wrong": replace(case.op.providers["fftriton"], run=wrong)}
-    result = measured(bench, bench.measure.Case(replace(case.op, providers=providers), case.shape, case.dtype), device)
+    result = measured(measure.Case(replace(case.op, providers=providers), case.shape, case.dtype), device)
     assert [row.provider for row in result.rows] == ["eager"]
     assert "not the baseline's" in result.failures[0]
 
@@ -93,38 +91,38 @@ def spoiled(out: Tensor) -> Tensor:
     return out + 1
 
 
-def test_baseline_may_write_into_its_inputs(bench, device):
+def test_baseline_may_write_into_its_inputs(device):
     """The authors' merge works in place, so every provider has inputs of its own."""
-    case = tiny_case(bench, "merge_step")
+    case = tiny_case("merge_step")
     inputs = case.op.inputs(case.shape, case.dtype, device)
-    given = bench.measure.cloned(inputs)
+    given = measure.cloned(inputs)
     case.op.providers["eager"].run(**given)
     assert not torch.equal(given["hidden"], inputs["hidden"])
     torch.testing.assert_close(case.op.inputs(case.shape, case.dtype, device), inputs)
 
 
-def test_bytes_of_a_merge_step(bench):
+def test_bytes_of_a_merge_step():
     """Two and a half times the hidden states where half survive, which is what the formula is for."""
-    shape = bench.ops.Shape(64)
+    shape = ops.Shape(64)
     hidden = shape.N * shape.D * 2
-    assert bench.ops.merge_step_bytes(shape, 2) == pytest.approx(2.5 * hidden, rel=0.05)
+    assert ops.merge_step_bytes(shape, 2) == pytest.approx(2.5 * hidden, rel=0.05)
 
 
-def test_cases_fit_their_device(bench):
-    on_gpu = bench.measure.cases("cuda")
+def test_cases_fit_their_device():
+    on_gpu = measure.cases("cuda")
     assert {case.dtype for case in on_gpu} == {torch.bfloat16}
     assert {case.shape.F for case in on_gpu if case.op.name == "merge_step"} == {16, 64, 256, 512}
     assert len({(case.op.name, case.label) for case in on_gpu}) == len(on_gpu)
-    steps = {(case.shape.N, case.shape.D, case.dtype) for case in bench.measure.cases("cpu", ["merge_step"])}
+    steps = {(case.shape.N, case.shape.D, case.dtype) for case in measure.cases("cpu", ["merge_step"])}
     assert steps == {(13440, D, dtype) for D in (896, 3584) for dtype in (torch.float32, torch.bfloat16)}
 
 
-def test_csv_and_picture(bench, device, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.run, "passing", lambda files, device: set(files))
-    monkeypatch.setattr(bench.run, "cases", lambda device, names: [tiny_case(bench, "topk_keep")])
-    monkeypatch.setattr("timing.COPY_BYTES", {device: 1 << 16})
-    monkeypatch.setattr("timing.MATMUL_SIZE", {device: 16})
-    done = run_bench(bench, "--out", str(tmp_path), "--device", device, "--seconds", "0.001", "--commit", "abc")
+def test_csv_and_picture(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "passing", lambda files, device: set(files))
+    monkeypatch.setattr(run, "cases", lambda device, names: [tiny_case("topk_keep")])
+    monkeypatch.setattr("bench.kernels.timing.COPY_BYTES", {device: 1 << 16})
+    monkeypatch.setattr("bench.kernels.timing.MATMUL_SIZE", {device: 16})
+    done = run_bench("--out", str(tmp_path), "--device", device, "--seconds", "0.001", "--commit", "abc")
     assert done.exit_code == 0, done.output
     (path,) = tmp_path.glob("kernels-*.csv")
     assert path.read_text().splitlines()[0] == COLUMNS
@@ -135,21 +133,21 @@ def test_csv_and_picture(bench, device, tmp_path, monkeypatch):
     assert path.with_suffix(".png").stat().st_size > 0
 
 
-def test_red_test_gives_no_number(bench, tmp_path, monkeypatch):
+def test_red_test_gives_no_number(tmp_path, monkeypatch):
     red, green = tmp_path / "test_red.py", tmp_path / "test_green.py"
     red.write_text("def test_it():\n    assert 1 == 2\n")
     green.write_text("def test_it():\n    pass\n")
-    assert bench.run.passing([red, green], "cpu") == {green}
-    monkeypatch.setattr(bench.run, "passing", lambda files, device: {f for f in files if f.name != "test_merge.py"})
-    kept, reasons = bench.run.green_cases(bench.measure.cases("cpu"), "cpu")
+    assert run.passing([red, green], "cpu") == {green}
+    monkeypatch.setattr(run, "passing", lambda files, device: {f for f in files if f.name != "test_merge.py"})
+    kept, reasons = run.green_cases(measure.cases("cpu"), "cpu")
     without = {"merge_roots", "merge_roots_bounded", "merge_mean", "merge_step"}
     assert {case.op.name for case in kept} == set(OPS) - without
     assert len(reasons) == len(without)
 
 
-def test_nothing_green_writes_nothing(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.run, "passing", lambda files, device: set())
-    done = run_bench(bench, "--out", str(tmp_path), "--device", "cpu", "--op", "topk_keep")
+def test_nothing_green_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "passing", lambda files, device: set())
+    done = run_bench("--out", str(tmp_path), "--device", "cpu", "--op", "topk_keep")
     assert done.exit_code == 1
     assert "its tests fail" in done.output
     assert list(tmp_path.iterdir()) == []
@@ -188,62 +186,62 @@ class FakeCuda:
 
 
 @pytest.fixture
-def cuda(bench, monkeypatch):
+def cuda(monkeypatch):
     """timing with a device that is made up."""
     fake = FakeCuda()
     for name in ("_sleep", "synchronize", "Event"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr(bench.timing.time, "perf_counter", lambda: fake.host / 1e3)
-    monkeypatch.setattr(bench.timing, "_flush_buffer", lambda: torch.zeros(1))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: fake.host / 1e3)
+    monkeypatch.setattr(timing, "_flush_buffer", lambda: torch.zeros(1))
     return fake
 
 
-def test_host_time_is_no_device_time(bench, cuda):
+def test_host_time_is_no_device_time(cuda):
     def call():
         for _ in range(30):
             cuda.launch(host=0.2, device=0.01)  # in a row they take 6 ms, on the device 0.3
 
-    times = bench.timing.time_calls({"": call}, "cuda", 0.01)[""]
+    times = timing.time_calls({"": call}, "cuda", 0.01)[""]
     assert times.p50 == pytest.approx(0.3)
     assert times.host == pytest.approx(6)
     assert not times.waits
 
 
-def test_a_call_that_waits_is_marked(bench, cuda):
+def test_a_call_that_waits_is_marked(cuda):
     def call():
         cuda.launch(host=0.01, device=0.1)
         cuda.synchronize()
         cuda.launch(host=0.5, device=0.1)
 
-    times = bench.timing.time_calls({"": call}, "cuda", 0.01)[""]
+    times = timing.time_calls({"": call}, "cuda", 0.01)[""]
     assert times.waits
     assert times.p50 == pytest.approx(0.1 + 0.5 + 0.1)
 
 
-def test_without_the_gate_no_test_runs(bench, monkeypatch):
-    monkeypatch.setattr(bench.run, "green_cases", lambda *_: pytest.fail("ran the tests"))
-    monkeypatch.setattr(bench.run, "cases", lambda device, names: [])
-    assert run_bench(bench, "--device", "cpu", "--no-gate").exit_code == 0
+def test_without_the_gate_no_test_runs(monkeypatch):
+    monkeypatch.setattr(run, "green_cases", lambda *_: pytest.fail("ran the tests"))
+    monkeypatch.setattr(run, "cases", lambda device, names: [])
+    assert run_bench("--device", "cpu", "--no-gate").exit_code == 0
 
 
-def test_rows_are_read_as_they_were_written(bench, device, tmp_path):
-    rows = measured(bench, tiny_case(bench, "topk_keep"), device).rows
-    bench.results.write_csv(rows, tmp_path / "rows.csv")
-    assert [row.provider for row in bench.results.read_csv(tmp_path / "rows.csv")] == EAGER_AND_OURS
-    (saved,) = (bench.run.ROOT / "bench" / "results").glob("kernels-intel-*.csv")
-    assert all(row.host_ms is None and not row.waits for row in bench.results.read_csv(saved))
+def test_rows_are_read_as_they_were_written(device, tmp_path):
+    rows = measured(tiny_case("topk_keep"), device).rows
+    results.write_csv(rows, tmp_path / "rows.csv")
+    assert [row.provider for row in results.read_csv(tmp_path / "rows.csv")] == EAGER_AND_OURS
+    (saved,) = (ROOT / "bench" / "results").glob("kernels-intel-*.csv")
+    assert all(row.host_ms is None and not row.waits for row in results.read_csv(saved))
 
 
-def test_unknown_op(bench):
-    done = run_bench(bench, "--op", "no_such_op")
+def test_unknown_op():
+    done = run_bench("--op", "no_such_op")
     assert done.exit_code == 2
     assert "no_such_op" in done.output
 
 
-def run_bench(bench: Any, *arguments: str):
+def run_bench(*arguments: str):
     """The command line, without the process."""
     import typer
 
     app = typer.Typer()
-    app.command()(bench.run.main)
+    app.command()(run.main)
     return CliRunner().invoke(app, arguments)

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 import fftriton.app.cli
 import fftriton.app.run
+from bench.kvtp.needle import WORDS
+from bench.kvtp.small import small_siglip
 from fftriton.app.display import summarise_layers
 from fftriton.app.request import Options, choose_clips, prepare
 from fftriton.runtime.answers import is_right
@@ -108,9 +110,8 @@ def test_other_questions_at_30_percent(tmp_path, question, answer):
     assert clip["dense"] is None
 
 
-def test_kvtp_takes_its_budgets_from_a_predictor(scripts_of, tmp_path):
-    scripts = scripts_of("kvtp")
-    predictor = scripts.small.small_siglip(scripts.needle.WORDS, side=64, patch=16, width=16, depth=1)
+def test_kvtp_takes_its_budgets_from_a_predictor(tmp_path):
+    predictor = small_siglip(WORDS, side=64, patch=16, width=16, depth=1)
     predictor.save_pretrained(tmp_path / "siglip")
     arguments = ["--method", "kvtp", "--relevance", tmp_path / "siglip", "--video", NEEDLE.path]
     result = invoke(*arguments, "--out", tmp_path / "out", "--no-compare")

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import fftriton
 import fftriton.app.cli
+from bench.needle import ablations
 from fftriton.evaluate import Plan, Setting, evaluate, mcnemar_exact, runner, summarise, wilson_interval
 from fftriton.evaluate.flops import prefill_flops
 from fftriton.evaluate.records import Record, RecordFolder
@@ -356,12 +357,7 @@ def test_processes_share_the_samples(tmp_path, evaluated):
 # ---- the paper's ablations
 
 
-@pytest.fixture
-def ablations(scripts_of):
-    return scripts_of("needle").ablations
-
-
-def test_every_ablation_is_a_plan(ablations):
+def test_every_ablation_is_a_plan():
     for table in ablations.TABLES:
         plans = list(ablations.plans(table, Plan(), 0.9))
         assert plans
@@ -370,7 +366,7 @@ def test_every_ablation_is_a_plan(ablations):
             assert setting.name == "keep-all" or method.similarity_threshold == 0.9
 
 
-def test_ablations_are_written_line_by_line(ablations, tmp_path):
+def test_ablations_are_written_line_by_line(tmp_path):
     app = typer.Typer()
     app.command()(ablations.main)
     out = tmp_path / "results.csv"

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import fftriton
+from bench.kvtp.needle import WORDS
+from bench.kvtp.small import small_siglip
 from fftriton import KVTP
 from fftriton.evaluate import Plan, Setting, evaluate
 from fftriton.evaluate.relevance import SampleRelevance, sample_relevance
@@ -18,10 +20,9 @@ pytest.importorskip("av")  # reads videos
 
 
 @pytest.fixture
-def predictor(scripts_of, tmp_path):
+def predictor(tmp_path):
     """A predictor with random weights: its folder."""
-    scripts = scripts_of("kvtp")
-    relevance = scripts.small.small_siglip(scripts.needle.WORDS, side=64, patch=16, width=16, depth=1)
+    relevance = small_siglip(WORDS, side=64, patch=16, width=16, depth=1)
     relevance.save_pretrained(tmp_path / "predictor")
     yield tmp_path / "predictor"
     sample_relevance.cache_clear()

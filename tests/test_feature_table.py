@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
-from feature_table import BEGIN, END, PAGE, cell, outcomes, pairs_in, spoken_for, table, updated
+from feature_table import BEGIN, END, PAGE, cell, outcomes, pairs_in, spoken_for, table
+
+from bench.generated import updated
 
 REPORT = """<testsuites><testsuite>
 <testcase name="a"><properties><property name="feature" value="qwen2_vl: beams"/></properties></testcase>
@@ -46,7 +48,7 @@ def test_the_table_says_what_the_report_says(tmp_path):
 def test_only_the_table_is_replaced():
     text = f"before\n{BEGIN}\n{END}\nbehind"
     for new in ("| | beams |\n|---|---|\n| Qwen2-VL | yes |", "| | beams |\n|---|---|\n| Qwen3.5 | - |"):
-        text = updated(text, new)
+        text = updated(text, new, BEGIN, END)
         assert text == f"before\n{BEGIN}\n\n{new}\n\n{END}\nbehind"
     assert pairs_in(text) == {("qwen3_5", "beams")}
 

@@ -9,33 +9,27 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from bench.kvtp import needle, train, triples
+from bench.kvtp import planted as planted_videos
+from bench.kvtp.small import small_siglip
 from fftriton.relevance import ContextFusion, SiglipRelevance
 from fftriton.runtime.video import write_video
 
 
 @pytest.fixture
-def bench(scripts_of):
-    """The modules of bench/kvtp."""
-    return scripts_of("kvtp")
-
-
-@pytest.fixture
-def planted(bench, tmp_path, monkeypatch):
+def planted(tmp_path, monkeypatch):
     """(train, held out) triples: two clips of two frames, in one of which the square is asked about."""
-    planted = bench.planted
-    two = {colour: planted.COLOURS[colour] for colour in ("red", "green")}
-    monkeypatch.setattr(planted, "COLOURS", two)  # six take a few hundred steps
-    write = planted.write_planted
+    two = {colour: planted_videos.COLOURS[colour] for colour in ("red", "green")}
+    monkeypatch.setattr(planted_videos, "COLOURS", two)  # six take a few hundred steps
+    write = planted_videos.write_planted
     return write(tmp_path / "train.jsonl", 240, 2, 2, seed=0), write(tmp_path / "held.jsonl", 40, 2, 2, seed=1)
 
 
-def small(bench, head=None, **arguments):
-    planted = bench.planted
-    return bench.small.small_siglip(planted.WORDS, head=head, **arguments)
+def small(head=None, **arguments):
+    return small_siglip(planted_videos.WORDS, head=head, **arguments)
 
 
-def test_loss_by_hand(bench):
-    train = bench.train
+def test_loss_by_hand():
     frames = torch.tensor([1.0, 3.0, -2.0, -2.0])
     clips = train.clip_logits(frames, 2)
     weight = math.exp(3) / (math.exp(1) + math.exp(3))
@@ -44,17 +38,15 @@ def test_loss_by_hand(bench):
     assert float(train.relevance_loss(clips, torch.tensor([5.0, 1.0]))) == pytest.approx(expected)
 
 
-def test_auc_by_hand(bench, monkeypatch):
-    train = bench.train
-    triples = [bench.triples.Triple(Path("x"), "q", labels) for labels in ((5.0, 0.0, 0.0), (1.0, 4.0))]
+def test_auc_by_hand(monkeypatch):
+    videos = [triples.Triple(Path("x"), "q", labels) for labels in ((5.0, 0.0, 0.0), (1.0, 4.0))]
     scores = iter([torch.tensor([2.0, 1.0, 2.0]), torch.tensor([0.0, 3.0])])
     monkeypatch.setattr(train, "score_clips", lambda *_: next(scores))
-    assert train.key_clip_auc(None, triples, 1) == pytest.approx((1 + 0.5 + 1) / 3)
+    assert train.key_clip_auc(None, videos, 1) == pytest.approx((1 + 0.5 + 1) / 3)
 
 
-def test_learns_which_clip_is_asked_about(bench, planted, tmp_path):
-    train = bench.train
-    relevance = small(bench, ContextFusion(2), width=32, depth=1)
+def test_learns_which_clip_is_asked_about(planted, tmp_path):
+    relevance = small(ContextFusion(2), width=32, depth=1)
     recipe = train.Recipe(learning_rate=4e-3, epochs=2, batch_size=4, clip=2, save_every=60)
     with train.progress_bar() as progress:
         rows = train.Trainer(relevance, planted[0], recipe, tmp_path / "out", planted[1]).run(progress)
@@ -65,13 +57,12 @@ def test_learns_which_clip_is_asked_about(bench, planted, tmp_path):
     assert train.key_clip_auc(loaded, planted[1], 2) == rows[-1]["key_clip_auc"]
 
 
-def test_goes_on_where_it_stopped(bench, planted, tmp_path):
-    train = bench.train
+def test_goes_on_where_it_stopped(planted, tmp_path):
     recipe = train.Recipe(learning_rate=1e-3, epochs=2, batch_size=8, clip=2, save_every=2)
     triples, held_out = planted[0][:28], planted[1][:5]
 
     def run(out, stop_at=None):
-        trainer = train.Trainer(small(bench, ContextFusion(2), width=16, depth=1), triples, recipe, out, held_out)
+        trainer = train.Trainer(small(ContextFusion(2), width=16, depth=1), triples, recipe, out, held_out)
         if stop_at is not None:
             step = trainer.train_step
             trainer.train_step = lambda: step() if trainer.step < stop_at else 1 / 0
@@ -94,10 +85,10 @@ def test_goes_on_where_it_stopped(bench, planted, tmp_path):
     assert run(tmp_path / "parts")[1].step == 8  # nothing left to do
     other = train.Recipe(learning_rate=2e-3, epochs=2, batch_size=8, clip=2)
     with pytest.raises(ValueError, match="out must be empty or hold a checkpoint of the same recipe and data"):
-        train.Trainer(small(bench, ContextFusion(2), width=16, depth=1), triples, other, tmp_path / "parts")
+        train.Trainer(small(ContextFusion(2), width=16, depth=1), triples, other, tmp_path / "parts")
 
 
-def test_triples_from_a_video_file(bench, tmp_path):
+def test_triples_from_a_video_file(tmp_path):
     pytest.importorskip("av")
     frames = np.repeat(np.arange(8, dtype=np.uint8) * 30, 16 * 16 * 3).reshape(8, 16, 16, 3)
     write_video(tmp_path / "clip.mp4", frames, 4, crf=1)
@@ -106,7 +97,7 @@ def test_triples_from_a_video_file(bench, tmp_path):
     (tmp_path / "data.jsonl").write_text(
         "\n".join(json.dumps(line | {"video": f"clip.{kind}"}) for kind in ("mp4", "npy"))
     )
-    for triple in bench.triples.read_triples(tmp_path / "data.jsonl"):
+    for triple in triples.read_triples(tmp_path / "data.jsonl"):
         assert [round(float(frame.mean()) / 30) for frame in triple.frames(2)] == [1, 3, 5, 7]
         assert len(triple.frames(6)) == 12  # more than there are: some twice
 
@@ -126,15 +117,14 @@ def test_triples_from_a_video_file(bench, tmp_path):
         ('{"video": "a.npy", "question": "q", "relevance": [1]}', "video must be a file, got 'a.npy' in line 1"),
     ],
 )
-def test_bad_data(bench, tmp_path, line, message):
+def test_bad_data(tmp_path, line, message):
     (tmp_path / "data.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
-        bench.triples.read_triples(tmp_path / "data.jsonl")
+        triples.read_triples(tmp_path / "data.jsonl")
 
 
-def test_command_line(bench, planted, tmp_path):
-    small(bench, width=16, depth=1).save_pretrained(tmp_path / "siglip")
-    train = bench.train
+def test_command_line(planted, tmp_path):
+    small(width=16, depth=1).save_pretrained(tmp_path / "siglip")
     app = train.typer.Typer()
     app.command()(train.main)
     arguments = [
@@ -150,8 +140,7 @@ def test_command_line(bench, planted, tmp_path):
     assert "the same recipe" in result.output
 
 
-def test_needle_stills_and_samples(bench, tmp_path):
-    needle = bench.needle
+def test_needle_stills_and_samples(tmp_path):
     frames, questions, shows = needle.Stills(True, 0).draw(64)
     assert frames.shape == (64, 64, 64, 3)
     assert shows.shape == (64, len(questions)) == (64, 15)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from bench.needle import make_assets, show
 from fftriton.needle import KINDS, SPLITS, generate_sample
 from fftriton.needle.digits import PATCH, digit_images
 from fftriton.needle.needles import Appearance, Needle, blended, covered, draw_needles, faded_in, moved
@@ -23,12 +24,6 @@ from fftriton.runtime.video import read_video
 pytest.importorskip("av")  # reads videos
 
 STYLES = (covered, blended, faded_in, moved)
-
-
-@pytest.fixture
-def scripts(scripts_of):
-    """The modules of bench/needle."""
-    return scripts_of("needle")
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -189,26 +184,26 @@ def test_the_tokenizer_knows_every_question_and_answer_by_its_own_token():
             assert tokenizer.decode([IDS[sample.answer]]) == sample.answer
 
 
-def test_blended_needles_resemble_what_they_cover_and_easy_ones_do_not(scripts):
-    easy, blend = (scripts.show.onset_similarities(split, 60) for split in ("easy", "blended"))
+def test_blended_needles_resemble_what_they_cover_and_easy_ones_do_not():
+    easy, blend = (show.onset_similarities(split, 60) for split in ("easy", "blended"))
     assert np.median(easy) < 0.3
     assert np.median(blend) > np.median(easy) + 0.2
     assert (blend > 0.6).mean() > 2 * (easy > 0.6).mean() + 0.1
 
 
-def test_hard_videos_change_more_from_frame_to_frame(scripts):
-    assert scripts.show.share_unchanged("hard", 20) < scripts.show.share_unchanged("easy", 20) - 0.2
+def test_hard_videos_change_more_from_frame_to_frame():
+    assert show.share_unchanged("hard", 20) < show.share_unchanged("easy", 20) - 0.2
 
 
-def test_similarity_is_the_cosine_of_centred_pixels(scripts):
+def test_similarity_is_the_cosine_of_centred_pixels():
     grey = np.array([0.48145466, 0.4578275, 0.40821073]) * 255  # the processor's own
     patch = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3))
-    found = scripts.show.similarity(patch[:2], np.stack([patch[0], 2 * grey - patch[1]]))
+    found = show.similarity(patch[:2], np.stack([patch[0], 2 * grey - patch[1]]))
     np.testing.assert_allclose(found, [1, -1])
 
 
-def test_show_draws_and_measures_every_split(scripts, tmp_path):
-    scripts.show.main(tmp_path, count=1)
+def test_show_draws_and_measures_every_split(tmp_path):
+    show.main(tmp_path, count=1)
     rows = (tmp_path / "needle-splits.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["split", *SPLITS]
     assert (tmp_path / "needle-splits.jpg").stat().st_size > 10_000
@@ -234,17 +229,17 @@ def test_a_written_sample_reads_back(tmp_path):
     assert np.abs(small - sample.frames).mean() < 4  # of 255: the encoder's loss
 
 
-def test_shipped_processor_is_what_the_script_makes(scripts, tmp_path):
-    scripts.make_assets.write_processor(tmp_path)
+def test_shipped_processor_is_what_the_script_makes(tmp_path):
+    make_assets.write_processor(tmp_path)
     for made in tmp_path.iterdir():
         assert made.read_text() == (MODEL / made.name).read_text(), made.name
 
 
-def test_shipped_clip_is_what_the_script_makes(scripts):
-    drawn = scripts.make_assets.needle_frames()
+def test_shipped_clip_is_what_the_script_makes():
+    drawn = make_assets.needle_frames()
     shipped = read_video(NEEDLE.path, len(drawn)).frames.reshape(16, SIDE, 4, SIDE, 4, 3).mean((2, 4))
     assert np.abs(shipped - drawn).mean() < 4  # of 255: the encoder's loss
-    assert scripts.make_assets.NEEDLE.digit == int(NEEDLE.answer)
+    assert make_assets.NEEDLE.digit == int(NEEDLE.answer)
 
 
 def test_vocabulary_fits_the_model():

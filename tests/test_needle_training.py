@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers import Qwen2VLForConditionalGeneration
 
+from bench.needle import batches, train
+from bench.needle import model as needle_model
 from fftriton.needle import KINDS, generate_sample
 from fftriton.needle.digits import digit_images
 from fftriton.needle.scenes import real_scenes
@@ -22,20 +24,13 @@ pytest.importorskip("av")  # reads videos
 RESUME_AFTER = "time" if transformers.__version__ < "5" else "space"
 
 
-@pytest.fixture
-def scripts(scripts_of):
-    """The modules of bench/needle."""
-    return scripts_of("needle")
-
-
 @pytest.fixture(scope="module")
 def shipped():
     return Qwen2VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 
-def tiny_phases(scripts):
+def tiny_phases():
     """Both losses, and few enough steps for a laptop."""
-    batches, train = scripts.batches, scripts.train
     lengths = (batches.Length(4, 2),)
     return (
         train.Phase("see", 3, lambda seed, phase: batches.AlignmentBatches(seed, 4), train.align, sees=True),
@@ -48,8 +43,8 @@ def weights(trainer):
 
 
 @pytest.mark.parametrize("stopped_at", [(0, 2), (1, 3)])
-def test_a_resumed_training_ends_with_the_same_weights(scripts, tmp_path, stopped_at):
-    phases, train = tiny_phases(scripts), scripts.train
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path, stopped_at):
+    phases = tiny_phases()
     whole = train.Trainer(tmp_path / "whole", phases)
     untrained = weights(whole)
     whole.run()
@@ -71,8 +66,8 @@ def test_a_resumed_training_ends_with_the_same_weights(scripts, tmp_path, stoppe
     assert rows == [(phase.name, step) for phase in phases for step in (1, 2, 3)]
 
 
-def test_a_phase_trains_its_own_part(scripts, tmp_path):
-    trainer = scripts.train.Trainer(tmp_path, tiny_phases(scripts))
+def test_a_phase_trains_its_own_part(tmp_path):
+    trainer = train.Trainer(tmp_path, tiny_phases())
     changed = []
     for _ in range(2):
         before = weights(trainer)
@@ -86,15 +81,15 @@ def test_a_phase_trains_its_own_part(scripts, tmp_path):
     assert not vision & changed[1]
 
 
-def test_another_seed_than_the_checkpoints_is_refused(scripts, tmp_path):
-    phases = tiny_phases(scripts)[:1]
-    scripts.train.Trainer(tmp_path, phases, seed=3).run()
+def test_another_seed_than_the_checkpoints_is_refused(tmp_path):
+    phases = tiny_phases()[:1]
+    train.Trainer(tmp_path, phases, seed=3).run()
     with pytest.raises(ValueError, match=r"seed must be that of the checkpoint in .*, 3, got 4"):
-        scripts.train.Trainer(tmp_path, phases, seed=4)
+        train.Trainer(tmp_path, phases, seed=4)
 
 
-def test_the_rate_warms_up_holds_and_falls(scripts):
-    phase = scripts.train.Phase("find", 100, None, None, rate=1.0, warm_up=10, hold=0.5)
+def test_the_rate_warms_up_holds_and_falls():
+    phase = train.Phase("find", 100, None, None, rate=1.0, warm_up=10, hold=0.5)
     rates = np.array([phase.rate_at(step) for step in range(100)])
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:51] == pytest.approx(1)
@@ -102,9 +97,9 @@ def test_the_rate_warms_up_holds_and_falls(scripts):
     assert rates[-1] == pytest.approx(0.02, abs=0.01)
 
 
-def test_batches_follow_from_seed_phase_and_step(scripts):
+def test_batches_follow_from_seed_phase_and_step():
     def pixels(seed, phase, step):
-        data = scripts.train.asking((scripts.train.BUSY,), (scripts.batches.Length(4, 2),), ("space",))(seed, phase)
+        data = train.asking((train.BUSY,), (batches.Length(4, 2),), ("space",))(seed, phase)
         return data[step].pixels
 
     assert torch.equal(pixels(0, 1, 5), pixels(0, 1, 5))
@@ -112,23 +107,23 @@ def test_batches_follow_from_seed_phase_and_step(scripts):
         assert not torch.equal(pixels(0, 1, 5), pixels(*other))
 
 
-def test_training_draws_no_held_out_digit(scripts, monkeypatch):
+def test_training_draws_no_held_out_digit(monkeypatch):
     asked = set()
     monkeypatch.setattr("fftriton.needle.digits.digit_images", lambda half: asked.add(half) or digit_images(half))
-    for phase in tiny_phases(scripts):
+    for phase in tiny_phases():
         phase.data(0, 1)[0]
     assert asked == {False}
 
 
-def test_packed_questions_get_the_logits_of_plain_ones(scripts, shipped):
+def test_packed_questions_get_the_logits_of_plain_ones(shipped):
     samples = [generate_sample("easy", 3, index, num_frames=8) for index in range(6)]
     videos = np.stack([sample.frames for sample in samples[:2]])
     texts = [[sample.question for sample in samples[i::2]] for i in (0, 1)]
     answers = [[sample.answer for sample in samples[i::2]] for i in (0, 1)]
-    batch = scripts.batches.pack(videos, texts, answers, RESUME_AFTER)
+    batch = batches.pack(videos, texts, answers, RESUME_AFTER)
     processor = load_processor(MODEL)
     with torch.no_grad():
-        packed = scripts.train.question_logits(shipped, batch)
+        packed = train.question_logits(shipped, batch)
         for row, sample in enumerate(samples[:2]):
             for column, text in enumerate(texts[row]):
                 inputs = processor(sample.video, text)
@@ -138,32 +133,32 @@ def test_packed_questions_get_the_logits_of_plain_ones(scripts, shipped):
                 torch.testing.assert_close(packed[row, column], plain, rtol=0, atol=1e-4)
 
 
-def test_frames_seen_together_look_as_one_by_one(scripts):
-    model = scripts.model.make_model(0)
+def test_frames_seen_together_look_as_one_by_one():
+    model = needle_model.make_model(0)
     pixels, grid = torch.randn(3 * 16, 768), torch.tensor([[3, 4, 4]])
     with torch.no_grad():
         alone = model.model.visual(pixels, grid_thw=grid)
-        scripts.model.batch_frames(model)
+        needle_model.batch_frames(model)
         together = model.model.visual(pixels, grid_thw=grid)
     alone, together = (getattr(seen, "pooler_output", seen) for seen in (alone, together))
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-def test_a_saved_model_is_whole(scripts, tmp_path):
-    model = scripts.model.make_model(0)
-    scripts.model.save_model(model, tmp_path)
+def test_a_saved_model_is_whole(tmp_path):
+    model = needle_model.make_model(0)
+    needle_model.save_model(model, tmp_path)
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, value in model.to(torch.bfloat16).state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in MODEL.iterdir()} - {"README.md"}
 
 
-def test_the_command_trains_saves_and_measures(scripts, tmp_path, monkeypatch):
+def test_the_command_trains_saves_and_measures(tmp_path, monkeypatch):
     clips = []
-    monkeypatch.setattr(scripts.train, "PHASES", tiny_phases(scripts))
-    monkeypatch.setattr(scripts.train, "SPLITS", ("easy", "real"))
+    monkeypatch.setattr(train, "PHASES", tiny_phases())
+    monkeypatch.setattr(train, "SPLITS", ("easy", "real"))
     monkeypatch.setattr("fftriton.needle.samples.real_scenes", lambda *a: clips.append(a[1]) or real_scenes(*a))
-    scripts.train.main(tmp_path, samples=5, clip=[BUNNY.path, BUNNY.path])
+    train.main(tmp_path, samples=5, clip=[BUNNY.path, BUNNY.path])
     Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "model")
     with (tmp_path / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -173,9 +168,9 @@ def test_the_command_trains_saves_and_measures(scripts, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", [0, 12345])
-def test_shipped_model_reaches_95_percent_on_held_out_samples(scripts, shipped, seed):
+def test_shipped_model_reaches_95_percent_on_held_out_samples(shipped, seed):
     samples = [generate_sample("easy", seed, index) for index in range(40)]
-    answers = scripts.train.answers(shipped, load_processor(MODEL), samples)
+    answers = train.answers(shipped, load_processor(MODEL), samples)
     right = sum(text == sample.answer for text, sample in zip(answers, samples, strict=True))
     at_most = sum(comb(len(samples), k) * 0.95**k * 0.05 ** (len(samples) - k) for k in range(right + 1))
     assert at_most > 0.01, f"{right} of {len(samples)} right, which a model of 95 % is very unlikely to give"

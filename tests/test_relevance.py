@@ -7,15 +7,11 @@ import torch.nn.functional as F
 from models import tiny_qwen2_vl, video_prompt
 
 import fftriton
+from bench.kvtp.small import small_siglip
 from fftriton.relevance import BoundRelevance, ContextFusion, SiglipRelevance
 
 WORDS = ["when", "does", "the", "red", "green", "box", "appear", "where", "is"]
 QUESTION = "When does the red box appear"
-
-
-@pytest.fixture
-def small_siglip(scripts_of):
-    return scripts_of("kvtp").small.small_siglip
 
 
 @pytest.fixture
@@ -25,7 +21,7 @@ def frames():
 
 @pytest.mark.parametrize("naflex", [False, True], ids=["siglip", "siglip2-naflex"])
 @torch.no_grad()
-def test_logits_are_the_models_own(small_siglip, frames, naflex):
+def test_logits_are_the_models_own(frames, naflex):
     relevance = small_siglip(WORDS, naflex=naflex)
     relevance.batch_size = 3  # the last batch is smaller
     scores = relevance(frames, QUESTION)
@@ -37,14 +33,14 @@ def test_logits_are_the_models_own(small_siglip, frames, naflex):
     assert scores.std() > 1e-4
 
 
-def test_frames_may_be_an_array_a_tensor_or_pictures(small_siglip, frames):
+def test_frames_may_be_an_array_a_tensor_or_pictures(frames):
     relevance = small_siglip(WORDS)
     features = relevance.encode(frames, progress=False)
     assert torch.equal(features, relevance.encode(torch.from_numpy(frames), progress=False))
     assert torch.equal(features, relevance.encode(list(frames), progress=False))
 
 
-def test_features_serve_for_the_next_question(small_siglip, frames, monkeypatch):
+def test_features_serve_for_the_next_question(frames, monkeypatch):
     relevance = small_siglip(WORDS)
     features = relevance.encode(frames)
     first = relevance(frames, QUESTION)
@@ -53,7 +49,7 @@ def test_features_serve_for_the_next_question(small_siglip, frames, monkeypatch)
     assert not torch.equal(relevance.score(features, "where is the green box"), first)
 
 
-def test_a_long_question_is_the_best_of_its_parts(small_siglip, frames):
+def test_a_long_question_is_the_best_of_its_parts(frames):
     relevance = small_siglip(WORDS)  # 16 tokens, one of which ends the text
     features = relevance.encode(frames)
     for long in (" ".join(WORDS * 4), "red " * 15 + "green " * 15, "green " * 15 + "red " * 15):
@@ -68,7 +64,7 @@ def test_a_long_question_is_the_best_of_its_parts(small_siglip, frames):
     assert (red - green).abs().min() > 1e-4  # so that the first part is the wrong one in one of the orders
 
 
-def test_shows_a_progress_bar(small_siglip, frames, capsys, monkeypatch):
+def test_shows_a_progress_bar(frames, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     relevance = small_siglip(WORDS)
     relevance.encode(frames, progress=False)
@@ -105,7 +101,7 @@ def test_the_scale_makes_attention_almost_uniform():
     assert spread[1] > 10 * spread[0]
 
 
-def test_head_counts_in_inference_and_travels_with_the_checkpoint(small_siglip, frames, tmp_path):
+def test_head_counts_in_inference_and_travels_with_the_checkpoint(frames, tmp_path):
     relevance = small_siglip(WORDS, head=ContextFusion(clip=4, scaled=False))
     with torch.no_grad():
         relevance.head.log_temperature.copy_(torch.tensor([-2.0, -3.0]))
@@ -122,7 +118,7 @@ def test_head_counts_in_inference_and_travels_with_the_checkpoint(small_siglip, 
 
 
 @pytest.mark.parametrize("naflex", [False, True])
-def test_a_checkpoint_without_a_head(small_siglip, frames, tmp_path, naflex):
+def test_a_checkpoint_without_a_head(frames, tmp_path, naflex):
     relevance = small_siglip(WORDS, naflex=naflex)
     relevance.save_pretrained(tmp_path)
     loaded = SiglipRelevance.from_pretrained(tmp_path)
@@ -140,7 +136,7 @@ def test_head_of_another_file(tmp_path):
         ContextFusion.load(tmp_path / "other.safetensors")
 
 
-def test_runs_kvtp(small_siglip):
+def test_runs_kvtp():
     """Eight frames of a video, whose tokens stand for two each: the higher score of a pair counts."""
     frames = np.random.default_rng(1).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     relevance = small_siglip(WORDS)
@@ -164,7 +160,7 @@ def test_an_odd_number_of_frames():
             BoundRelevance(torch.zeros(taken))(Context)
 
 
-def test_errors(small_siglip, frames):
+def test_errors(frames):
     relevance = small_siglip(WORDS)
     with pytest.raises(ValueError, match=r"frames must be \[T, H, W, 3\] uint8, got \[7, 40, 48, 3\] of float32"):
         relevance.encode(frames.astype(np.float32))

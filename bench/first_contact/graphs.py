@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measure import QWEN2_7B
-from ops import Shape, attention_inputs, video
-from timing import time_call
 from torch import Tensor
 
+from bench.kernels.measure import QWEN2_7B
+from bench.kernels.ops import Shape, attention_inputs, video
+from bench.kernels.timing import time_call
 from fftriton_kernels import (
     attention_column_sum,
     gather_rows,

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
-from measure import EQUAL_HEADS, QWEN2_7B, Bench, Case, cases, free_memory, identity
-from ops import OPS, Shape
-from results import write_csv
+
+from bench.kernels.measure import EQUAL_HEADS, QWEN2_7B, Bench, Case, cases, free_memory
+from bench.kernels.ops import OPS, Shape
+from bench.kernels.results import write_csv
+from bench.provenance import provenance
 
 from .findings import KERNELS
 from .worker import Run
@@ -30,7 +32,7 @@ def main(run: Run) -> None:
     if run.warm:
         return compile_all(run)
     dtype = torch.float32 if run.toy else torch.bfloat16
-    bench = Bench(run.device, SECONDS[run.device], identity(run.device, run.commit))
+    bench = Bench(run.device, SECONDS[run.device], provenance(run.device, run.commit))
     bench.measure_ceilings([dtype])
     op = None
     for case, names in run.cases(toy_plan() if run.toy else plan(), CASE_SECONDS):

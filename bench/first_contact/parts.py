@@ -12,9 +12,9 @@ from pathlib import Path
 
 from . import findings
 
-BENCH = Path(__file__).resolve().parents[1]
-ROOT = BENCH.parent
-FOLDERS = (ROOT, ROOT / "kernels", BENCH, BENCH / "kernels", ROOT / "tests")
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "bench"
+FOLDERS = (ROOT, ROOT / "kernels", ROOT / "tests" / "support")
 MINUTES = 7.0  # that the limits below are made for
 NAMES = ["versions", "checks", "tests", "sanitizer", "kernels", "prefill", "profiles", "graphs", "large"]
 KERNEL_TESTS = (
@@ -144,7 +144,7 @@ def toy_phases(out: Path) -> list[list[Part]]:
 
 def worker(module: str, out: Path, *options: str) -> tuple[str, ...]:
     """The command of a part that is a module of this package."""
-    return sys.executable, "-m", "first_contact.worker", module, "--out", str(out), *options
+    return sys.executable, "-m", "bench.first_contact.worker", module, "--out", str(out), *options
 
 
 def pytest(*options: str) -> tuple[str, ...]:

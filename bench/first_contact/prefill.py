@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import transformers
-from ops import Shape, video
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fftriton
+from bench.kernels.ops import Shape, video
 from fftriton.evaluate.flops import prefill_flops
 
 from .tracing import synchronize, trace

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from measure import QWEN2_7B
-from ops import Shape, merge_step_inputs, our_merge_step, our_prune_step, prune_step_inputs
+
+from bench.kernels.measure import QWEN2_7B
+from bench.kernels.ops import Shape, merge_step_inputs, our_merge_step, our_prune_step, prune_step_inputs
 
 from .kernels import TOY_SHAPE
 from .tracing import elapsed_ms, trace

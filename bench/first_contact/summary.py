@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import CEILINGS, Row, by_case, read_csv
+from bench.kernels.results import CEILINGS, Row, by_case, read_csv
 
 from . import findings
 

@@ -6,13 +6,11 @@ import os
 import platform
 import subprocess
 import time
-from importlib import metadata
 
 import torch
-from measure import checked_out
-from timing import device_name
 from triton_interpreter import trouble
 
+from bench.provenance import checked_out, device_name, version
 from fftriton_kernels import strided_cosine_similarity
 
 from .worker import Run
@@ -46,11 +44,3 @@ def main(run: Run) -> None:
     strided_cosine_similarity(x, 8)
     torch.cuda.synchronize()
     run.note("first launch", seconds=time.time() - start)
-
-
-def version(package: str) -> str | None:
-    """A package's version; None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,4 +1,4 @@
-"""One part in a process of its own: python -m first_contact.worker MODULE --out DIR ..."""
+"""One part in a process of its own: python -m bench.first_contact.worker MODULE --out DIR ..."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def main() -> None:
 
         if reason := trouble():
             return run.note("skipped", why=reason)
-    importlib.import_module(f"first_contact.{given.module}").main(run)
+    importlib.import_module(f"bench.first_contact.{given.module}").main(run)
     return None
 
 

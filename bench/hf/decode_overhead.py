@@ -1,6 +1,6 @@
 """What a reduction costs in decode: steps of a wrapped model against those of the plain one.
 
-    python bench/hf/decode_overhead.py
+    python -m bench.hf.decode_overhead
 
 Two copies of a random 28-layer Qwen2 share their weights; one of them is being reduced. Both hold the same number of
 cached rows, and take their steps in turn, in an order that changes, so that drift hits both alike. A third, plain copy
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -28,12 +27,10 @@ from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fftriton
+from bench.provenance import ROOT, provenance
 from fftriton.hf.compat import CACHE, cache_in, parameter
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-from measure import identity
-
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = ROOT / "bench" / "results"
 PATCHES, FRAMES, TEXT = 49, 8, 20
 WARM_UP = 10
 VOCABULARY = 1024
@@ -206,7 +203,7 @@ def main(
     """Time decode steps of a reduced model against those of the plain one."""
     torch.set_num_threads(threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    about = identity(device, commit) | {"transformers": transformers.__version__}
+    about = provenance(device, commit, also=("transformers",))
     rows = [measure(case, layers, hidden, steps, device, about) for case in CASES]
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
     write_csv(rows, out / f"decode-overhead-{device}.csv")

@@ -1,6 +1,6 @@
 """What the checks of a reduction cost: a prefill and a decode step with them, against the same without.
 
-    python bench/hf/invariants.py
+    python -m bench.hf.invariants
 
 One random Qwen2 is being reduced; its checks are switched off and on in turn, in an order that changes, so that drift
 hits both alike. The same without them, timed twice, says what is noise.
@@ -19,13 +19,13 @@ from typing import Annotated, Any
 from unittest import mock
 
 import torch
-import transformers
 import typer
-from decode_overhead import RESULTS, build, identity, in_turn, median_difference, prompt, stepper, write_csv
 from rich.console import Console
 from rich.table import Table
 
 import fftriton
+from bench.hf.decode_overhead import RESULTS, build, in_turn, median_difference, prompt, stepper, write_csv
+from bench.provenance import provenance
 from fftriton.hf import invariants, prefill, reduction
 
 PATCHES, TEXT = 49, 20
@@ -146,7 +146,7 @@ def main(
     """Time the checks of a reduction."""
     torch.set_num_threads(threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    about = identity(device, commit) | {"transformers": transformers.__version__}
+    about = provenance(device, commit, also=("transformers",))
     rows = [row for case in METHODS for row in measure(case, layers, hidden, frames, runs, device, about)]
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
     write_csv(rows, out / f"invariants-{device}.csv")

@@ -1,10 +1,6 @@
-"""The benches import each other by name; a saved run says what it ran on, but not on whose machine."""
+"""A saved run says what it ran on, but not on whose machine."""
 
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 MACHINE = ("machine", "processor", "python_version", "system", "cpu")
 PROCESSOR = ("arch", "bits", "count", "brand_raw")

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.provenance import ROOT
+
 MOST_WORKERS = 8
 
 

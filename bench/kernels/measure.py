@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import gc
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
 import torch
-import triton
-from gate import ROOT
-from ops import OPS, Inputs, Op, Provider, Shape
-from results import Row
-from timing import Milliseconds, copy_gbps, device_name, free_bytes, matmul_tflops, time_calls
 from torch import Tensor
+
+from bench.kernels.ops import OPS, Inputs, Op, Provider, Shape
+from bench.kernels.results import Row
+from bench.kernels.timing import Milliseconds, copy_gbps, free_bytes, matmul_tflops, time_calls
 
 QWEN2_05B, QWEN2_7B, QWEN2_72B = (896, 14, 2, 64), (3584, 28, 4, 128), (8192, 64, 8, 128)
 QWEN3_17B, EQUAL_HEADS = (2048, 16, 8, 128), (2048, 16, 16, 128)
@@ -54,7 +51,7 @@ class Bench:
     Args:
         device: "cuda" or "cpu".
         seconds: a measurement's time.
-        identity: the CSV's columns from device to date.
+        origin: the CSV's columns from device to date, see bench/provenance.py.
         rows: results so far.
         ceilings: by metric, or metric and dtype.
         notes: why a provider has no number where that is to be expected.
@@ -63,7 +60,7 @@ class Bench:
 
     device: str
     seconds: float
-    identity: dict[str, str]
+    origin: dict[str, str]
     rows: list[Row] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -138,7 +135,7 @@ class Bench:
         self.rows.append(
             Row(
                 op, provider, shape, dtype_name(dtype), metric,
-                times.p50, times.p20, times.p80, rate, share, **self.identity,
+                times.p50, times.p20, times.p80, rate, share, **self.origin,
                 host_ms=times.host, waits="yes" if times.waits else "",
             )
         )  # fmt: skip
@@ -198,23 +195,3 @@ def free_memory() -> None:
     """Give back what earlier cases took."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def identity(device: str, commit: str | None) -> dict[str, str]:
-    """What was measured on, with and from."""
-    return {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or checked_out(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def checked_out() -> str:
-    """The commit, with -dirty after it where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

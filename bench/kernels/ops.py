@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import baselines
-import peers
 import torch
 from torch import Tensor
 
+from bench.kernels import baselines, peers
 from fftriton_kernels import (
     attention_column_sum,
     connected_components,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-from results import CEILINGS, Row
+
+from bench.kernels.results import CEILINGS, Row
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

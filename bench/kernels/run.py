@@ -1,6 +1,6 @@
 """Time every op against PyTorch, torch.compile and other libraries.
 
-    PYTHONPATH=kernels python bench/kernels/run.py
+    PYTHONPATH=kernels python -m bench.kernels.run
 
 An op is timed when its tests pass and its result is the baseline's; otherwise it gets no number.
 """
@@ -15,14 +15,16 @@ from typing import Annotated
 
 import torch
 import typer
-from gate import ROOT, passing
-from measure import Bench, Case, cases, free_memory, identity
-from ops import OPS
-from picture import draw
-from results import Row, results_path, write_csv
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from bench.kernels.gate import passing
+from bench.kernels.measure import Bench, Case, cases, free_memory
+from bench.kernels.ops import OPS
+from bench.kernels.picture import draw
+from bench.kernels.results import Row, results_path, write_csv
+from bench.provenance import ROOT, provenance
 
 KERNEL_TESTS = ROOT / "tests" / "kernels"
 LOG_WIDTH = 150  # where the table goes to a file
@@ -94,10 +96,10 @@ def main(
     if gate:
         console.print("Running the tests of the ops ...")
         every, failures = green_cases(every, device)
-    bench = Bench(device, seconds or SECONDS[device], identity(device, commit), failures=failures)
+    bench = Bench(device, seconds or SECONDS[device], provenance(device, commit), failures=failures)
     if every:
         measure_all(bench, every, console)
-        path = results_path(out, bench.identity["device"])
+        path = results_path(out, bench.origin["device"])
         write_csv(bench.rows, path)
         draw(bench.rows, path.with_suffix(".png"))
         console.print(table(bench.rows))

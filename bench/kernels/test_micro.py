@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from ops import OPS, Shape
+
+from bench.kernels.ops import OPS, Shape
 
 SHAPE = Shape(4, 896, 14, 2, 64)
 SHORT = Shape(1, 896, 14, 2, 64)  # for what grows with the square of the tokens

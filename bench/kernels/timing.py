@@ -1,16 +1,13 @@
-"""How long a call takes, what the device can do at best, and what the device is."""
+"""How long a call takes, and what the device can do at best."""
 
 from __future__ import annotations
 
 import os
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,6 @@ HOST_RUNS = 3
 SHORTEST_HOLD, LONGEST_HOLD = 2**20, 2**26  # cycles: about 0.5 ms and 35 ms
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
-CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -152,15 +148,6 @@ def matmul_tflops(device: str, dtype: torch.dtype, seconds: float) -> tuple[Mill
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     times = time_call(lambda: left @ right, device, seconds)
     return times, 2 * size**3 / times.p50 / 1e9
-
-
-def device_name(device: str) -> str:
-    """The GPU's name; the processor's, and how many threads compute."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else None
-    threads = torch.get_num_threads()
-    return f"{model[1].strip() if model else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def free_bytes(device: str) -> int:

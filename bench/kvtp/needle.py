@@ -4,8 +4,8 @@ A SigLIP with random weights does not learn to read handwriting from a few hundr
 first, as SigLIP checkpoints are before KVTP sees them: single frames against all questions that the task knows, by
 SigLIP's own sigmoid loss. The triples then come from videos of the task; handwriting is never one that is held out.
 
-    python bench/kvtp/needle.py needle
-    python bench/kvtp/train.py needle/train.jsonl --eval-data needle/held-out.jsonl --checkpoint needle/siglip \\
+    python -m bench.kvtp.needle needle
+    python -m bench.kvtp.train needle/train.jsonl --eval-data needle/held-out.jsonl --checkpoint needle/siglip \\
         --out needle/predictor --learning-rate 1e-5 --clip 2
 """
 
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import track
-from small import small_siglip
 from torch import Tensor, nn
-from train import progress_bar
-from triples import Triple, write_triples
 
+from bench.kvtp.small import small_siglip
+from bench.kvtp.train import progress_bar
+from bench.kvtp.triples import Triple, write_triples
 from fftriton.needle import generate_sample
 from fftriton.needle.needles import Appearance, Needle, add_needle
 from fftriton.needle.scenes import GRID, SIDE, add_flashes, textured_scenes

@@ -3,8 +3,8 @@
 Every clip shows a square of one colour on noise, in half of its frames; the question asks for a colour. The colours of
 the other clips are distractors, so that a predictor has to read the question.
 
-    python bench/kvtp/planted.py planted
-    python bench/kvtp/train.py planted/train.jsonl --eval-data planted/held-out.jsonl --checkpoint planted/siglip \\
+    python -m bench.kvtp.planted planted
+    python -m bench.kvtp.train planted/train.jsonl --eval-data planted/held-out.jsonl --checkpoint planted/siglip \\
         --out planted/predictor --learning-rate 1e-3 --epochs 2
 """
 
@@ -17,8 +17,9 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import track
-from small import small_siglip
-from triples import Triple, write_triples
+
+from bench.kvtp.small import small_siglip
+from bench.kvtp.triples import Triple, write_triples
 
 COLOURS = {
     "red": (230, 25, 25), "green": (25, 200, 25), "blue": (40, 50, 240), "yellow": (230, 220, 25),

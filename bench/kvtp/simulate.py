@@ -11,7 +11,7 @@ fraction of the needle (context) tokens that are kept.
 
 With a gap of 0 relevance knows nothing of the key frames: the control.
 
-Run: python bench/kvtp/simulate.py [--trials 200] [--gaps 4,0]
+Run: python -m bench.kvtp.simulate [--trials 200] [--gaps 4,0]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trains the relevance predictor of KVTP: a SigLIP, all of it, and its context fusion head.
 
-    python bench/kvtp/train.py triples.jsonl --checkpoint google/siglip-so400m-patch14-384 --out predictor
+    python -m bench.kvtp.train triples.jsonl --checkpoint google/siglip-so400m-patch14-384 --out predictor
 
 The loss is the paper's. A clip's logit z_c is the mean of its frames' logits, weighted by their softmax; with y_c its
 relevance less the mean over the video's clips, the loss of a video is - sum over c of log sigmoid(z_c y_c). Adam, a
@@ -29,8 +29,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from triples import Triple, read_triples
 
+from bench.kvtp.triples import Triple, read_triples
 from fftriton.relevance import ContextFusion, SiglipRelevance, load_relevance
 
 STATE = "trainer.pt"

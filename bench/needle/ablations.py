@@ -1,6 +1,6 @@
 """The ablations of the FrameFusion paper (arXiv:2501.01986) on the needle task, with the shipped model.
 
-    python bench/needle/ablations.py --out bench/results/needle-ablations.csv
+    python -m bench.needle.ablations --out bench/results/needle-ablations.csv
 
 | table | what differs |
 |---|---|

@@ -7,11 +7,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from make_assets import PIXELS, make_tokenizer
-from model import PATCHES
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bench.needle.make_assets import PIXELS, make_tokenizer
+from bench.needle.model import PATCHES
 from fftriton.needle.digits import PATCH
 from fftriton.needle.needles import Appearance, Needle, add_needle, draw_needles
 from fftriton.needle.samples import Recipe, ask, draw_video, finish

@@ -1,6 +1,6 @@
 """Write what ships in fftriton/assets beside the model's weights: processor files and the two clips.
 
-    python bench/needle/make_assets.py --bunny BigBuckBunny.mp4 [--out fftriton/assets]
+    python -m bench.needle.make_assets --bunny BigBuckBunny.mp4 [--out fftriton/assets]
 
 The weights come from the training of the needle model. Everything here is deterministic: same seed, same bytes (given
 the same PyAV). The second clip is cut from Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from make_assets import write_processor
 from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
+from bench.needle.make_assets import write_processor
 from fftriton.needle.digits import PATCH
 from fftriton.needle.scenes import GRID
 from fftriton.needle.vocabulary import BOS, EOS, IDS, IMAGE, PAD, VIDEO, VISION_END, VISION_START

@@ -1,6 +1,6 @@
 """Show the splits of the needle task: a picture of each, and two figures that tell them apart.
 
-    python bench/needle/show.py [--out bench/results]
+    python -m bench.needle.show [--out bench/results]
 
 Writes OUT/needle-splits.jpg, one video a row, and OUT/needle-splits.csv: how much a needle resembles, in its first
 frame, the patch that it covers, and how many patches resemble the same patch one frame earlier. Both are cosines of

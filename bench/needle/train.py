@@ -1,6 +1,6 @@
 """Train the needle model from scratch, and measure it on videos and handwritings that training never saw.
 
-    python bench/needle/train.py --out needle-run [--device cuda]
+    python -m bench.needle.train --out needle-run [--device cuda]
 
 A run that was stopped goes on where its last checkpoint stands, and ends with the same weights. The model, with its
 processor files, lands in OUT/model, the course of training in OUT/training.csv, its accuracy in OUT/accuracy.csv.
@@ -24,14 +24,14 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from batches import NO_DIGIT, PATCHES, AlignmentBatches, Frames, Length, QuestionBatches, Questions
-from model import batch_frames, make_model, save_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2VLForConditionalGeneration
 
+from bench.needle.batches import NO_DIGIT, PATCHES, AlignmentBatches, Frames, Length, QuestionBatches, Questions
+from bench.needle.model import batch_frames, make_model, save_model
 from fftriton.needle import KINDS, SPLITS, Sample, generate_sample
 from fftriton.needle.needles import blended, covered, faded_in, moved
 from fftriton.needle.samples import RECIPES, Recipe

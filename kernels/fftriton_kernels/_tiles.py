@@ -25,36 +25,46 @@ import triton.testing
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-_FORMAT = 1  # of the cache file
+_FORMAT = 2  # of the cache file
 _ANY = 1 << 62  # a width that covers every other
 
 
 class Tile(NamedTuple):
-    """How a kernel is launched."""
+    """How a kernel is launched. A block size that the op does not have is 0.
 
-    blocks: tuple[int, ...]  # attention: keys or rows held still, those streamed past; cosine: none; mean: BLOCK_D
+    Attributes:
+        num_warps: of a program.
+        num_stages: of its software pipeline.
+        still: attention: the rows that a program holds, of queries when it sums rows and of keys when it sums columns.
+        streamed: attention: the rows of the other side that it loads at a time.
+        width: mean: the elements of a row that a program takes.
+    """
+
     num_warps: int
     num_stages: int
+    still: int = 0
+    streamed: int = 0
+    width: int = 0
 
 
-_FP32 = (4, 256, Tile((32, 32), 16, 2))  # no tensor cores; more than one row a thread and the still side spills
+_FP32 = (4, 256, Tile(16, 2, still=32, streamed=32))  # no tensor cores; more than one row per thread spills
 _DEFAULT: dict[str, tuple[tuple[int, int, Tile], ...]] = {  # (element size, width up to which, tile): the first counts
-    "attention": ((2, 128, Tile((128, 64), 4, 2)), (2, 256, Tile((64, 64), 8, 2)), _FP32),
+    "attention": ((2, 128, Tile(4, 2, still=128, streamed=64)), (2, 256, Tile(8, 2, still=64, streamed=64)), _FP32),
     "cosine": (
-        (2, 4096, Tile((), 4, 3)),
-        (2, _ANY, Tile((), 8, 3)),
-        (4, 4096, Tile((), 4, 3)),
-        (4, _ANY, Tile((), 8, 3)),
+        (2, 4096, Tile(4, 3)),
+        (2, _ANY, Tile(8, 3)),
+        (4, 4096, Tile(4, 3)),
+        (4, _ANY, Tile(8, 3)),
     ),
-    "mean": ((2, _ANY, Tile((1024,), 4, 3)), (4, _ANY, Tile((1024,), 4, 3))),
+    "mean": ((2, _ANY, Tile(4, 3, width=1024)), (4, _ANY, Tile(4, 3, width=1024))),
 }
 _ATTENTION = {  # where the default spills registers
-    "sm100": ((2, 128, Tile((128, 64), 8, 2)), (2, 256, Tile((64, 64), 8, 2)), _FP32),
-    "sm120": ((2, 64, Tile((128, 64), 4, 3)), *_DEFAULT["attention"]),
+    "sm100": ((2, 128, Tile(8, 2, still=128, streamed=64)), (2, 256, Tile(8, 2, still=64, streamed=64)), _FP32),
+    "sm120": ((2, 64, Tile(4, 3, still=128, streamed=64)), *_DEFAULT["attention"]),
     "gfx942": (
-        (2, 128, Tile((128, 64), 8, 2)),
-        (2, 256, Tile((64, 64), 8, 2)),
-        (4, 256, Tile((32, 32), 8, 2)),
+        (2, 128, Tile(8, 2, still=128, streamed=64)),
+        (2, 256, Tile(8, 2, still=64, streamed=64)),
+        (4, 256, Tile(8, 2, still=32, streamed=32)),
     ),
 }
 TABLE = {"default": _DEFAULT} | {family: _DEFAULT | {"attention": rows} for family, rows in _ATTENTION.items()}
@@ -89,11 +99,14 @@ def lookup(op: str, x: Tensor, width: int) -> Tile:
 def candidates(op: str, size: int) -> tuple[Tile, ...]:
     """The tiles that `tune` tries, and the only ones that a cache file may hold."""
     if op == "attention" and size == 4:
-        return tuple(Tile((32, 32), warps, 2) for warps in (8, 16))
+        return tuple(Tile(warps, 2, still=32, streamed=32) for warps in (8, 16))
     if op == "attention":
-        return tuple(Tile(*tile) for tile in product(product((64, 128), (32, 64)), (4, 8), (2, 3)))
-    blocks: dict[str, tuple[tuple[int, ...], ...]] = {"cosine": ((),), "mean": ((512,), (1024,), (2048,))}
-    return tuple(Tile(block, warps, 3) for block in blocks[op] for warps in (2, 4, 8))
+        return tuple(
+            Tile(warps, stages, still, streamed)
+            for still, streamed, warps, stages in product((64, 128), (32, 64), (4, 8), (2, 3))
+        )
+    widths = {"cosine": (0,), "mean": (512, 1024, 2048)}
+    return tuple(Tile(warps, 3, width=width) for width in widths[op] for warps in (2, 4, 8))
 
 
 def tune(op: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Tile]:
@@ -190,8 +203,8 @@ def _tuned() -> dict[str, Tile]:
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}")
         tiles = {}
-        for key, (blocks, warps, stages) in content["tiles"].items():
-            tile = Tile(tuple(blocks), warps, stages)
+        for key, entry in content["tiles"].items():
+            tile = Tile(**entry)
             op, size = key.split("|")[2:4]
             if tile not in candidates(op, int(size)):
                 raise ValueError(f"{tile} of {key}")
@@ -207,7 +220,8 @@ def _tuned() -> dict[str, Tile]:
 def _save(tiles: dict[str, Tile]) -> None:
     """Add to the cache file; a process that reads it meanwhile sees all of it, old or new."""
     path = cache_file()
-    content = {"format": _FORMAT, "tiles": _tuned() | tiles}
+    entries = {key: tile._asdict() for key, tile in (_tuned() | tiles).items()}
+    content = {"format": _FORMAT, "tiles": entries}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
         json.dump(content, file, indent=1)

@@ -534,7 +534,7 @@ def _column_sum(
     queries = packed.queries if packed else q.shape[2]
     if len(q) * queries * (end - begin) == 0:
         return q.new_zeros(1 if packed else len(q), k.shape[2] if packed else end - begin, dtype=torch.float32)
-    one_tile = queries * (q.shape[1] // k.shape[1]) <= lookup("attention", q, q.shape[3]).blocks[1]
+    one_tile = queries * (q.shape[1] // k.shape[1]) <= lookup("attention", q, q.shape[3]).streamed
     with torch.cuda.device_of(q):
         if lse is not None:
             total = _streamed_sum(q, k, lse, None, scale, causal, begin, end, packed)
@@ -559,9 +559,8 @@ def _row_norms(q: Tensor, k: Tensor, scale: float, causal: bool, packed: _Packed
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
     tile = lookup("attention", q, width)
-    block_m, block_n = tile.blocks
     pairs = queries * (heads // kv_heads)
-    block_m = min(block_m, block(pairs))
+    block_m, block_n = min(tile.still, block(pairs)), tile.streamed  # pairs stay, keys stream past
     tiles = triton.cdiv(pairs, block_m)
     shares = _shares(tiles * kv_heads * batch, triton.cdiv(keys, _LEAST_KEYS))
     span = triton.cdiv(triton.cdiv(keys, shares), block_n) * block_n
@@ -606,9 +605,8 @@ def _streamed_sum(
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
     tile = lookup("attention", q, width)
-    block_n, block_m = tile.blocks
     pairs = queries * (heads // kv_heads)
-    block_m = min(block_m, block(pairs))
+    block_m, block_n = min(tile.streamed, block(pairs)), tile.still  # keys stay, pairs stream past
     key_blocks = triton.cdiv(end - begin, block_n)
     shares = _shares(key_blocks * kv_heads * batch, triton.cdiv(pairs, block_m * _LEAST_TILES))
     partial = _new_sums(q, k, packed, kv_heads * shares, columns=end - begin)
@@ -654,7 +652,7 @@ def _kept_score_sum(
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
     tile = lookup("attention", q, width)
-    block_n = tile.blocks[0]
+    block_n = tile.still
     key_blocks = triton.cdiv(keys, block_n)
     columns = k.shape[2] if packed else end - begin
     score = q.new_empty(1 if packed else batch, heads, queries, columns, dtype=torch.float32)

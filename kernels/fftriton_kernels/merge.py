@@ -279,7 +279,7 @@ def _group_mean(x: Tensor, kept: Tensor, row: Tensor, starts: Tensor, sizes: Ten
     out = x.new_empty(batch, rows, width)
     if out.numel():
         tile = lookup("mean", x, width)
-        block_d = min(block(width), tile.blocks[0])
+        block_d = min(block(width), tile.width)
         with torch.cuda.device_of(x):
             _mean_kernel[(rows, triton.cdiv(width, block_d), batch)](
                 x, out, kept, starts, sizes, members, *x.stride(), length, rows,

@@ -17,7 +17,7 @@ import pytest
 import triton
 from filelock import FileLock
 
-AOT = Path(__file__).with_name("aot.py")
+AOT = Path(__file__).parents[1] / "support" / "aot.py"
 TARGETS = {  # KiB of shared memory that a block can have
     "cuda:80": 163, "hip:gfx942": 64, "cuda:86": 99, "cuda:89": 99, "cuda:90": 227, "cuda:100": 227, "cuda:120": 99,
 }  # fmt: skip

@@ -43,8 +43,8 @@ def test_table_has_a_tile_for_everything(op, widths, size, family, monkeypatch):
 
 def test_table_rows():
     x = torch.empty(0, dtype=torch.bfloat16)
-    assert _tiles.lookup("attention", x, 128) == Tile((128, 64), 4, 2)
-    assert _tiles.lookup("attention", x, 129) == Tile((64, 64), 8, 2)
+    assert _tiles.lookup("attention", x, 128) == Tile(4, 2, still=128, streamed=64)
+    assert _tiles.lookup("attention", x, 129) == Tile(8, 2, still=64, streamed=64)
     assert _tiles.lookup("cosine", x, 4096).num_warps == 4
     assert _tiles.lookup("cosine", x, 4097).num_warps == 8
 
@@ -57,18 +57,19 @@ def test_every_candidate_gives_the_same(num_queries, dtype, inputs):
     with _tiles.trial({}) as asked:
         attention_column_sum(q, k, num_queries=num_queries)
     ((key, tiles),) = asked.asked.items()
-    for blocks in {tile.blocks for tile in tiles}:
-        with _tiles.trial({key: Tile(blocks, 4, 2)}):
+    for still, streamed in {(tile.still, tile.streamed) for tile in tiles}:
+        with _tiles.trial({key: Tile(4, 2, still, streamed)}):
             out = attention_column_sum(q, k, num_queries=num_queries)
         torch.testing.assert_close(out, expected, rtol=3e-6, atol=1e-7)
 
 
 def test_tuned_tiles_are_found_again(inputs, cache_file, monkeypatch, device):
-    best = Tile((64, 32), 8, 3)
+    best = Tile(8, 3, still=64, streamed=32)
     monkeypatch.setattr(_tiles, "_milliseconds", lambda run: 1.0 if best in forced().values() else 2.0)
     chosen = fftriton_kernels.tune(attention_column_sum, *inputs, num_queries=1)
     assert list(chosen.values()) == [best]
-    assert json.loads(cache_file.read_text())["tiles"] == {key: [[64, 32], 8, 3] for key in chosen}
+    entry = {"num_warps": 8, "num_stages": 3, "still": 64, "streamed": 32, "width": 0}
+    assert json.loads(cache_file.read_text())["tiles"] == dict.fromkeys(chosen, entry)
     assert _tiles.lookup("attention", inputs[0], 16) == best
     assert _tiles.lookup("attention", inputs[0], 17) != best  # the next power of two
     x, links = torch.ones(1, 4, 33, device=device), torch.tensor([[0, 0, 2, 2]], device=device)
@@ -88,7 +89,7 @@ def test_an_op_without_tiles_has_none(cache_file):
 
 
 def test_tiles_that_do_not_fit_are_passed_over(inputs, cache_file, monkeypatch):
-    fitting = Tile((64, 64), 4, 2)
+    fitting = Tile(4, 2, still=64, streamed=64)
 
     def time(run):
         if fitting in forced().values():
@@ -109,16 +110,20 @@ def test_environment_names_the_file(tmp_path, monkeypatch, cache_file):
 
 
 KEY = "Some GPU|triton 3|attention|2|64"
+ENTRY = Tile(4, 2, still=128, streamed=64)._asdict()
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        "{", "[]", "{}", '{"format": 0, "tiles": {}}', '{"format": 1, "tiles": []}', "\udcff",
-        json.dumps({"format": 1, "tiles": {KEY: [[128, 64], 4]}}),
-        json.dumps({"format": 1, "tiles": {KEY: [[127, 64], 4, 2]}}),
-        json.dumps({"format": 1, "tiles": {"key": [[128, 64], 4, 2]}}),
-        json.dumps({"format": 1, "tiles": {"a|b|nothing|2|64": [[128, 64], 4, 2]}}),
+        "{", "[]", "{}", '{"format": 0, "tiles": {}}', '{"format": 2, "tiles": []}', "\udcff",
+        json.dumps({"format": 1, "tiles": {KEY: [[128, 64], 4, 2]}}),  # of a release before
+        json.dumps({"format": 2, "tiles": {KEY: [[128, 64], 4, 2]}}),
+        json.dumps({"format": 2, "tiles": {KEY: {"still": 128, "streamed": 64, "num_warps": 4}}}),
+        json.dumps({"format": 2, "tiles": {KEY: ENTRY | {"still": 127}}}),
+        json.dumps({"format": 2, "tiles": {KEY: ENTRY | {"blocks": 1}}}),
+        json.dumps({"format": 2, "tiles": {"key": ENTRY}}),
+        json.dumps({"format": 2, "tiles": {"a|b|nothing|2|64": ENTRY}}),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_ignored_with_one_warning(content, cache_file):
@@ -126,7 +131,7 @@ def test_a_broken_file_is_ignored_with_one_warning(content, cache_file):
     cache_file.write_bytes(content.encode("utf8", "surrogateescape"))
     x = torch.empty(0, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match=r"tiles\.json holds no tiles of this version, ignored"):
-        assert _tiles.lookup("attention", x, 64) == Tile((128, 64), 4, 2)
+        assert _tiles.lookup("attention", x, 64) == Tile(4, 2, still=128, streamed=64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _tiles.lookup("attention", x, 64)

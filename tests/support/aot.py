@@ -1,6 +1,6 @@
 """Compiles every kernel of the library ahead of time, without a GPU, exactly as its launcher would.
 
-    PYTHONPATH=kernels python tests/kernels/aot.py cuda:80 cuda:90 hip:gfx942
+    PYTHONPATH=kernels python tests/support/aot.py cuda:80 cuda:90 hip:gfx942
 
 Runs each op on CPU tensors with the launches intercepted: the arguments, constants and options of a launch make up its
 signature, and `triton.compile` takes that for each target. Prints the names of all kernels, then one line for each

@@ -6,10 +6,10 @@ without this parameter names the families: `@pytest.mark.feature("beams", "qwen2
 
 import sys
 from collections import defaultdict
-from pathlib import Path
 from xml.etree import ElementTree
 
-README = Path(__file__).parents[1] / "README.md"
+from bench.generated import README, updated
+
 PAGE = README.parent / "docs" / "models.md"
 BEGIN, END = "<!-- made by make features -->", "<!-- end -->"
 TITLES = {
@@ -83,12 +83,6 @@ def between(text):
     return text.split(BEGIN)[1].split(END)[0]
 
 
-def updated(text, new, begin=BEGIN, end=END):
-    """The text with `new` between the markers."""
-    before, _, rest = text.partition(begin)
-    return f"{before}{begin}\n\n{new}\n\n{end}{rest.partition(end)[2]}"
-
-
 def main(report):
     import torch
     import transformers
@@ -97,7 +91,7 @@ def main(report):
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     legend = f"yes: every test passes ({versions}); -: transformers itself does not do it; blank: not tested."
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(updated(text, f"{table(found)}\n\n{legend}"), encoding="utf-8")
+    PAGE.write_text(updated(text, f"{table(found)}\n\n{legend}", BEGIN, END), encoding="utf-8")
 
 
 if __name__ == "__main__":
