@@ -106,7 +106,9 @@ def evaluate(
     ] = None,
     frames: Annotated[str, typer.Option(help="Frames per video, separated by commas (default: split's).")] = "",
     model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Method to test the others against (default: first).")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Method to test the others against (default: the first that is not keep-all).")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for records, results and pictures.")] = Path("fftriton-eval"),
     device: Annotated[str | None, typer.Option(help="Torch device (default: the GPU if there is one).")] = None,
     trust_remote_code: Annotated[
