@@ -153,8 +153,8 @@ def test_depths():
         ({"methods": ()}, "methods must be one or more, each once"),
         ({"budgets": (0.3, 0.3)}, "budgets must be one or more, each once"),
         ({"budgets": (0.3, 1.5)}, r"budgets must be in \(0, 1\], got 1.5"),
-        ({"methods": ("slowv",)}, "methods must be one of 'keep-all', .* got 'slowv'"),
-        ({"methods": ("fastv:layer",)}, "must be NAME or NAME:PARAMETER=VALUE, got 'fastv:layer'"),
+        ({"methods": ("slowv",)}, "method must be one of 'keep-all', .* got 'slowv'"),
+        ({"methods": ("fastv:layer",)}, "must be NAME or NAME:PARAMETER=VALUE, .* got 'fastv:layer'"),
         ({"methods": ("fastv:layer=0",)}, "FastV: layer must be at least 1, got 0"),
         ({"num_frames": (18,)}, "frames must be multiples of 4, got 18"),
         ({"reference": "fastv"}, "reference must be one of 'keep-all', 'framefusion', got 'fastv'"),
@@ -325,7 +325,7 @@ def test_table_files_and_pictures(evaluated):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "slowv"], "methods must be one of"),
+        (["--methods", "slowv"], "method must be one of"),
         (["--budgets", "0.3,a"], "budget must be a number in (0, 1], got 'a'"),
         (["--frames", "16,x"], "frames must be numbers separated by commas, got 'x'"),
         (["--model", str(NEEDLE.path.parent)], "model must be the folder or the hub name of"),
@@ -375,6 +375,7 @@ def test_ablations_are_written_line_by_line(tmp_path):
     assert result.exit_code == 0, result.output
     with out.open() as file:
         lines = list(csv.DictReader(file))
-    names = ("framefusion", "merge-only", "prune-only", "prune-merge")
+    stages = ("merge", "prune", "prune,merge")
+    names = ("framefusion", *(f"framefusion:stages=({part})" for part in stages))
     assert [line["method"] for line in lines] == [f"{name}:similarity_threshold=0.9" for name in names]
     assert {(line["table"], line["split"], line["samples"]) for line in lines} == {("3", "easy", "1")}

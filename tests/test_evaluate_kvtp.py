@@ -36,17 +36,18 @@ def test_settings(predictor):
     assert not setting.is_control
     assert Setting(f"kvtp:relevance='{predictor}':question='unrelated'", 0.2).is_control
     chain = Setting("kvtp:pruner='random'+framefusion:similarity_threshold=0.9", 0.16).method()
-    assert (chain.first.budget, chain.first.pruner, chain.budget) == (0.4, "random", 0.16)
-    assert chain.second.similarity_threshold == 0.9
-    assert Setting("uniformframes:budget=0.5+fastv:layer=1", 0.3).method().first.budget == 0.5
+    first, second = chain.methods
+    assert (first.budget, first.pruner, chain.budget) == (0.4, "random", 0.16)
+    assert second.similarity_threshold == 0.9
+    assert Setting("uniformframes:budget=0.5+fastv:layer=1", 0.3).method().methods[0].budget == 0.5
 
 
 def test_a_chain_whose_first_budget_only_some_totals_fit():
     name = "temporalmerge:budget=0.4+fastv:layer=1"
     few, many = Plan(methods=(name,), budgets=(0.3, 0.5)).settings
     assert few.problem(8) is None
-    assert "must not be above that of first, 0.4; got 0.5" in many.problem(8)
-    with pytest.raises(ValueError, match="must not be above that of first"):
+    assert "FastV must not be above that of TemporalMerge, 0.4; got 0.5" in many.problem(8)
+    with pytest.raises(ValueError, match="FastV must not be above that of TemporalMerge, 0.4; got 0.5"):
         Plan(methods=(name,), budgets=(0.5,))
 
 
@@ -55,8 +56,8 @@ def test_a_chain_whose_first_budget_only_some_totals_fit():
     [
         ("kvtp:relevance='/nowhere'", "relevance must be the checkpoint of a SigLIP, got '/nowhere'"),
         ("kvtp:question='mine'", "question must be one of 'unrelated', got 'mine'"),
-        ("framefusion+kvtp", "'framefusion' cannot come first in 'framefusion[+]kvtp'"),
-        ("kvtp:budget=0.1+framefusion", "not be above that of first, 0.1; got 0.2"),
+        ("framefusion+kvtp", "'framefusion' cannot come before 'kvtp', because it works inside the layers"),
+        ("kvtp:budget=0.1+framefusion", "FrameFusion must not be above that of KVTP, 0.1; got 0.2"),
     ],
 )
 def test_settings_that_cannot_be(name, message):

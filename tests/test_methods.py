@@ -7,7 +7,7 @@ import torch
 
 import fftriton
 from fftriton.layouts.layout import VideoLayout, patch_ids, previous_of_patch
-from fftriton.methods.base import Prompt, VideoTokens
+from fftriton.methods.base import Prompt, VideoTokens, list_steps
 
 METHODS = [
     fftriton.FrameFusion,
@@ -80,8 +80,8 @@ def kept_before_the_first_layer(method, layouts, length):
     patch = patch_ids(layouts, 1, length, torch.device("cpu"))
     position = torch.arange(length)[None]
     tokens = VideoTokens(torch.zeros(1, length, 2), position, patch, int((patch >= 0).sum()))
-    after = method.begin(Prompt(6, length, layouts)).before_attention(0, tokens)
-    return position[0].tolist() if after is None else after.position[0].tolist()
+    steps = list_steps(method.begin(Prompt(6, length, layouts)).before_attention(0, tokens))
+    return [tokens, *steps][-1].position[0].tolist()
 
 
 def test_uniform_frames_by_hand():
@@ -100,11 +100,12 @@ def test_temporal_merge_by_hand():
     layouts = [VideoLayout(position.view(3, 2))]
     kept = {6: [0, 1, 2, 3, 4, 5], 5: [0, 1, 2, 3, 5], 4: [0, 1, 2, 3], 3: [0, 1, 3], 2: [0, 1], 1: [0, 1]}
     for count, expected in kept.items():
-        calls = fftriton.TemporalMerge(count / 6).begin(Prompt(4, 6, layouts))
-        after = calls.before_attention(0, tokens)
-        assert (tokens if after is None else after).position[0].tolist() == expected
-        assert after is None or calls.least_budget == 2 / 6
-        assert calls.before_attention(1, tokens) is None
+        state = fftriton.TemporalMerge(count / 6).begin(Prompt(4, 6, layouts))
+        steps = list_steps(state.before_attention(0, tokens))
+        assert [tokens, *steps][-1].position[0].tolist() == expected
+        assert len(steps) == (count < 6)
+        assert not steps or state.least_budget == 2 / 6
+        assert state.before_attention(1, tokens) == []
     merged = fftriton.TemporalMerge(3 / 6).begin(Prompt(4, 6, layouts)).before_attention(0, tokens)
     torch.testing.assert_close(merged.hidden[0, 0], hidden[0, [0, 2, 4]].mean(0))
 
@@ -124,19 +125,6 @@ def test_random_tokens_are_drawn_evenly_and_again_from_the_same_seed():
     assert counts[0] == counts[41] == 400  # text
     chi_square = ((counts[1:41] - 100) ** 2 / 75).sum() * 39 / 40  # each kept with probability 1/4, 10 a draw
     assert 15 < chi_square < 80  # 39 degrees of freedom: 2e-4 of all seeds lie outside
-
-
-@pytest.mark.parametrize("name", fftriton.methods.NAMES)
-def test_methods_by_name(name):
-    method = fftriton.methods.make_method(name, 0.5)
-    assert method.budget == (1.0 if name == "keep-all" else 0.5)
-    with pytest.raises(ValueError, match=r"budget must be in \(0, 1\], got 2"):
-        fftriton.methods.make_method(name, 2)
-
-
-def test_names_that_no_method_has():
-    with pytest.raises(ValueError, match="method must be one of 'keep-all', 'framefusion', .*, got 'slowv'"):
-        fftriton.methods.make_method("slowv", 0.5)
 
 
 def test_methods_are_values():

@@ -10,7 +10,7 @@ import fftriton
 from fftriton import PruMerge, RandomPruner, ToMe, TopKPruner, VideoLayout
 from fftriton.layouts.layout import patch_ids
 from fftriton.methods.base import VideoTokens
-from fftriton.methods.pruners import Frames, distinctness, feature_norm
+from fftriton.methods.pruners import FrameRows, distinctness, feature_norm
 
 PRUNERS = [RandomPruner(), TopKPruner(), TopKPruner("norm"), PruMerge(neighbours=3), ToMe()]
 
@@ -39,7 +39,7 @@ def counts_for(frames, seed=0):
 
 
 def run(pruner, tokens, layouts, seed=0):
-    frames = Frames.of(layouts, tokens)
+    frames = FrameRows.of(layouts, tokens)
     counts = counts_for(frames, seed)
     return pruner(tokens, frames, counts, int(counts.sum())), frames, counts
 
@@ -83,7 +83,7 @@ def test_topk_keeps_the_most_important(seed):
     tokens, layouts = ragged(seed)
     for importance, scores in (
         ("norm", tokens.hidden[0].norm(dim=-1)),
-        ("distinctness", distinctness_by_hand(tokens.hidden, Frames.of(layouts, tokens))),
+        ("distinctness", distinctness_by_hand(tokens.hidden, FrameRows.of(layouts, tokens))),
         (lambda x, present: x[..., 0], tokens.hidden[0, :, 0]),
     ):
         left, frames, counts = run(TopKPruner(importance), tokens, layouts, seed)

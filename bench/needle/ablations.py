@@ -37,7 +37,7 @@ FRAMES = (8, 16, 32, 64)
 
 VARIANTS = {
     "2": [ORIGINAL, *(f"{ORIGINAL}:start_layer={layer}" for layer in (1, 2, 3))],
-    "3": [ORIGINAL, "merge-only", "prune-only", "prune-merge"],
+    "3": [ORIGINAL, *(f"{ORIGINAL}:stages=({stages})" for stages in ("merge", "prune", "prune,merge"))],
     "4": [ORIGINAL, f"{ORIGINAL}:cascaded=False"],
     "importance": [ORIGINAL, f"{ORIGINAL}:importance_queries=4", f"{ORIGINAL}:importance_queries=1"],
 }

@@ -5,7 +5,8 @@
 set -euo pipefail
 base=$1 checkpoint=$2 out=$3 more=${4:+,$4}
 tasks=${TASKS:-videomme,nextqa_mc_test,nextqa_oe_test,egoschema_subset,mlvu_dev}
-methods=${METHODS:-framefusion fastv streamingllm uniformframes randomtokens merge-only prune-only prune-merge}
+halves="framefusion:stages=(merge) framefusion:stages=(prune) framefusion:stages=(prune;merge)"  # commas split model_args
+methods=${METHODS:-framefusion fastv streamingllm uniformframes randomtokens $halves}
 budgets=${BUDGETS:-0.7 0.5 0.3 0.2}
 
 run() {  # METHOD BUDGET

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..methods import NAMES
+from ..methods import names, split_methods
 from .bars import Bars, make_progress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -31,7 +31,7 @@ def run(
     model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video file.")] = None,
     question: Annotated[str | None, typer.Option(help="Question about the video.")] = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(NAMES)}.")] = "framefusion",
+    method: Annotated[str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(names())}.")] = "framefusion",
     budget: Annotated[str, typer.Option(metavar="FLOAT", help="Vision tokens to keep: a fraction in (0, 1].")] = "0.3",
     relevance: Annotated[
         str | None, typer.Option(help="For kvtp: a SigLIP that scores the frames, as a folder or a name on the hub.")
@@ -96,7 +96,7 @@ def run(
 def evaluate(
     task: Annotated[str, typer.Option(help="Task: needle, the name of an installed task, or module:Class.")] = "needle",
     methods: Annotated[
-        str, typer.Option(help=f"Separated by commas: {', '.join(NAMES)}; NAME:PARAMETER=VALUE sets a parameter.")
+        str, typer.Option(help=f"Separated by commas: {', '.join(names())}; NAME:PARAMETER=VALUE sets a parameter.")
     ] = "keep-all,framefusion,fastv,streamingllm,uniformframes,randomtokens",
     budgets: Annotated[str, typer.Option(help="Vision tokens to keep, separated by commas.")] = "0.7,0.5,0.3,0.2,0.1",
     samples: Annotated[int, typer.Option(help="Number of questions, each about its own video.")] = 500,
@@ -128,7 +128,7 @@ def evaluate(
     console = Console(stderr=as_json)
     with _in_one_line(ValueError, TypeError, OSError):
         chosen = plan.Plan(
-            methods=tuple(_split(methods)),
+            methods=tuple(split_methods(methods)),
             budgets=tuple(_parse_budget(budget) for budget in _split(budgets)),
             task=task,
             split=split,

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import check_count
-from ..methods import Method, make_method
+from ..methods import KVTP, Method, parse
 from ..relevance import load_relevance
 from ..runtime.files import check_out
 from ..runtime.processing import unknown_words
@@ -58,8 +58,8 @@ class Options:
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        self.make_method()
-        if self.relevance is not None and self.method != "kvtp":
+        method = self.make_method()
+        if self.relevance is not None and not isinstance(method, KVTP):
             raise ValueError(f"relevance must go with method kvtp, got method '{self.method}'")
         check_count("fftriton", "frames", self.frames, 1)
         if self.max_pixels is not None:
@@ -67,7 +67,8 @@ class Options:
 
     def make_method(self, **parameters: Any) -> Method:
         """The method with its budget."""
-        return make_method(self.method, self.budget, **parameters)
+        method = parse(self.method, self.budget)
+        return replace(method, **parameters) if parameters else method  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)

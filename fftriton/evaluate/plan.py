@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..checks import check_budget, check_choice, check_count
-from ..methods import NAMES, BeforeLayers, KeepAll, Method, make_method
+from ..methods import KeepAll, Method, RandomTokens
+from ..methods.components import Component, class_of, make
+from ..methods.text import read
 from ..runtime.target import Target
 from .relevance import UNRELATED, SampleRelevance, sample_relevance
 from .tasks import Task, make_task
@@ -20,10 +19,8 @@ class Setting:
     """One way of running the model: a method at a budget.
 
     Attributes:
-        name: name of the method with its parameters: "framefusion" or "framefusion:similarity_threshold=0.9". A plus
-            chains two methods; the first keeps the square root of the budget, or its parameter `budget`. For kvtp,
-            `relevance` names the checkpoint of a SigLIP, and question='unrelated' gives it a question about another
-            needle.
+        name: method as text, as for `methods.parse`: "framefusion:similarity_threshold=0.9". For kvtp, `relevance`
+            names the checkpoint of a SigLIP, and question=unrelated gives it a question about another needle.
         budget: fraction of the video tokens to keep, in (0, 1]; 1 for keep-all.
     """
 
@@ -36,42 +33,31 @@ class Setting:
         Raises:
             ValueError, TypeError: a method or parameter is unknown or out of range.
         """
-        *first, last = self._parts
-        method = self._make(*last, self.budget, index)
-        for name, parameters in first:
-            budget = parameters.pop("budget", math.sqrt(self.budget))
-            before = self._make(name, parameters, budget, index)
-            if not isinstance(before, BeforeLayers):
-                raise ValueError(f"methods: '{name}' cannot come first in '{self.name}': it works inside the layers")
-            method = before + method
-        return method
+        try:
+            return make([self._adapt(part, index) for part in read(self.name)], self.budget)
+        except TypeError as error:
+            raise TypeError(f"methods: '{self.name}' cannot be made: {error}") from None
 
     @property
     def relevance(self) -> SampleRelevance | None:
         """The relevance predictor that is named, or None."""
-        named = [parameters["relevance"] for _, parameters in self._parts if "relevance" in parameters]
+        named = [part.parameters["relevance"] for part in read(self.name) if "relevance" in part.parameters]
         return sample_relevance(named[0]) if named else None
 
     @property
     def is_control(self) -> bool:
         """Whether the method gets a question that is unrelated to the sample's, as a control."""
-        return any(parameters.get("question") == UNRELATED for _, parameters in self._parts)
+        return any(part.parameters.get("question") == UNRELATED for part in read(self.name))
 
-    @property
-    def _parts(self) -> list[tuple[str, dict[str, Any]]]:
-        return [_parse(part) for part in self.name.split("+")]
-
-    def _make(self, name: str, parameters: dict[str, Any], budget: float, index: int) -> Method:
-        if name == "randomtokens" and "seed" not in parameters:
-            parameters["seed"] = index
-        question = parameters.pop("question", UNRELATED)
-        check_choice("methods", "question", question, (UNRELATED,))
+    def _adapt(self, part: Component, index: int) -> Component:
+        """Replace the parameters that have a meaning only in an evaluation."""
+        parameters = dict(part.parameters)
+        if class_of(part) is RandomTokens:
+            parameters.setdefault("seed", index)
+        check_choice("methods", "question", parameters.pop("question", UNRELATED), (UNRELATED,))
         if "relevance" in parameters:
             parameters["relevance"] = self.relevance
-        try:
-            return make_method(name, budget, **parameters)
-        except TypeError as error:
-            raise TypeError(f"methods: '{self.name}' cannot be made: {error}") from None
+        return Component(part.name, parameters)
 
     def problem(self, num_layers: int) -> str | None:
         """The reason why the method cannot work at this budget and number of layers, or None if it can."""
@@ -87,7 +73,7 @@ class Plan:
     """Methods, budgets, samples and the model of an evaluation.
 
     Args:
-        methods: keys of methods.NAMES, each with parameters if wanted: "fastv:layer=3".
+        methods: methods as text, as for `methods.parse`: "fastv:layer=3".
         budgets: fractions of the video tokens to keep, in (0, 1]. keep-all runs once.
         task: name of a task, see tasks.py.
         split: split of the task; None for its default.
@@ -150,18 +136,4 @@ class Plan:
 
 def _keeps_all(name: str) -> bool:
     """Whether this is the name of a method that keeps everything."""
-    return "+" not in name and isinstance(Setting(name, 0.5).method(), KeepAll)
-
-
-def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    """ "fastv:layer=3" -> ("fastv", {"layer": 3})."""
-    name, *pairs = text.split(":")
-    check_choice("eval", "methods", name, tuple(NAMES))
-    parameters = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        try:
-            parameters[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"eval: methods must be NAME or NAME:PARAMETER=VALUE, got '{text}'") from None
-    return name, parameters
+    return [class_of(part) for part in read(name)] == [KeepAll]

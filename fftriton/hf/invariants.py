@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import Method, VideoTokens
+from ..methods.base import Method, VideoTokens, wrong_kind
 from .cache import ReducedLayer
 
 STRUCTURE = (
@@ -73,8 +73,8 @@ def check_left(
         It, with positions that are sure to be some of those that were given.
 
     Raises:
-        TypeError: no VideoTokens. RuntimeError: shapes, types or counts that cannot be; the rest is left to
-            `invariants`.
+        TypeError: no VideoTokens, or fields of another kind. RuntimeError: shapes, types or counts that cannot be; the
+            rest is left to `invariants`.
     """
 
     def rule(text: str) -> str:
@@ -84,8 +84,9 @@ def check_left(
         if not holds:
             raise RuntimeError(rule(text))
 
-    if not isinstance(after, VideoTokens):
-        raise TypeError(rule(f"must return VideoTokens or None, got {type(after).__name__}"))
+    if wrong := wrong_kind(after):
+        raise TypeError(rule(wrong))
+    demand(after.position.ndim == 2, f"position must be [1, rows], got {list(after.position.shape)}")
     rows = after.position.shape[-1]
     for name in ("hidden", "position", "patch", "companions", "additions"):
         old, new = (_listed(getattr(tokens, name)) for tokens in (before, after))

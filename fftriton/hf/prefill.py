@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fftriton_kernels import verified
 
 from ..layouts.layout import VideoLayout, patch_ids
-from ..methods.base import Merge, Method, Prompt, VideoTokens, Window
+from ..methods.base import Merge, Method, MethodState, Prompt, VideoTokens, Window, list_steps, start
 from .cache import ReducedLayer
 from .compat import UnknownReleaseError, attention_name, causal_mask
 from .finder import Video
@@ -114,8 +114,8 @@ class Sample:
     """
 
     def __init__(
-        self, calls: Method | None, report: Report, rows: slice | Tensor, places: Tensor | None, tokens: VideoTokens,
-        later: int,
+        self, calls: MethodState | None, report: Report, rows: slice | Tensor, places: Tensor | None,
+        tokens: VideoTokens, later: int,
     ) -> None:  # fmt: skip
         self.calls, self.report, self.rows, self.places = calls, report, rows, places
         self.tokens, self.later = tokens, later
@@ -147,10 +147,10 @@ class Sample:
             raise RuntimeError(
                 f"reduce: {self.report.method}, {stage} of layer {index}: must not write to the tensors it is given"
             )
-        if after is None:
+        steps = list_steps(after)
+        if not steps:
             return before
         end = watch.now()
-        steps = [after] if getattr(after, "between", None) is None else [after.between, after]
         for step in steps:
             left = check_left(self.report.method, stage, index, before, step, invariants, verify)
             self._note(stage, index, before, left)
@@ -233,9 +233,7 @@ class Prefill(Continuation):
             if videos:
                 own_layouts = [_numbered(layout, places) for layout in layouts] if is_padded else layouts
                 prompt = Prompt(len(self.attends), tokens.length, own_layouts, self.attends, videos[0].number)
-                calls = self.method.begin(prompt)
-                if not isinstance(calls, Method):
-                    raise TypeError(f"reduce: {self.method}: begin must return a Method, got {type(calls).__name__}")
+                calls = start(self.method, prompt)
             report = Report(
                 str(self.method), self.method.budget, layouts, tokens.length, count, _stopwatch=self._stopwatch
             )

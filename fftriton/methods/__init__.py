@@ -1,35 +1,73 @@
-"""The methods: what to keep. One file each, without Hugging Face."""
+"""The methods: what to keep. One file each, without Hugging Face.
 
-from .base import Method, Prompt, VideoTokens, Window
-from .chain import BeforeLayers, Chain
-from .fastv import FastV
-from .frame_budgets import frame_budgets
-from .framefusion import FrameFusion
-from .keep_all import KeepAll
-from .kvtp import KVTP, FrameContext
-from .names import NAMES, make_method
-from .pruners import PRUNERS, PruMerge, Pruner, RandomPruner, ToMe, TopKPruner
-from .random_tokens import RandomTokens
-from .streaming_llm import StreamingLLM
-from .temporal_merge import TemporalMerge
-from .uniform_frames import UniformFrames
+Importing this package imports no torch; a name is imported once it is used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import Method, MethodState, Prompt, Steps, VideoTokens, Window
+    from .before_layers import BeforeLayers, ScoringMethod
+    from .budgets import frame_budgets
+    from .chain import Chain
+    from .fastv import FastV
+    from .framefusion import FrameFusion
+    from .keep_all import KeepAll
+    from .kvtp import KVTP, FrameContext
+    from .pruners import FrameRows, PruMerge, Pruner, RandomPruner, ToMe, TopKPruner
+    from .random_tokens import RandomTokens
+    from .registry import names
+    from .streaming_llm import StreamingLLM
+    from .temporal_merge import TemporalMerge
+    from .text import from_dict, parse, split_methods, to_dict, to_text
+    from .uniform_frames import UniformFrames
+
+_MODULES = {
+    "base": ("Method", "MethodState", "Prompt", "Steps", "VideoTokens", "Window"),
+    "before_layers": ("BeforeLayers", "ScoringMethod"),
+    "budgets": ("frame_budgets",),
+    "chain": ("Chain",),
+    "fastv": ("FastV",),
+    "framefusion": ("FrameFusion",),
+    "keep_all": ("KeepAll",),
+    "kvtp": ("KVTP", "FrameContext"),
+    "pruners": ("FrameRows", "PruMerge", "Pruner", "RandomPruner", "ToMe", "TopKPruner"),
+    "random_tokens": ("RandomTokens",),
+    "registry": ("names",),
+    "streaming_llm": ("StreamingLLM",),
+    "temporal_merge": ("TemporalMerge",),
+    "text": ("from_dict", "parse", "split_methods", "to_dict", "to_text"),
+    "uniform_frames": ("UniformFrames",),
+}
+_MODULE_OF = {name: module for module, exported in _MODULES.items() for name in exported}
+_FORMER = {  # name: (name in former.py, what to use)
+    "NAMES": ("NAMES", "fftriton.methods.names()"),
+    "make_method": ("make_method", "fftriton.methods.parse"),
+    "PRUNERS": ("CLASSES_OF_PRUNERS", "the classes of the pruners"),
+}
 
 __all__ = [
     "KVTP",
-    "NAMES",
-    "PRUNERS",
     "BeforeLayers",
     "Chain",
     "FastV",
     "FrameContext",
     "FrameFusion",
+    "FrameRows",
     "KeepAll",
     "Method",
+    "MethodState",
     "Prompt",
     "PruMerge",
     "Pruner",
     "RandomPruner",
     "RandomTokens",
+    "ScoringMethod",
+    "Steps",
     "StreamingLLM",
     "TemporalMerge",
     "ToMe",
@@ -38,5 +76,25 @@ __all__ = [
     "VideoTokens",
     "Window",
     "frame_budgets",
-    "make_method",
+    "from_dict",
+    "names",
+    "parse",
+    "split_methods",
+    "to_dict",
+    "to_text",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        globals()[name] = value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        return value
+    if name in _FORMER:
+        former, instead = _FORMER[name]
+        warnings.warn(f"fftriton.methods.{name} is deprecated: use {instead}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(".former", __name__), former)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,12 @@
-"""What every method is made of: the tokens it sees at one point of a prefill, and the calls it may answer.
+"""The parts that every method is made of.
 
-A method never sees Hugging Face; whoever drives it (fftriton.hf) never decides what to keep.
+A `Method` says what to keep and never changes. Its `begin` returns a `MethodState`, which answers the calls of one
+prefill. A method never sees Hugging Face; the code that drives it (fftriton.hf) never decides what to keep.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,14 +23,14 @@ from ..layouts.layout import VideoLayout, frame_ids, previous_of_patch
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is known of a sample before the first layer.
+    """One sample of the batch, as it is before the first layer.
 
     Args:
-        num_layers: decoder layers.
-        length: tokens of the prompt, text included and padding not.
-        layouts: where its videos stand among them.
-        attends: for each layer, whether it has attention scores to give; empty where all have.
-        first_video: how many videos the samples before it in the batch hold.
+        num_layers: number of decoder layers.
+        length: number of tokens, including text and excluding padding.
+        layouts: where its videos stand among these tokens.
+        attends: whether each layer has attention scores; empty if all layers do.
+        first_video: number of videos in the samples before this one.
     """
 
     num_layers: int
@@ -39,27 +41,27 @@ class Prompt:
 
     @cached_property
     def num_video_tokens(self) -> int:
-        """Video tokens in the prompt, all videos together."""
+        """Number of video tokens in the prompt, over all its videos."""
         return sum(len(layout.tokens) for layout in self.layouts)
 
     def next_attention(self, layer: int) -> int:
-        """The first layer from `layer` on that has attention scores; num_layers where none has."""
+        """The first layer, from `layer` on, that has attention scores; num_layers if there is none."""
         return next((i for i in range(layer, self.num_layers) if not self.attends or self.attends[i]), self.num_layers)
 
     @cached_property
     def frame(self) -> Tensor:
-        """[length] int64 on the CPU: the frame of each position, counted across videos; -1 for other tokens."""
+        """[length] int64 on the CPU: the frame of each token, counted across videos; -1 for tokens outside videos."""
         layouts = [replace(layout, sample=0) for layout in self.layouts]
         return frame_ids(layouts, 1, self.length, torch.device("cpu"))[0]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Which tokens of its past a token may attend to.
+    """Which earlier tokens a token may attend to.
 
     Args:
-        sinks: so many of the first.
-        recent: so many of the most recent ones, itself included, at least 1.
+        sinks: number of tokens at the start of the sequence.
+        recent: number of most recent tokens, including the token itself; at least 1.
     """
 
     sinks: int
@@ -72,19 +74,19 @@ class Window:
 
 @dataclass(frozen=True)
 class Merge:
-    """Which tokens one merge took together, in positions of the prompt."""
+    """The groups that one merge formed, as positions of the prompt."""
 
-    roots: Tensor  # [B, N] int64: the row of each row's root, before compaction
-    position: Tensor  # [B, N] int64: the prompt's position of each row
+    roots: Tensor  # [B, N] int64: for each row before compaction, the row that it merged into
+    position: Tensor  # [B, N] int64: the position of each of these rows in the prompt
 
     @cached_property
     def merged(self) -> Tensor:
-        """[m] int64: positions that left the sequence."""
+        """[m] int64: the positions that left the sequence."""
         return self.position[self._leaves]
 
     @cached_property
     def into(self) -> Tensor:
-        """[m] int64: the position of the group root that each of `merged` joined."""
+        """[m] int64: the position that each of `merged` merged into."""
         return self.position.gather(1, self.roots)[self._leaves]
 
     @cached_property
@@ -94,20 +96,20 @@ class Merge:
 
 @dataclass(frozen=True)
 class VideoTokens:
-    """The sequence at one point of a prefill, text included, and the ways to shorten it.
+    """All tokens of a sample at one point of the prefill, including text, and the ways to shorten them.
 
     Args:
         hidden: [B, N, D] hidden states.
-        position: [B, N] int64, the place of each row in the prompt, padding not counted.
-        patch: [B, N] int64, which patch of which video a row is, the same number in every frame; -1 for other tokens.
-        num_video: rows whose patch is not -1.
-        companions: tensors [B, N, ...] that follow their rows (rotary embeddings, say).
-        additions: tensors [B, N, D] that later layers add to the hidden states (Qwen3-VL's deepstack features): they
-            follow their rows, and rows that merge have their mean.
-        attention: after attention, `attention(n)` is the attention that each row received in this layer [B, N] fp32:
-            summed over the last n queries (None: over all), averaged over the heads. None before attention.
-        merge: how these tokens came out of a merge; None otherwise.
-        between: what came between the tokens that a method was given and these, where it took two steps.
+        position: [B, N] int64, the position of each row in the prompt, not counting padding.
+        patch: [B, N] int64, which patch of which video a row shows, the same number in every frame; -1 for tokens
+            outside videos.
+        num_video: number of rows whose patch is not -1.
+        companions: tensors [B, N, ...] that are gathered together with the rows, such as rotary embeddings.
+        additions: tensors [B, N, D] that later layers add to the hidden states (Qwen3-VL's deepstack features). They
+            are gathered together with the rows, and averaged when rows merge.
+        attention: after attention, `attention(n)` returns the attention that each row received in this layer, [B, N]
+            fp32, summed over the last n queries (None: all queries) and averaged over the heads. None before attention.
+        merge: the merge that produced these tokens, or None.
     """
 
     hidden: Tensor
@@ -117,22 +119,21 @@ class VideoTokens:
     companions: tuple[Tensor, ...] = ()
     attention: Callable[[int | None], Tensor] | None = None
     merge: Merge | None = None
-    between: VideoTokens | None = None
     additions: tuple[Tensor, ...] = ()
     _links: Tensor | None = None
 
     @property
     def length(self) -> int:
-        """Rows of the sequence, text included."""
+        """Number of rows, including text."""
         return self.position.shape[1]
 
     @cached_property
     def predecessor(self) -> Tensor:
-        """[B, N] int64: the nearest earlier surviving token of the same patch of the same video, -1 for none."""
+        """[B, N] int64: the row of the same patch in the nearest earlier frame that still has it, or -1."""
         return previous_of_patch(self.patch) if self._links is None else self._links
 
     def merge_groups(self, roots: Tensor) -> VideoTokens:
-        """Put the mean of each group at its root and take the other members out. roots: [B, N] int64."""
+        """Replace each group of rows by their mean, at the group's root. roots: [B, N] int64, the root of each row."""
         rows = torch.cat([self.hidden, *self.additions], -1) if self.additions else self.hidden
         merged = merge_mean(rows, roots, (self.position, self.patch, *self.companions), predecessor=self.predecessor)
         position, patch, *companions = merged.companions
@@ -144,14 +145,14 @@ class VideoTokens:
         )  # fmt: skip
 
     def keep_top(self, scores: Tensor, count: int) -> VideoTokens:
-        """Keep the `count` video tokens of the highest scores [B, N], in order, and all other tokens."""
+        """Keep the `count` video tokens with the highest scores [B, N], and all other tokens, in their order."""
         count = min(count, self.num_video)
-        rows = self.length - self.num_video + count  # known beforehand: a GPU is not waited for
+        rows = self.length - self.num_video + count  # known beforehand, so there is no need to wait for a GPU
         kept, _ = topk_keep(scores, count, candidates=self.patch >= 0, capacity=rows)
         return self.keep(kept, count)
 
     def keep(self, rows: Tensor, num_video: int) -> VideoTokens:
-        """Keep these rows [B, K] int64, ascending, `num_video` of them video tokens."""
+        """Keep these rows [B, K] int64, which ascend and contain `num_video` video tokens."""
         hidden, position, patch, *others = gather_rows(
             rows, self.hidden, self.position, self.patch, *self.companions, *self.additions
         )
@@ -159,13 +160,13 @@ class VideoTokens:
         return VideoTokens(hidden, position, patch, num_video, tuple(companions), additions=tuple(additions))
 
     def at(self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None) -> VideoTokens:
-        """The same tokens at a later point, where only their hidden states have changed, and maybe the device."""
+        """The same tokens at a later point, with other hidden states, which may be on another device."""
         links = self.__dict__.get("predecessor", self._links)
-        there = replace(self, hidden=hidden, attention=attention, merge=None, between=None, _links=links)
+        there = replace(self, hidden=hidden, attention=attention, merge=None, _links=links)
         return there if self.position.device == hidden.device else there._follow()
 
     def _follow(self) -> VideoTokens:
-        """Everything on the device of the hidden states: the next layer may be on another one."""
+        """Move everything to the device of the hidden states: the next layer may be on another one."""
 
         def move(part: Tensor) -> Tensor:
             return part.to(self.hidden.device)
@@ -177,52 +178,157 @@ class VideoTokens:
         )  # fmt: skip
 
 
+Steps = list[VideoTokens] | VideoTokens | None
+"""What a call may return: a list of the tokens after each step, or the tokens after a single step, or None."""
+
+_CALLS = ("window", "wants_attention", "before_attention", "after_attention")
+_FORMER_RULE = "is deprecated: `begin` must return a MethodState, which answers the calls of one prefill"
+
+
 class Method:
-    """What to keep. Subclasses are small frozen dataclasses; one that needs memory within a prefill overrides `begin`.
+    """What to keep. Subclasses are small frozen dataclasses; `begin` starts the work on one sample.
 
     Attributes:
-        budget: the mean over layers of the video tokens in a layer's attention, as a fraction of the prompt's.
+        budget: the video tokens in a layer's attention, averaged over layers, as a fraction of the prompt's.
     """
 
     budget: float = 1.0
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if own := [name for name in _CALLS if callable(vars(cls).get(name))]:
+            warnings.warn(
+                f"{cls.__name__}: a Method that defines {', '.join(own)} {_FORMER_RULE}", DeprecationWarning, 2
+            )
+
     @property
     def renumbers(self) -> bool:
-        """Whether it gives the tokens that stay other positions, which has to be a single number for each."""
+        """Whether the method changes the positions of the tokens that stay; they must be single numbers then."""
         return False
 
     def check(self, num_layers: int) -> None:
-        """Raise a ValueError when the method cannot work on a decoder of `num_layers` layers."""
+        """Raise a ValueError if the method cannot work on a decoder of `num_layers` layers."""
 
     def about(self, frames: Any, question: str) -> Method:
-        """The method for one video, [T, H, W, 3] uint8 as the model gets it, and one question: itself unless it looks
-        at them before the model does."""
+        """The method for one video, [T, H, W, 3] uint8 as the model gets it, and one question.
+
+        It is the method itself, unless the method needs to look at them before the model does.
+        """
         return self
 
-    def begin(self, prompt: Prompt) -> Method:
-        """What answers the calls of one prefill: the method itself unless it needs memory."""
-        return self
+    def begin(self, prompt: Prompt) -> MethodState:
+        """The state of one prefill, which answers its calls."""
+        return former_state(self, prompt) or MethodState(self, prompt)
+
+
+class MethodState:
+    """What a method does in one prefill of one sample. This one keeps all tokens; subclasses override the calls.
+
+    `before_attention` and `after_attention` return a list of the tokens after each step, so that a merge that is
+    followed by a pruning is two; an empty list changes nothing. A single VideoTokens stands for a list of one, and None
+    for an empty list.
+
+    Args:
+        method: what to keep.
+        prompt: the sample.
+    """
+
+    def __init__(self, method: Method, prompt: Prompt) -> None:
+        self.method, self.prompt = method, prompt
 
     @property
     def least_budget(self) -> float:
-        """The lowest budget that the prefill could have met; of what `begin` returned, after the prefill."""
-        return self.budget
+        """The lowest budget that this prefill could have met; asked after the prefill."""
+        return self.method.budget
 
     def window(self, length: int) -> Window | None:
-        """Which of `length` tokens, those of the prompt and all before it, a token may attend to; None: to all.
+        """Which tokens a token may attend to, or None if it may attend to all of them.
 
-        Asked behind `before_attention` of layer 0. It holds in every layer, and for what comes behind the prompt.
+        Asked after `before_attention` of layer 0. The window holds in every layer, and for the tokens after the prompt.
+
+        Args:
+            length: number of tokens in the prompt and everything before it.
         """
         return None
 
     def wants_attention(self, layer: int) -> bool:
-        """Whether `after_attention` of this layer may ask for attention scores; a layer without attention has none."""
+        """Whether `after_attention` of this layer may use attention scores. Layers without attention have none."""
         return False
 
-    def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
-        """Called before each layer's attention, from layer 0 on. None: leave everything as it is."""
-        return None
+    def before_attention(self, layer: int, tokens: VideoTokens) -> Steps:
+        """Called before the attention of each layer, from layer 0 on."""
+        return []
 
-    def after_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
-        """Called between each layer's attention and its feed-forward block. None: leave everything as it is."""
-        return None
+    def after_attention(self, layer: int, tokens: VideoTokens) -> Steps:
+        """Called between each layer's attention and its feed-forward block."""
+        return []
+
+
+def start(method: Method, prompt: Prompt) -> MethodState:
+    """`method.begin(prompt)`, checked.
+
+    Raises:
+        TypeError: `begin` returns something else than a MethodState.
+    """
+    state = method.begin(prompt)
+    if isinstance(state, Method):
+        warnings.warn(f"{method}: a `begin` that returns a Method {_FORMER_RULE}", DeprecationWarning, stacklevel=2)
+        return _FormerState(state, prompt)
+    if not isinstance(state, MethodState):
+        raise TypeError(f"reduce: {method}: begin must return a MethodState, got {type(state).__name__}")
+    return state
+
+
+def list_steps(answer: Any) -> list[Any]:
+    """What a call returned, as a list; nonsense is returned as it is, for `wrong_kind` to see."""
+    if answer is None:
+        return []
+    return answer if isinstance(answer, list) else [answer]
+
+
+def wrong_kind(step: Any) -> str | None:
+    """Which rule a step of a call breaks by its type or the types of its fields; None if it breaks none."""
+    if not isinstance(step, VideoTokens):
+        return f"must return VideoTokens, a list of them or None, got {type(step).__name__}"
+    for name in ("hidden", "position", "patch"):
+        if not isinstance(value := getattr(step, name), Tensor):
+            return f"{name} must be a tensor, got {type(value).__name__}"
+    for name in ("companions", "additions"):
+        value = getattr(step, name)
+        if not isinstance(value, tuple) or not all(isinstance(part, Tensor) for part in value):
+            return f"{name} must be a tuple of tensors, got {type(value).__name__}"
+    if isinstance(step.num_video, bool) or not isinstance(step.num_video, int):
+        return f"num_video must be an integer, got {type(step.num_video).__name__}"
+    if not isinstance(step.merge, Merge | None):
+        return f"merge must be a Merge or None, got {type(step.merge).__name__}"
+    return None
+
+
+def former_state(method: Method, prompt: Prompt) -> MethodState | None:
+    """The state of a method of the former kind, which answers the calls itself; None for any other method."""
+    answers = any(callable(getattr(type(method), name, None)) for name in _CALLS)
+    return _FormerState(method, prompt) if answers else None
+
+
+class _FormerState(MethodState):
+    """Passes the calls on to a method that answers them itself."""
+
+    @property
+    def least_budget(self) -> float:
+        return getattr(self.method, "least_budget", self.method.budget)
+
+    def window(self, length: int) -> Window | None:
+        return self._ask("window", None, length)
+
+    def wants_attention(self, layer: int) -> bool:
+        return self._ask("wants_attention", False, layer)
+
+    def before_attention(self, layer: int, tokens: VideoTokens) -> Steps:
+        return self._ask("before_attention", None, layer, tokens)
+
+    def after_attention(self, layer: int, tokens: VideoTokens) -> Steps:
+        return self._ask("after_attention", None, layer, tokens)
+
+    def _ask(self, call: str, default: Any, *arguments: Any) -> Any:
+        answer = getattr(self.method, call, None)
+        return default if answer is None else answer(*arguments)

@@ -1,116 +1,170 @@
-"""Two methods one after the other: one that shortens the prompt before the first layer, then one inside the layers."""
+"""Chain: methods one after the other. All but the last shorten the prompt before the first layer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 
 from ..layouts.layout import VideoLayout
-from .base import Method, Prompt, VideoTokens, Window
+from .base import Method, MethodState, Prompt, Steps, VideoTokens, Window, list_steps, start, wrong_kind
+from .before_layers import BeforeLayers
 
 
-class BeforeLayers(Method):
-    """A method that works before the first layer only, so that another one can take over: `first + second`."""
-
-    def __add__(self, second: Method) -> Chain:
-        return Chain(self, second) if isinstance(second, Method) else NotImplemented
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Chain(Method):
-    """`first + second`: what `first` leaves is the prompt that `second` gets.
+    """Methods one after the other, `first + second + ...`: each gets the tokens that the one before it leaves.
 
-    The budget of `second` is the total: the mean over layers of the video tokens in attention, as a fraction of the
-    whole prompt's. Where `first` leaves n of n0 tokens, `second` works on n tokens at its budget times n0 / n. So
-    KVTP(0.5) + FrameFusion(0.2) keeps half of the tokens before the first layer and a fifth on average.
+    The budget of each method is a fraction of the whole prompt, so the last one is the total: the video tokens in a
+    layer's attention, averaged over layers. If n of n0 tokens are left when a method's turn comes, it works on these n
+    at its budget times n0 / n. So KVTP(0.5) + FrameFusion(0.2) keeps half of the tokens before the first layer and a
+    fifth on average. Chains in `methods` are taken apart.
 
     Args:
-        first: works before the first layer only.
-        second: any method with a budget, not above that of `first`.
+        methods: one or more; all but the last must work before the first layer only. Budgets must not rise.
 
     Raises:
-        TypeError: a method of another kind. ValueError: budgets that rise; at `reduce`, what `second` says of its own.
+        TypeError: something else than a method, or a method in the wrong place.
+        ValueError: no methods, or budgets that rise; at `reduce`, whatever the methods raise.
     """
 
-    first: BeforeLayers
-    second: Any
+    methods: tuple[Method, ...]
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.first, BeforeLayers):
-            raise TypeError(f"Chain: first must work before the first layer, as KVTP does, got {self.first!r}")
-        if not isinstance(self.second, Method) or isinstance(self.second, Chain):
-            raise TypeError(f"Chain: second must be a method, got {self.second!r}")
-        if self.second.budget > self.first.budget:
-            raise ValueError(
-                f"Chain: the budget of second is the total, so it must not be above that of first, "
-                f"{self.first.budget}; got {self.second.budget}"
-            )
+    def __init__(
+        self, methods: Sequence[Method] | None = None, second: Method | None = None, *, first: Method | None = None
+    ) -> None:
+        given: Any = methods if first is None else first
+        if isinstance(given, Method) and second is not None:
+            warnings.warn("Chain(first, second) is deprecated: write Chain([first, second])", DeprecationWarning, 2)
+            given = [given, second]
+        elif first is not None or second is not None or not isinstance(given, list | tuple):
+            raise TypeError(f"Chain: methods must be a list of methods, got {given!r}")
+        parts: list[Any] = []
+        for method in given:
+            parts += method.methods if isinstance(method, Chain) else [method]
+        object.__setattr__(self, "methods", tuple(parts))
+        self._check()
+
+    def _check(self) -> None:
+        if not self.methods:
+            raise ValueError("Chain: methods must be one or more, got none")
+        for method in self.methods:
+            if not isinstance(method, Method):
+                raise TypeError(f"Chain: methods must be methods, got {method!r}")
+        for before, method in zip(self.methods, self.methods[1:], strict=False):
+            if not isinstance(before, BeforeLayers):
+                raise TypeError(
+                    f"Chain: methods must work before the first layer, as KVTP does, apart from the last one; got "
+                    f"{before!r}"
+                )
+            if method.budget > before.budget:
+                raise ValueError(
+                    f"Chain: budgets must not rise, because the last one is the total: that of "
+                    f"{type(method).__name__} must not be above that of {type(before).__name__}, {before.budget}; "
+                    f"got {method.budget}"
+                )
+            if method.budget < 1 and "budget" not in _parameters(method):
+                raise TypeError(f"Chain: methods must be dataclasses with a field 'budget', got {method!r}")
+
+    def __add__(self, other: Method) -> Chain:
+        return Chain([self, other]) if isinstance(other, Method) else NotImplemented
 
     def __str__(self) -> str:
-        return f"{self.first} + {self.second}"
+        return " + ".join(map(str, self.methods))
+
+    @property
+    def first(self) -> Method:
+        """Deprecated: the first of `methods`."""
+        warnings.warn("Chain.first is deprecated: use Chain.methods[0]", DeprecationWarning, stacklevel=2)
+        return self.methods[0]
+
+    @property
+    def second(self) -> Method:
+        """Deprecated: the second of `methods`."""
+        warnings.warn("Chain.second is deprecated: use Chain.methods[1]", DeprecationWarning, stacklevel=2)
+        return self.methods[1]
 
     @property
     def budget(self) -> float:  # type: ignore[override]
         """The total."""
-        return self.second.budget
+        return self.methods[-1].budget
 
     @property
     def renumbers(self) -> bool:
-        return self.first.renumbers
+        return any(method.renumbers for method in self.methods)
 
     def check(self, num_layers: int) -> None:
-        """Raise a ValueError where one of them cannot work at this depth."""
-        self.first.check(num_layers)
-        self._scaled(1 / self.first.budget).check(num_layers)
+        """Raise a ValueError if one of the methods cannot work on a decoder of `num_layers` layers."""
+        left = 1.0
+        for method in self.methods:
+            _scaled(method, 1 / left).check(num_layers)
+            left = method.budget
 
     def about(self, frames: Any, question: str) -> Chain:
-        """Both of them for one video and one question."""
-        return Chain(self.first.about(frames, question), self.second.about(frames, question))  # type: ignore[arg-type]
+        """All of them for one video and one question."""
+        return Chain([method.about(frames, question) for method in self.methods])
 
-    def begin(self, prompt: Prompt) -> Method:
-        """The calls of one prefill."""
-        return _Calls(self, prompt)
-
-    def _scaled(self, factor: float) -> Any:
-        """`second` for a prompt that has become shorter by this factor."""
-        return replace(self.second, budget=min(1.0, self.second.budget * factor))
+    def begin(self, prompt: Prompt) -> MethodState:
+        return _ChainState(self, prompt)
 
 
-class _Calls(Method):
-    def __init__(self, chain: Chain, prompt: Prompt) -> None:
-        self.chain, self.prompt, self.budget = chain, prompt, chain.budget
-        self.first = chain.first.begin(prompt)
-        self.second: Method | None = None
-        self.left = 1.0  # fraction of the video tokens that `first` left
+class _ChainState(MethodState):
+    method: Chain
+
+    def __init__(self, method: Chain, prompt: Prompt) -> None:
+        super().__init__(method, prompt)
+        self.states = [start(method.methods[0], prompt)]  # the others begin once those before them are done
+        self.left = 1.0  # fraction of the video tokens that the last method gets
+
+    @property
+    def last(self) -> MethodState | None:
+        """The state of the last method; None before it has begun."""
+        return self.states[-1] if len(self.states) == len(self.method.methods) else None
 
     @property
     def least_budget(self) -> float:
-        return self.budget if self.second is None else self.second.least_budget * self.left
+        return self.method.budget if self.last is None else self.last.least_budget * self.left
 
     def window(self, length: int) -> Window | None:
-        return None if self.second is None else self.second.window(length)
+        return None if self.last is None else self.last.window(length)
 
     def wants_attention(self, layer: int) -> bool:
-        return self.second is not None and self.second.wants_attention(layer)
+        return self.last is not None and self.last.wants_attention(layer)
 
-    def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
-        shorter = self.first.before_attention(layer, tokens) if layer == 0 else None
-        left = tokens if shorter is None else shorter
-        if self.second is None:
+    def before_attention(self, layer: int, tokens: VideoTokens) -> Steps:
+        if layer > 0:
+            assert self.last is not None  # begun before layer 0
+            return self.last.before_attention(layer, tokens)
+        steps = list_steps(self.states[0].before_attention(0, tokens))
+        for method in self.method.methods[1:]:
+            left = steps[-1] if steps else tokens
+            if any(map(wrong_kind, steps)):
+                break  # an error of the caller's
             self.left = left.num_video / self.prompt.num_video_tokens
-            self.second = self.chain._scaled(1 / self.left).begin(_prompt_of(left, self.prompt))
-        after = self.second.before_attention(layer, left)
-        return shorter if after is None else replace(after, between=shorter)
+            self.states.append(start(_scaled(method, 1 / self.left), _prompt_of(left, self.prompt)))
+            steps = steps + list_steps(self.states[-1].before_attention(0, left))
+        return steps
 
-    def after_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
-        assert self.second is not None  # begun before layer 0
-        return self.second.after_attention(layer, tokens)
+    def after_attention(self, layer: int, tokens: VideoTokens) -> Steps:
+        assert self.last is not None  # begun before layer 0
+        return self.last.after_attention(layer, tokens)
+
+
+def _parameters(method: Method) -> list[str]:
+    return [field.name for field in fields(method) if field.init] if is_dataclass(method) else []
+
+
+def _scaled(method: Method, factor: float) -> Method:
+    """The method for a prompt that has become shorter by this factor."""
+    budget = min(1.0, method.budget * factor)
+    return method if budget == method.budget else replace(method, budget=budget)  # type: ignore[type-var]
 
 
 def _prompt_of(tokens: VideoTokens, prompt: Prompt) -> Prompt:
-    """The prompt with holes where tokens have left it."""
+    """The prompt, with holes where tokens have left it."""
     left = tokens.position[0].cpu()
     layouts = []
     for layout in prompt.layouts:

@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..checks import check_budget, check_count
-from .base import Method, Prompt, VideoTokens
+from .base import Method, MethodState, Prompt, Steps, VideoTokens
 
 
 @dataclass(frozen=True)
 class FastV(Method):
     """Keep all tokens through `layer` layers, then the most attended video tokens for the rest.
 
-    So that the layers' mean meets the budget, the rest keep the fraction (budget * L - layer) / (L - layer). Where the
-    last of them has no attention scores to go by (Qwen3.5's linear attention), the next that has takes its place.
+    The remaining layers keep the fraction (budget * L - layer) / (L - layer), so that the mean over all layers meets
+    the budget. If the last of the first layers has no attention scores (Qwen3.5's linear attention), the next layer
+    that has them takes its place.
 
     Args:
-        budget: mean over layers of the video tokens kept, as a fraction of the prompt's, in (0, 1].
-        layer: how many layers see everything, at least 1.
-        importance_queries: attention is summed over the last so many queries (1 as in the authors' code);
-            None for all.
+        budget: video tokens kept, averaged over layers, as a fraction of the prompt's, in (0, 1].
+        layer: number of layers that see everything, at least 1.
+        importance_queries: attention is summed over this many of the last queries (1 as in the authors' code);
+            None for all queries.
 
     Raises:
         TypeError, ValueError: a parameter out of range; at `reduce`, a budget that `layer` full layers exceed.
@@ -39,22 +40,23 @@ class FastV(Method):
             check_count("FastV", "importance_queries", self.importance_queries, 1)
 
     def check(self, num_layers: int) -> None:
-        """Raise a ValueError where the layers that see everything already spend the budget."""
+        """Raise a ValueError if the layers that see everything already spend the budget."""
         if self.budget < 1 and self.budget * num_layers <= self.layer:
             raise ValueError(
                 f"FastV: budget must be above layer / num_layers = {self.layer}/{num_layers}, because the first "
                 f"{self.layer} layers keep everything; got {self.budget}"
             )
 
-    def begin(self, prompt: Prompt) -> Method:
-        """The calls of one prefill."""
-        return _Pruning(self, prompt)
+    def begin(self, prompt: Prompt) -> MethodState:
+        return _FastVState(self, prompt)
 
 
-class _Pruning(Method):
+class _FastVState(MethodState):
+    method: FastV
+
     def __init__(self, method: FastV, prompt: Prompt) -> None:
-        self.method, self.prompt, self.budget = method, prompt, method.budget
-        self.full = prompt.next_attention(method.layer - 1) + 1  # layers that see everything
+        super().__init__(method, prompt)
+        self.full = prompt.next_attention(method.layer - 1) + 1  # number of layers that see everything
 
     @property
     def least_budget(self) -> float:
@@ -62,12 +64,12 @@ class _Pruning(Method):
         return (full + max(layers - full, 0) / self.prompt.num_video_tokens) / layers
 
     def wants_attention(self, layer: int) -> bool:
-        return layer == self.full - 1 < self.prompt.num_layers - 1 and self.budget < 1
+        return layer == self.full - 1 < self.prompt.num_layers - 1 and self.method.budget < 1
 
-    def after_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
+    def after_attention(self, layer: int, tokens: VideoTokens) -> Steps:
         if not self.wants_attention(layer):
-            return None
+            return []
         full, layers = self.full, self.prompt.num_layers
-        count = round(tokens.num_video * (self.budget * layers - full) / (layers - full))
+        count = round(tokens.num_video * (self.method.budget * layers - full) / (layers - full))
         assert tokens.attention is not None  # asked for by wants_attention
         return tokens.keep_top(tokens.attention(self.method.importance_queries), max(1, count))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fftriton_kernels import linked_cosine_similarity, merge_roots
 
 from ..checks import check_budget, check_choice, check_count, check_real
-from .base import Method, Prompt, VideoTokens
+from .base import Method, MethodState, Prompt, Steps, VideoTokens
 
 STAGES = (("merge", "prune"), ("merge",), ("prune",), ("prune", "merge"))
 
@@ -19,24 +19,25 @@ _ROUNDING = 1e-9  # of token counts that are exact but for floating point
 class FrameFusion(Method):
     """Merge, layer after layer, the video tokens that resemble the same patch one frame earlier; then prune once.
 
-    Merging happens before the first layer's attention and after each layer's attention, for as long as at least
-    `min_merge_ratio` of the video tokens merge. The next layer then keeps the most attended tokens, so many that the
-    mean over layers meets the budget. Where similar pairs abound, only the most similar ones that meet the budget
-    merge, and nothing is pruned. A budget below the least that a prompt allows is met as closely as possible.
+    Merging happens before the first layer's attention and after each layer's attention, as long as at least
+    `min_merge_ratio` of the video tokens merge. The next layer then keeps the most attended tokens: as many as the
+    budget, averaged over layers, allows. If there are more similar pairs than the budget requires, only the most
+    similar ones merge, and nothing is pruned. A budget below the lowest that a prompt allows is met as closely as
+    possible.
 
-    The last three parameters take the method apart, for ablations. Where merging is the last stage, it goes on at every
-    layer until the budget is met; nothing else can meet it where too few tokens are similar.
+    The last three parameters take the method apart, for ablations. If merging is the last stage, it continues at every
+    layer until the budget is met, and cannot meet it if too few tokens are similar.
 
     Args:
-        budget: mean over layers of the video tokens in attention, as a fraction of the prompt's, in (0, 1].
-        similarity_threshold: cosine from which a token joins the token before it, in [-1, 1].
-        min_merge_ratio: merging ends when a smaller fraction of the video tokens merges, in [0, 1].
-        importance_queries: attention is summed over the last so many queries; None (the paper) for all. The authors'
-            code uses 1 for Qwen2 and 4 for Qwen2-VL.
-        stages: what happens, in this order: ("merge", "prune"), ("merge",), ("prune",) or ("prune", "merge"). Pruning
-            that is followed by merging drops half of what has to go.
-        start_layer: the first layer whose attention may see fewer tokens. Pruning needs attention, so that its first
-            is 1 at least.
+        budget: video tokens in a layer's attention, averaged over layers, as a fraction of the prompt's, in (0, 1].
+        similarity_threshold: cosine from which a token merges into the same patch one frame earlier, in [-1, 1].
+        min_merge_ratio: merging ends once a smaller fraction of the video tokens merges, in [0, 1].
+        importance_queries: attention is summed over this many of the last queries; None (the paper) for all queries.
+            The authors' code uses 1 for Qwen2 and 4 for Qwen2-VL.
+        stages: what happens, in order: ("merge", "prune"), ("merge",), ("prune",) or ("prune", "merge"). Pruning before
+            merging drops half of the tokens that have to go.
+        start_layer: the first layer whose attention may see fewer tokens. Pruning needs attention, so it cannot affect
+            layer 0.
         cascaded: merge at one layer after the other; False: at one layer only.
 
     Raises:
@@ -65,55 +66,56 @@ class FrameFusion(Method):
         check_count("FrameFusion", "start_layer", self.start_layer, 0)
 
     def check(self, num_layers: int) -> None:
-        """Raise a ValueError where the layers before `start_layer` already spend the budget."""
+        """Raise a ValueError if the layers before `start_layer` already spend the budget."""
         if self.start_layer and self.budget < 1 and self.budget * num_layers <= self.start_layer:
             raise ValueError(
                 f"FrameFusion: budget must be above start_layer / num_layers = {self.start_layer}/{num_layers}, "
                 f"because the first {self.start_layer} layers keep everything; got {self.budget}"
             )
 
-    def begin(self, prompt: Prompt) -> Method:
-        """The calls of one prefill."""
-        return _Fusion(self, prompt)
+    def begin(self, prompt: Prompt) -> MethodState:
+        return _FrameFusionState(self, prompt)
 
 
-class _Fusion(Method):
-    """One prefill: what is left of the budget, and of the stages."""
+class _FrameFusionState(MethodState):
+    """Keeps track of the budget and of the stages that are left."""
+
+    method: FrameFusion
 
     def __init__(self, method: FrameFusion, prompt: Prompt) -> None:
-        self.method, self.prompt, self.budget = method, prompt, method.budget
+        super().__init__(method, prompt)
         self.unspent = method.budget * prompt.num_layers * prompt.num_video_tokens  # tokens x layers
-        first = prompt.next_attention(max(1, method.start_layer) - 1)  # the first that can tell what to prune
+        first = prompt.next_attention(max(1, method.start_layer) - 1)  # the first layer with scores to prune by
         self.full_layers = min(first + 1, prompt.num_layers)
-        self.full = prompt.num_video_tokens  # that these layers cannot spare
+        self.full = prompt.num_video_tokens  # the fewest that these layers can hold
         self.stages = list(method.stages)
 
     @property
     def least_budget(self) -> float:
         layers, video = self.prompt.num_layers, self.prompt.num_video_tokens
         if self.method.stages[-1] == "merge":
-            return self.budget - min(self.unspent, 0) / (layers * video)
+            return self.method.budget - min(self.unspent, 0) / (layers * video)
         return (self.full * self.full_layers + layers - self.full_layers) / (layers * video)
 
     def wants_attention(self, layer: int) -> bool:
         return bool(self.stages) and self.method.start_layer - 1 <= layer < self.prompt.num_layers - 1
 
-    def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
+    def before_attention(self, layer: int, tokens: VideoTokens) -> Steps:
         if layer > 0 or self.method.start_layer > 0 or self.stages[0] != "merge":
-            return None
+            return []
         return self._merge(tokens, self.prompt.num_layers)
 
-    def after_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
+    def after_attention(self, layer: int, tokens: VideoTokens) -> Steps:
         self.unspent -= tokens.num_video
         if not self.wants_attention(layer):
-            return None
+            return []
         layers_left = self.prompt.num_layers - layer - 1
         if self.stages[0] == "merge":
             return self._merge(tokens, layers_left)
-        return None if tokens.attention is None else self._prune(tokens, layers_left)
+        return [] if tokens.attention is None else self._prune(tokens, layers_left)
 
-    def _merge(self, tokens: VideoTokens, layers_left: int) -> VideoTokens | None:
-        affordable = self.unspent / layers_left  # video tokens a layer from here on
+    def _merge(self, tokens: VideoTokens, layers_left: int) -> VideoTokens:
+        affordable = self.unspent / layers_left  # video tokens per layer from here on
         excess = tokens.num_video - affordable
         similarity = linked_cosine_similarity(tokens.hidden, tokens.predecessor)
         similar = int((similarity >= self.method.similarity_threshold).sum())
@@ -128,7 +130,7 @@ class _Fusion(Method):
             return merged
         prunes = "prune" in self.stages
         layer = self.prompt.num_layers - layers_left  # the next one
-        full = min(self.prompt.next_attention(layer) + 1 - layer, layers_left)  # run before the next chance to prune
+        full = min(self.prompt.next_attention(layer) + 1 - layer, layers_left)  # run before it can prune again
         payable = merged.num_video * full + (layers_left - full) <= self.unspent + _ROUNDING
         if prunes and not payable and tokens.attention is not None:
             return self._prune(tokens, layers_left)
@@ -140,7 +142,7 @@ class _Fusion(Method):
     def _prune(self, tokens: VideoTokens, layers_left: int) -> VideoTokens:
         del self.stages[: self.stages.index("prune") + 1]
         count = self.unspent / layers_left
-        if self.stages:  # merging does the other half; each layer after the next needs a token
+        if self.stages:  # merging drops the other half; each layer after the next needs a token
             count = min((tokens.num_video + count) / 2, self.unspent - (layers_left - 1))
         assert tokens.attention is not None  # asked for by wants_attention
         scores = tokens.attention(self.method.importance_queries)

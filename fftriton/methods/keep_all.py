@@ -1,4 +1,4 @@
-"""No reduction: the model runs as it is, and the report says what it held."""
+"""KeepAll: no reduction. The model runs as it is, and the report says how many tokens each layer held."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from .base import Method
 
 @dataclass(frozen=True)
 class KeepAll(Method):
-    """Keep every token. Outputs are bit-identical to the plain model's."""
+    """Keep every token. Outputs are bit-identical to those of the plain model."""

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from ..checks import check_budget, check_choice, check_count, check_positive
-from .base import Prompt, VideoTokens
-from .chain import BeforeLayers
-from .frame_budgets import frame_budgets
-from .pruners import PRUNERS, Frames, Pruner, ToMe
+from .base import MethodState, Prompt, Steps, VideoTokens
+from .before_layers import BeforeLayers
+from .budgets import frame_budgets
+from .pruners import FrameRows, Pruner, ToMe
+from .registry import PRUNERS, find
 
 
 @dataclass(frozen=True)
 class FrameContext:
-    """One video of a prompt, as a relevance function gets it.
+    """One video of a prompt, as it is passed to a relevance function.
 
     Args:
         sample: the row of the batch.
-        video: which video of the batch it is, counted sample by sample.
+        video: number of the video in the batch, counted sample by sample.
         hidden: [F, P, D] its tokens, as the first layer would get them; `present` [F, P] bool is False at holes.
         text: [n, D] the prompt's tokens that are in no video.
     """
@@ -35,7 +36,7 @@ class FrameContext:
 
     @property
     def num_frames(self) -> int:
-        """F: frames of tokens. Qwen2-VL's tokens stand for two frames of the video each."""
+        """F: frames of tokens. In Qwen2-VL each of them stands for two frames of the video."""
         return self.hidden.shape[0]
 
 
@@ -43,40 +44,40 @@ Relevance = Tensor | Callable[[FrameContext], Tensor]
 
 
 class Unbound(Protocol):
-    """Relevance that asks for the video and the question, such as a SiglipRelevance."""
+    """Relevance that needs the video and the question, such as a SiglipRelevance."""
 
     def bind(self, video: Any, question: str) -> Relevance: ...
 
 
 @dataclass(frozen=True, eq=False)
 class KVTP(BeforeLayers):
-    """Give each frame a number of tokens by its relevance, shorten it to that, and run the model on what is left.
+    """Give each frame a number of tokens by its relevance to the question, and shorten it to that number.
 
-    Everything happens before the first layer, so that all layers hold round(budget * video tokens) video tokens.
-    Positions stay as in the full prompt: M-RoPE's times and places stay true. Several videos of a sample share one
-    budget. What is in no frame of the layout (text, images, LLaVA-OneVision's newline token) is kept and not counted; a
-    newline that is in the layout is a token of its frame like any other.
+    Everything happens before the first layer, so all layers hold round(budget * video tokens) video tokens. Positions
+    stay those of the full prompt, so that M-RoPE's times and places remain correct. The videos of a sample share one
+    budget. Tokens that belong to no frame of the layout (text, images, LLaVA-OneVision's newline token) are kept and
+    not counted; a newline that is in the layout is treated like any other token of its frame.
 
     Args:
         budget: video tokens to keep, as a fraction of the prompt's, in (0, 1].
-        relevance: what each frame has to do with the question, higher for more. A tensor [F] of scores; a function
-            that gets a FrameContext and returns [F], such as what `SiglipRelevance.bind` returns, and that is asked
-            for every video; or a list of these, one for each video of the batch, sample by sample. F counts frames of
-            tokens. A SiglipRelevance itself has to be told of the video and the question by `about`. None for the same
-            count in every frame.
+        relevance: how relevant each frame is to the question; higher is more. A tensor [F] of scores, where F is the
+            number of frames of tokens; a function that takes a FrameContext and returns [F], such as the result of
+            `SiglipRelevance.bind`, which is called for every video; or a list of these, one per video of the batch,
+            sample by sample. A SiglipRelevance itself needs the video and the question first, from `about`. None gives
+            every frame the same number of tokens.
         pruner: how a frame is shortened: "random", "topk", "prumerge", "tome" or a Pruner.
-        temperature: above 0, as for `frame_budgets`: low for the most relevant frames alone.
-        min_tokens: tokens that every frame keeps at least. With 0 and a temperature near 0 whole frames stay, the most
-            relevant first, and the others vanish: hard key frames.
-        renumber: count the tokens that stay without gaps, as the authors' code does, rather than keep their positions.
-            Only for models whose positions are single numbers (Qwen2, LLaVA, InternVL), not for M-RoPE.
+        temperature: above 0, as for `frame_budgets`; if low, only the most relevant frames get more than `min_tokens`.
+        min_tokens: the fewest tokens that any frame keeps. With 0 and a temperature near 0 the most relevant frames
+            stay whole and the others vanish: hard key frames.
+        renumber: number the remaining tokens without gaps, as the authors' code does, instead of keeping their
+            positions. Only for models whose positions are single numbers (Qwen2, LLaVA, InternVL), not for M-RoPE.
 
     Raises:
-        TypeError, ValueError: a parameter out of range. While it runs: ValueError for scores of the wrong number or not
-            finite, and for a budget below `min_tokens` a frame.
+        TypeError, ValueError: a parameter out of range. While it runs: ValueError for scores that are too few, too many
+            or not finite, and for a budget below `min_tokens` per frame.
 
     Source:
-        KVTP, ICCV 2025, arXiv:2503.10742. The counts are exact, where the authors' code loses a part of the budget.
+        KVTP, ICCV 2025, arXiv:2503.10742. The counts are exact, while the authors' code loses part of the budget.
     """
 
     budget: float = 0.2
@@ -103,25 +104,32 @@ class KVTP(BeforeLayers):
         return self.renumber
 
     def about(self, frames: Any, question: str) -> KVTP:
-        """The method with the relevance of these frames to this question."""
+        """The same method with the relevance of these frames to this question."""
         bind = getattr(self.relevance, "bind", None)
         return self if bind is None else replace(self, relevance=bind(frames, question))
 
-    def begin(self, prompt: Prompt) -> _Frames:
-        """The calls of one prefill."""
+    def begin(self, prompt: Prompt) -> MethodState:
         if hasattr(self.relevance, "bind"):
             raise ValueError("KVTP: relevance must know the video and the question: bind them, or use `about`")
-        return _Frames(self, prompt)
+        return super().begin(prompt)
+
+    def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:
+        frames = FrameRows.of(prompt.layouts, tokens)
+        scores = self._scores(tokens, prompt, frames)
+        counts = frame_budgets(scores, frames.sizes, self.budget, self.temperature, self.min_tokens)
+        pruner = find(Pruner, self.pruner)() if isinstance(self.pruner, str) else self.pruner
+        left = pruner(tokens, frames, counts, total=round(self.budget * tokens.num_video))
+        return _renumbered(left, tokens) if self.renumber else left
 
     @property
     def relevances(self) -> Sequence[Relevance] | None:
-        """As they were given, in a list."""
+        """The given relevance, as a list."""
         if isinstance(self.relevance, Tensor) or callable(self.relevance):
             return [self.relevance]
         return self.relevance  # type: ignore[return-value]  # bound by now
 
     def relevance_of(self, video: int) -> Relevance:
-        """That of one video of the batch. Raises a ValueError where none was given for it."""
+        """The relevance of one video of the batch. Raises a ValueError if none was given for it."""
         if callable(self.relevance):
             return self.relevance
         assert self.relevances is not None
@@ -132,34 +140,18 @@ class KVTP(BeforeLayers):
             )
         return self.relevances[video]
 
-
-class _Frames(BeforeLayers):
-    def __init__(self, method: KVTP, prompt: Prompt) -> None:
-        self.method, self.prompt, self.budget = method, prompt, method.budget
-
-    def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
-        method = self.method
-        if layer > 0 or self.budget == 1:
-            return None
-        frames = Frames.of(self.prompt.layouts, tokens)
-        scores = self._scores(tokens, frames)
-        counts = frame_budgets(scores, frames.sizes, self.budget, method.temperature, method.min_tokens)
-        pruner = PRUNERS[method.pruner]() if isinstance(method.pruner, str) else method.pruner
-        left = pruner(tokens, frames, counts, total=round(self.budget * tokens.num_video))
-        return _renumbered(left, tokens) if method.renumber else left
-
-    def _scores(self, tokens: VideoTokens, frames: Frames) -> Tensor:
+    def _scores(self, tokens: VideoTokens, prompt: Prompt, frames: FrameRows) -> Tensor:
         """[F] fp32: the scores of all frames of all videos of the sample."""
-        sizes = [len(layout.positions) for layout in self.prompt.layouts]
-        if self.method.relevances is None:
+        sizes = [len(layout.positions) for layout in prompt.layouts]
+        if self.relevances is None:
             return torch.zeros(sum(sizes), device=tokens.hidden.device)
         text = tokens.hidden[0, tokens.patch[0] < 0]
-        parts = [Frames(rows) for rows in frames.rows.split(sizes)]
+        parts = [FrameRows(rows) for rows in frames.rows.split(sizes)]
         scores = []
-        for i, (part, size) in enumerate(zip(parts, sizes, strict=True), start=self.prompt.first_video):
-            relevance = self.method.relevance_of(i)
+        for i, (part, size) in enumerate(zip(parts, sizes, strict=True), start=prompt.first_video):
+            relevance = self.relevance_of(i)
             if callable(relevance):
-                sample = self.prompt.layouts[0].sample
+                sample = prompt.layouts[0].sample
                 relevance = relevance(FrameContext(sample, i, part.take(tokens.hidden), part.present, text))
                 _check_scores(relevance)
             if len(relevance) != size:
@@ -172,9 +164,9 @@ class _Frames(BeforeLayers):
 
 
 def _renumbered(left: VideoTokens, tokens: VideoTokens) -> VideoTokens:
-    """What is left with the positions of the prompt's last tokens: without gaps, and what follows need not move.
+    """Give the remaining tokens the last positions of the prompt: without gaps, and the tokens after it need not move.
 
-    Attention depends on differences of positions alone, so this is as if they counted from 0.
+    Attention depends only on differences between positions, so this is equivalent to counting from 0.
     """
     return replace(left, companions=tuple(part[:, tokens.length - left.length :] for part in tokens.companions))
 

@@ -1,17 +1,19 @@
-"""Base pruners: how a frame gets down to the number of tokens that it may keep.
+"""Pruners: how a frame is shortened to the number of tokens that it may keep.
 
-A pruner works inside each frame, on all frames at once. What stays keeps its place: rows in raster and time order.
+A pruner works within each frame, on all frames at once. The remaining tokens stay in raster and time order.
 
 Sources: PruMerge, arXiv:2403.15388; ToMe, arXiv:2210.09461, section 3; both as KVTP uses them, arXiv:2503.10742. KVTP's
 code takes importance and similarity from the vision tower's attention; here both come from the tokens that the language
-model gets, so that a pruner needs no access to the tower.
+model gets, so a pruner needs no access to the tower.
 """
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +25,22 @@ from ..checks import check_choice, check_count
 from ..layouts.layout import VideoLayout
 from .base import VideoTokens
 
-_FRAMES = 64  # whose tokens are compared at a time
+_FRAMES = 64  # number of frames whose tokens are compared at a time
 
 
 @dataclass(frozen=True)
-class Frames:
+class FrameRows:
     """Where the tokens of each frame stand in a sequence.
 
     Args:
-        rows: [F, P] int64, ascending; -1 for a hole. Frames of several videos follow one another.
+        rows: [F, P] int64, ascending; -1 for a hole. The frames of several videos follow one another.
     """
 
     rows: Tensor
 
     @classmethod
-    def of(cls, layouts: Sequence[VideoLayout], tokens: VideoTokens) -> Frames:
-        """The frames of one sample's videos, all tokens of which are in the sequence."""
+    def of(cls, layouts: Sequence[VideoLayout], tokens: VideoTokens) -> FrameRows:
+        """The frames of one sample's videos, whose tokens are all in the sequence."""
         widest = max(layout.positions.shape[1] for layout in layouts)
         padded = [F.pad(layout.positions, (0, widest - layout.positions.shape[1]), value=-1) for layout in layouts]
         positions = torch.cat(padded).to(tokens.position.device)
@@ -47,31 +49,31 @@ class Frames:
 
     @property
     def present(self) -> Tensor:
-        """[F, P] bool: where there is a token."""
+        """[F, P] bool: False for holes."""
         return self.rows >= 0
 
     @property
     def sizes(self) -> Tensor:
-        """[F] int64: tokens of each frame."""
+        """[F] int64: the number of tokens of each frame."""
         return self.present.sum(1)
 
     def take(self, x: Tensor) -> Tensor:
-        """[1, N, ...] -> [F, P, ...]; what stands at a hole is of no meaning."""
+        """[1, N, ...] -> [F, P, ...]; the values at holes are arbitrary."""
         return x[0, self.rows.clamp_min(0)]
 
     def spread(self, values: Tensor, onto: Tensor) -> Tensor:
-        """Values [F, P, ...] at their tokens, the rest as in `onto` [1, N, ...]; a new tensor."""
+        """A copy of `onto` [1, N, ...] with the values [F, P, ...] at their tokens."""
         spread = onto.clone()
         spread[0, self.rows[self.present]] = values[self.present].to(onto.dtype)
         return spread
 
-    def split(self) -> list[Frames]:
-        """Runs of frames few enough to be compared token with token."""
-        return [Frames(rows) for rows in self.rows.split(_FRAMES)]
+    def split(self) -> list[FrameRows]:
+        """The frames in parts that are small enough to compare all their tokens with each other."""
+        return [FrameRows(rows) for rows in self.rows.split(_FRAMES)]
 
 
 def distinctness(x: Tensor, present: Tensor) -> Tensor:
-    """x [F, P, D], present [F, P] bool -> [F, P]: one less the cosine with the frame's mean direction."""
+    """x [F, P, D], present [F, P] bool -> [F, P]: 1 - the cosine with the frame's mean direction."""
     direction = F.normalize(x.float(), dim=-1)
     mean = (direction * present[..., None]).sum(1, keepdim=True)
     return 1 - F.cosine_similarity(direction, mean, dim=-1)
@@ -83,7 +85,7 @@ def feature_norm(x: Tensor, present: Tensor) -> Tensor:
 
 
 Importance = Callable[[Tensor, Tensor], Tensor]
-"""Tokens [F, P, D] and which are there [F, P] bool -> how much each matters [F, P]."""
+"""Tokens [F, P, D] and which of them exist [F, P] bool -> how important each is [F, P]."""
 
 IMPORTANCES: dict[str, Importance] = {"distinctness": distinctness, "norm": feature_norm}
 
@@ -92,20 +94,20 @@ class Pruner(ABC):
     """Shortens each frame to its count."""
 
     @abstractmethod
-    def __call__(self, tokens: VideoTokens, frames: Frames, counts: Tensor, total: int) -> VideoTokens:
+    def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
         """The tokens that stay.
 
         Args:
-            tokens: of one sample.
-            frames: where they stand.
-            counts: [F] int64, from 1 to the frame's size.
-            total: their sum.
+            tokens: all tokens of one sample.
+            frames: the rows of each frame.
+            counts: [F] int64, the number of tokens to keep, from 1 to the frame's size.
+            total: the sum of `counts`.
         """
 
 
 @dataclass(frozen=True)
 class RandomPruner(Pruner):
-    """Keep any tokens of each frame. The draw depends on the seed and the prompt's length alone.
+    """Keep random tokens of each frame. The draw depends only on the seed and the length of the prompt.
 
     Args:
         seed: of the draw, at least 0.
@@ -116,7 +118,7 @@ class RandomPruner(Pruner):
     def __post_init__(self) -> None:
         check_count("RandomPruner", "seed", self.seed, 0)
 
-    def __call__(self, tokens: VideoTokens, frames: Frames, counts: Tensor, total: int) -> VideoTokens:
+    def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
         generator = torch.Generator().manual_seed(self.seed)
         scores = torch.rand(1, tokens.length, generator=generator).to(counts.device)
         return tokens.keep(_best(tokens, frames, frames.take(scores), counts, total), total)
@@ -127,8 +129,8 @@ class TopKPruner(Pruner):
     """Keep the most important tokens of each frame, ties to the earlier one.
 
     Args:
-        importance: "distinctness" (one less the cosine with the frame's mean: what differs from the rest of the frame),
-            "norm" (the token's length), or a function of tokens [F, P, D] and present [F, P] bool that gives [F, P].
+        importance: "distinctness" (1 - the cosine with the frame's mean: how much a token differs from the rest of the
+            frame), "norm" (the token's), or a function of tokens [F, P, D] and present [F, P] bool that returns [F, P].
 
     Raises:
         ValueError: an unknown importance.
@@ -139,21 +141,21 @@ class TopKPruner(Pruner):
     def __post_init__(self) -> None:
         _check_importance("TopKPruner", self.importance)
 
-    def __call__(self, tokens: VideoTokens, frames: Frames, counts: Tensor, total: int) -> VideoTokens:
+    def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
         scores = _importance(self.importance, tokens, frames)
         return tokens.keep(_best(tokens, frames, scores, counts, total), total)
 
 
 @dataclass(frozen=True)
 class PruMerge(Pruner):
-    """Keep the most important tokens of each frame, each with what is lost around it added.
+    """Keep the most important tokens of each frame, and add to each the dropped tokens that are similar to it.
 
-    A kept token becomes x_i + sum of a_j x_j over those of its nearest tokens (by cosine, in its frame) that are
-    dropped, with a = softmax of the importance over the frame.
+    A kept token becomes x_i + sum of a_j x_j, over the dropped ones among its nearest tokens (by cosine, in its frame),
+    with a = softmax of the importance over the frame.
 
     Args:
         importance: as for TopKPruner.
-        neighbours: how many nearest tokens, at least 1.
+        neighbours: number of nearest tokens, at least 1.
 
     Raises:
         TypeError, ValueError: a parameter out of range.
@@ -166,7 +168,7 @@ class PruMerge(Pruner):
         _check_importance("PruMerge", self.importance)
         check_count("PruMerge", "neighbours", self.neighbours, 1)
 
-    def __call__(self, tokens: VideoTokens, frames: Frames, counts: Tensor, total: int) -> VideoTokens:
+    def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
         scores = _importance(self.importance, tokens, frames)
         rows = _best(tokens, frames, scores, counts, total)
         stays = torch.zeros_like(tokens.position, dtype=torch.bool).scatter_(1, rows, True)
@@ -192,10 +194,10 @@ class ToMe(Pruner):
     """Merge the most similar tokens of each frame, by bipartite soft matching, until its count is left.
 
     In each round every second token of the frame proposes to the most similar of the others, and the best proposals are
-    taken, half of the tokens at most. A token that is left is the mean of the patches that it stands for.
+    accepted, at most half of the tokens. A remaining token is the mean of the patches that merged into it.
     """
 
-    def __call__(self, tokens: VideoTokens, frames: Frames, counts: Tensor, total: int) -> VideoTokens:
+    def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
         roots = torch.arange(tokens.length, device=counts.device)[None]
         for part, count in zip(frames.split(), counts.split(_FRAMES), strict=True):
             column = _matching(part.take(tokens.hidden).float(), part.present, count)
@@ -203,20 +205,14 @@ class ToMe(Pruner):
         return tokens.merge_groups(roots)
 
 
-PRUNERS: dict[str, type[Pruner]] = {
-    "random": RandomPruner, "topk": TopKPruner, "prumerge": PruMerge, "tome": ToMe,
-}  # fmt: skip
-"""The pruners by name."""
-
-
 def _matching(x: Tensor, present: Tensor, counts: Tensor) -> Tensor:
-    """x [F, P, D] fp32, present [F, P], counts [F] -> [F, P] int64: the column that each token ends up in."""
+    """x [F, P, D] fp32, present [F, P], counts [F] -> [F, P] int64: the column that each token merges into."""
     column = torch.arange(x.shape[1], device=x.device).expand(present.shape)
     root, alive, total = column, present, x
     while bool(((excess := alive.sum(1) - counts) > 0).any()):
         place = alive.cumsum(1)
         proposes, takes = alive & (place % 2 == 1), alive & (place % 2 == 0)
-        cosines = _cosines(total).nan_to_num(-1.0)  # a sum points as its mean does
+        cosines = _cosines(total).nan_to_num(-1.0)  # a sum has the direction of its mean
         similarity, partner = cosines.masked_fill(~takes[:, None], -2.0).max(-1)
         proposals = torch.where(proposes & takes.any(1, keepdim=True), similarity, float("-inf"))
         taken = topk_keep(proposals, torch.minimum(excess, takes.sum(1)).clamp_min(0))  # [F, K], -1 for none
@@ -228,12 +224,12 @@ def _matching(x: Tensor, present: Tensor, counts: Tensor) -> Tensor:
     return root
 
 
-def _best(tokens: VideoTokens, frames: Frames, scores: Tensor, counts: Tensor, total: int) -> Tensor:
-    """[1, M] int64: the rows of the `counts` best of each frame by `scores` [F, P], and of all tokens of no frame."""
+def _best(tokens: VideoTokens, frames: FrameRows, scores: Tensor, counts: Tensor, total: int) -> Tensor:
+    """[1, M] int64: each frame's `counts` best rows by `scores` [F, P], and all rows outside frames."""
     frame = torch.arange(len(counts), device=counts.device)[:, None].expand_as(frames.rows)
     segments = frames.spread(frame, torch.full_like(tokens.position, -1))
     spread = frames.spread(scores, torch.zeros(1, tokens.length, device=scores.device))
-    rows = tokens.length - tokens.num_video + total  # known beforehand: a GPU is not waited for
+    rows = tokens.length - tokens.num_video + total  # known beforehand, so there is no need to wait for a GPU
     kept, _ = segmented_topk_keep(spread, segments, counts[None], capacity=rows)
     return kept
 
@@ -249,7 +245,14 @@ def _check_importance(owner: str, importance: str | Importance) -> None:
         check_choice(owner, "importance", importance, tuple(IMPORTANCES))
 
 
-def _importance(importance: str | Importance, tokens: VideoTokens, frames: Frames) -> Tensor:
+def _importance(importance: str | Importance, tokens: VideoTokens, frames: FrameRows) -> Tensor:
     """[F, P] fp32."""
     function = IMPORTANCES[importance] if isinstance(importance, str) else importance
     return torch.cat([function(part.take(tokens.hidden), part.present) for part in frames.split()]).float()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Frames":
+        warnings.warn("fftriton.methods.pruners.Frames is now called FrameRows", DeprecationWarning, stacklevel=2)
+        return FrameRows
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..checks import check_budget, check_count
-from .base import Method, Window
+from .base import Method, MethodState, Prompt, Window, former_state
 
 
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    """Restrict attention to sinks, the first tokens of the prompt, and a window of the most recent ones.
+    """Restrict attention to sinks, the first tokens of the prompt, and a window of the most recent tokens.
 
-    Sinks and window together are round(budget * prompt), text included, and hold for every query, in the prefill and
-    for each new token; the KV cache holds no more. Positions stay those of the prompt. Attention and cache become
-    smaller, but every token still goes through every layer's projections and feed-forward block: `report` counts them
-    in `rows_per_layer`. Not for flash attention, which takes no such mask.
+    Sinks and window together are round(budget * prompt) tokens, including text. They hold for every query, in the
+    prefill and for each new token, and the KV cache holds no more. Positions stay those of the prompt. Attention and
+    cache become smaller, but every token still goes through every layer's projections and feed-forward block; `report`
+    counts them in `rows_per_layer`. Does not work with flash attention, which takes no such mask.
 
     Args:
         budget: tokens that a query attends to, as a fraction of the prompt's, in (0, 1].
-        sinks: how many of the first tokens. The window has one token at the least, whatever the budget.
+        sinks: number of tokens at the start of the prompt. The window has at least one token, whatever the budget.
 
     Raises:
         TypeError, ValueError: a parameter out of range; while it runs, an attention back end without masks.
@@ -35,7 +35,13 @@ class StreamingLLM(Method):
         check_budget("StreamingLLM", "budget", self.budget)
         check_count("StreamingLLM", "sinks", self.sinks, 0)
 
+    def begin(self, prompt: Prompt) -> MethodState:
+        return former_state(self, prompt) or _StreamingLLMState(self, prompt)
+
+
+class _StreamingLLMState(MethodState):
+    method: StreamingLLM
+
     def window(self, length: int) -> Window | None:
-        if self.budget == 1:
-            return None
-        return Window(self.sinks, max(1, round(self.budget * length) - self.sinks))
+        budget, sinks = self.method.budget, self.method.sinks
+        return None if budget == 1 else Window(sinks, max(1, round(budget * length) - sinks))

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from fftriton_kernels import NO_LINK, linked_cosine_similarity, merge_roots
 
 from ..checks import check_budget
-from .base import Method, Prompt, VideoTokens
-from .chain import BeforeLayers
+from .base import MethodState, Prompt, Steps, VideoTokens
+from .before_layers import BeforeLayers, BeforeLayersState
 
 _ANY = -1.5  # a threshold below every cosine and above NO_LINK
 
 
 @dataclass(frozen=True)
 class TemporalMerge(BeforeLayers):
-    """Merge the video tokens that are most like the same patch one frame earlier, until the budget is met.
+    """Merge the video tokens that are most similar to the same patch one frame earlier, until the budget is met.
 
-    All at once, before the first layer, and however unlike they are: this is FrameFusion's merging without its
-    threshold. It leaves room for a second method, `TemporalMerge(0.13) + FastV(0.1, layer=14, importance_queries=4)`,
-    which prunes where attention already knows the question. A patch's first token always stays, so that the budget
-    cannot be met below 1 / frames.
+    All merges happen at once, before the first layer, however dissimilar the tokens are: this is FrameFusion's merging
+    without its threshold. It leaves room for a second method, as in `TemporalMerge(0.13) + FastV(0.1, layer=14,
+    importance_queries=4)`, which prunes where attention already knows the question. The first token of each patch
+    always stays, so a budget below 1 / frames cannot be met.
 
     Args:
-        budget: video tokens left, as a fraction of the prompt's, in (0, 1].
+        budget: video tokens to keep, as a fraction of the prompt's, in (0, 1].
 
     Raises:
         TypeError, ValueError: a budget out of range.
@@ -37,24 +37,21 @@ class TemporalMerge(BeforeLayers):
     def __post_init__(self) -> None:
         check_budget("TemporalMerge", "budget", self.budget)
 
-    def begin(self, prompt: Prompt) -> Method:
-        """The calls of one prefill."""
-        return _Merging(self.budget, prompt)
+    def begin(self, prompt: Prompt) -> MethodState:
+        return _TemporalMergeState(self, prompt)
 
 
-class _Merging(Method):
-    def __init__(self, budget: float, prompt: Prompt) -> None:
-        self.budget, self.num_first = budget, prompt.num_video_tokens  # tokens that have none before them
-        self.num_video = prompt.num_video_tokens
+class _TemporalMergeState(BeforeLayersState):
+    def __init__(self, method: TemporalMerge, prompt: Prompt) -> None:
+        super().__init__(method, prompt)
+        self.num_first = prompt.num_video_tokens  # video tokens without an earlier one of their patch
 
     @property
     def least_budget(self) -> float:
-        return self.num_first / self.num_video
+        return self.num_first / self.prompt.num_video_tokens
 
-    def before_attention(self, layer: int, tokens: VideoTokens) -> VideoTokens | None:
-        if layer > 0 or self.budget == 1:
-            return None
+    def shorten(self, tokens: VideoTokens) -> Steps:
         similarity = linked_cosine_similarity(tokens.hidden, tokens.predecessor)
         self.num_first -= int((similarity > NO_LINK).sum())
-        excess = tokens.num_video - max(1, round(self.budget * tokens.num_video))
+        excess = tokens.num_video - self.method.num_kept(tokens)
         return tokens.merge_groups(merge_roots(similarity, tokens.predecessor, _ANY, max_merges=excess))

@@ -79,20 +79,17 @@ class MiddleFrame(fftriton.Method):
     seen: list = field(default_factory=list, compare=False)
 
     def begin(self, prompt):
-        return _WithPrompt(prompt, self.seen)
+        return _MiddleFrameState(self, prompt)
 
 
-class _WithPrompt(fftriton.Method):
-    def __init__(self, prompt, seen):
-        self.prompt, self.seen = prompt, seen
-
+class _MiddleFrameState(fftriton.methods.MethodState):
     def before_attention(self, layer, tokens):
         if layer != 1:
-            return None
+            return []
         assert self.prompt.length == len(self.prompt.frame) == tokens.length
         assert torch.equal(self.prompt.frame >= 0, tokens.patch[0] >= 0)
-        self.seen.append(self.prompt.frame.tolist())
-        return tokens.keep_top((self.prompt.frame != 1).float()[None], int((self.prompt.frame >= 0).sum()) - 2)
+        self.method.seen.append(self.prompt.frame.tolist())
+        return [tokens.keep_top((self.prompt.frame != 1).float()[None], int((self.prompt.frame >= 0).sum()) - 2)]
 
 
 FRAME_METHODS = [

@@ -9,7 +9,7 @@ import transformers
 from models import TEXT, behind, cache_of, rope, seeded, tiny_qwen2, tiny_qwen2_vl, video_embeddings, video_prompt
 
 import fftriton
-from fftriton.methods.base import VideoTokens
+from fftriton.methods import MethodState, VideoTokens
 
 FRAMES, PATCHES, BEFORE, AFTER = 4, 5, 3, 4
 
@@ -41,7 +41,7 @@ NONSENSE = {
     "a tuple": (
         lambda tokens: (tokens.hidden, tokens.position),
         TypeError,
-        "must return VideoTokens or None, got tuple",
+        "must return VideoTokens, a list of them or None, got tuple",
     ),
     "text dropped": (
         lambda tokens: rows(tokens, all_rows(tokens)[:-2], tokens.num_video),
@@ -109,6 +109,52 @@ NONSENSE = {
         RuntimeError,
         "companions must be 2 tensors, got 0",
     ),
+    "a list of a tuple": (
+        lambda tokens: [kept(tokens), (tokens.hidden,)],
+        TypeError,
+        "must return VideoTokens, a list of them or None, got tuple",
+    ),
+    "nonsense in the first step": (
+        lambda tokens: [replace(kept(tokens), num_video=3), kept(tokens)],
+        RuntimeError,
+        "must keep the 7 rows that are no video",
+    ),
+    "no hidden states": (
+        lambda tokens: replace(kept(tokens), hidden=None),
+        TypeError,
+        "hidden must be a tensor, got NoneType",
+    ),
+    "a list of positions": (
+        lambda tokens: replace(kept(tokens), position=[[0, 1]]),
+        TypeError,
+        "position must be a tensor, got list",
+    ),
+    "flat positions": (
+        lambda tokens: replace(kept(tokens), position=torch.tensor(3)),
+        RuntimeError,
+        r"position must be \[1, rows\], got \[\]",
+    ),
+    "no patch": (lambda tokens: replace(kept(tokens), patch=None), TypeError, "patch must be a tensor, got NoneType"),
+    "companions in a list": (
+        lambda tokens: replace(kept(tokens), companions=list(kept(tokens).companions)),
+        TypeError,
+        "companions must be a tuple of tensors, got list",
+    ),
+    "no additions": (
+        lambda tokens: replace(kept(tokens), additions=None),
+        TypeError,
+        "additions must be a tuple of tensors, got NoneType",
+    ),
+    "a tensor for num_video": (
+        lambda tokens: replace(kept(tokens), num_video=torch.tensor(18)),
+        TypeError,
+        "num_video must be an integer, got Tensor",
+    ),
+    "roots for a merge": (
+        lambda tokens: replace(kept(tokens), merge=tokens.position),
+        TypeError,
+        "merge must be a Merge or None, got Tensor",
+    ),
     "an edit in place": (write_to, RuntimeError, "must not write to the tensors it is given"),
 }
 
@@ -121,11 +167,20 @@ class Nonsense(fftriton.Method):
     stage: str
     layer: int
 
+    def begin(self, prompt):
+        return _NonsenseState(self, prompt)
+
+
+class _NonsenseState(MethodState):
     def before_attention(self, layer, tokens):
-        return NONSENSE[self.what][0](tokens) if (layer, self.stage) == (self.layer, "before_attention") else None
+        return self.answer("before_attention", layer, tokens)
 
     def after_attention(self, layer, tokens):
-        return NONSENSE[self.what][0](tokens) if (layer, self.stage) == (self.layer, "after_attention") else None
+        return self.answer("after_attention", layer, tokens)
+
+    def answer(self, stage, layer, tokens):
+        method = self.method
+        return NONSENSE[method.what][0](tokens) if (layer, stage) == (method.layer, method.stage) else None
 
 
 @pytest.mark.parametrize("what", NONSENSE)
@@ -152,12 +207,12 @@ def test_hidden_states_that_are_not_a_number_already():
 
 
 @dataclass(frozen=True)
-class RewritesText(fftriton.Method):
+class RewritesText(fftriton.methods.BeforeLayers):
     """Changes a text row, which only a thorough look finds."""
 
-    def before_attention(self, layer, tokens):
-        if layer > 0:
-            return None
+    budget: float = 0.95
+
+    def shorten(self, tokens, prompt):
         left = kept(tokens)
         return replace(left, hidden=left.hidden.index_fill(1, torch.tensor([1]), 0.5))
 
@@ -269,13 +324,13 @@ def test_the_look_at_the_structure_leaves_no_trace():
 
 
 @dataclass(frozen=True)
-class OneLess(fftriton.Method):
+class OneLess(fftriton.methods.BeforeLayers):
     """Drops one video token before the first layer."""
 
     budget: float = 0.9
 
-    def before_attention(self, layer, tokens):
-        return tokens.keep_top(tokens.hidden[..., 0], tokens.num_video - 1) if layer == 0 else None
+    def shorten(self, tokens, prompt):
+        return tokens.keep_top(tokens.hidden[..., 0], tokens.num_video - 1)
 
 
 @pytest.mark.parametrize("given", [{"use_cache": False}, behind(transformers.DynamicCache())], ids=["no cache", "bare"])
@@ -353,10 +408,12 @@ class Answers(fftriton.Method):
     answer: object
 
     def begin(self, prompt):
-        return self.answer if self.of == "begin" else self
+        return self.answer if self.of == "begin" else _AnswersState(self, prompt)
 
+
+class _AnswersState(MethodState):
     def window(self, length):
-        return self.answer if self.of == "window" else None
+        return self.method.answer if self.method.of == "window" else None
 
 
 @pytest.mark.parametrize(("of", "answer"), [("begin", None), ("begin", 3), ("window", (4, 8)), ("window", 2)])
@@ -408,12 +465,13 @@ def test_a_cache_whose_layers_disagree_is_refused():
 
 
 @dataclass(frozen=True)
-class Asks(fftriton.Method):
+class Asks(fftriton.methods.BeforeLayers):
     """Calls the model while it is at work on it."""
 
     model: object
+    budget: float = 0.5
 
-    def before_attention(self, layer, tokens):
+    def shorten(self, tokens, prompt):
         self.model(input_ids=torch.tensor([[3, 4]]))
 
 
@@ -447,4 +505,4 @@ def test_a_model_that_is_called_from_within():
 def test_tokens_have_the_fields_that_are_checked():
     """A field that joins them has to be looked at, too."""
     known = {"hidden", "position", "patch", "num_video", "companions", "additions"}
-    assert set(VideoTokens.__dataclass_fields__) - known == {"attention", "merge", "between", "_links"}
+    assert set(VideoTokens.__dataclass_fields__) - known == {"attention", "merge", "_links"}

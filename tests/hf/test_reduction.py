@@ -90,18 +90,23 @@ class Failing(fftriton.Method):
     stage: str = "before_attention"
     error: type = RuntimeError
 
+    def begin(self, prompt):
+        return _FailingState(self, prompt)
+
+
+class _FailingState(fftriton.methods.MethodState):
     def wants_attention(self, layer):
         return True
 
     def before_attention(self, layer, tokens):
-        if self.stage == "before_attention" and layer == 2:
-            raise self.error
-        return None
+        if self.method.stage == "before_attention" and layer == 2:
+            raise self.method.error
+        return []
 
     def after_attention(self, layer, tokens):
-        if self.stage == "after_attention" and layer == 2:
-            raise self.error
-        return None
+        if self.method.stage == "after_attention" and layer == 2:
+            raise self.method.error
+        return []
 
 
 @FAMILIES

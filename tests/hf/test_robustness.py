@@ -37,7 +37,7 @@ def place_of(name, model):
         "feed-forward": (layer.mlp.down_proj, "forward"),
         "last norm": (decoder_of(model).norm, "forward"),
         "importance": (importance, "attention_column_sum"),
-        "method": (fastv._Pruning, "after_attention"),
+        "method": (fastv._FastVState, "after_attention"),
         "packing": (prefill.Prefill, "_pack"),
         "report": (prefill.Prefill, "finish"),
     }[name]

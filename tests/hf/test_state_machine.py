@@ -25,6 +25,7 @@ from conversations import (
     Conversation,
     Fault,
     Script,
+    ScriptState,
     Subject,
     Turn,
     check_forward,
@@ -562,7 +563,7 @@ def places_of(subject: Subject) -> list[tuple[Any, str]]:
     text = [(module, "forward") for layer in decoder_of(subject.model).layers for module in layer.modules()]
     modules = [(module, "forward") for module in subject.model.modules() if type(module) is not torch.nn.ModuleList]
     ours = [
-        (importance, "attention_column_sum"), (Script, "before_attention"), (Script, "after_attention"),
+        (importance, "attention_column_sum"), (ScriptState, "before_attention"), (ScriptState, "after_attention"),
         (Scripted, "merge"), (caches.ReducedLayer, "update"), (prefill.Prefill, "_pack"), (prefill.Prefill, "finish"),
     ]  # fmt: skip
     return [*text, *text, *modules, *ours * (len(modules) // 20)]

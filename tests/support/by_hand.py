@@ -38,20 +38,25 @@ class Scripted(fftriton.Method):
     drop_after: tuple = (0, 3)
     kept: list = field(default_factory=list, compare=False)
 
+    def begin(self, prompt):
+        return ScriptedState(self, prompt)
+
+
+class ScriptedState(fftriton.methods.MethodState):
     def before_attention(self, layer, tokens):
-        return self.merge(tokens) if layer in self.merge_before else None
+        return self.merge(tokens) if layer in self.method.merge_before else []
 
     def after_attention(self, layer, tokens):
-        if layer in self.merge_after:
+        if layer in self.method.merge_after:
             return self.merge(tokens)
-        if layer in self.drop_after:
+        if layer in self.method.drop_after:
             scores = -(places(tokens) % 3 == 0).float()
-            return tokens.keep_top(scores, tokens.num_video - 2)
-        return None
+            return [tokens.keep_top(scores, tokens.num_video - 2)]
+        return []
 
     def merge(self, tokens):
         every_second = (places(tokens) % 2).float()  # 1 joins
-        return tokens.merge_groups(merge_roots(every_second, tokens.predecessor, 0.5))
+        return [tokens.merge_groups(merge_roots(every_second, tokens.predecessor, 0.5))]
 
 
 def places(tokens):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from by_hand import SPECIAL, ByHand, Scripted, decoder_of, patches
+from by_hand import SPECIAL, ByHand, Scripted, ScriptedState, decoder_of, patches
 from families import FAMILIES, collate
 from models import tiny_qwen2, video_embeddings
 from torch import Tensor
@@ -38,16 +38,21 @@ class Script(Scripted):
     listens: tuple = ()
     probes: list = field(default_factory=list, compare=False)
 
+    def begin(self, prompt):
+        return ScriptState(self, prompt)
+
+
+class ScriptState(ScriptedState):
     def wants_attention(self, layer):
-        return layer in self.listens
+        return layer in self.method.listens
 
     def before_attention(self, layer, tokens):
-        for probe in self.probes:
+        for probe in self.method.probes:
             probe()
         return super().before_attention(layer, tokens)
 
     def after_attention(self, layer, tokens):
-        if tokens.attention is not None and layer in self.listens:
+        if tokens.attention is not None and layer in self.method.listens:
             received = tokens.attention(None)
             assert received.shape == tokens.position.shape
             assert 0 < received.sum() <= tokens.length * 1.001

@@ -209,12 +209,18 @@ class Listening(fftriton.Method):
     layers: tuple[int, ...] | None = None
     received: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
 
+    def begin(self, prompt):
+        return _ListeningState(self, prompt)
+
+
+class _ListeningState(fftriton.methods.MethodState):
     def wants_attention(self, layer):
-        return self.layers is None or layer in self.layers
+        return self.method.layers is None or layer in self.method.layers
 
     def after_attention(self, layer, tokens):
         if tokens.attention is not None:
-            self.received[layer] = tokens.attention(self.queries)[0]
+            self.method.received[layer] = tokens.attention(self.method.queries)[0]
+        return []
 
 
 def snapshot(model):

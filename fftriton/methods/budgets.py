@@ -1,4 +1,4 @@
-"""How many tokens each frame may keep, from how much it has to do with the question."""
+"""How many tokens each frame may keep, given its relevance to the question."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ def frame_budgets(
 ) -> Tensor:
     """Share a video's token budget among its frames, in proportion to softmax(scores / temperature).
 
-    Each frame gets `min_tokens` first. The rest is shared in proportion; what a full frame cannot take goes to the
-    others in proportion, and so on; fractions go to the largest remainders, ties to the higher score, then the earlier
-    frame. The counts add up to round(budget * F * patches), or round(budget * patches.sum()), exactly; they never fall
-    where the score rises, and do not change when a constant is added to all scores. Everything is computed on the
-    device of the scores, for all samples and frames at once.
+    Each frame gets `min_tokens` first, and the rest is shared in proportion. If a frame is full, its excess is shared
+    among the others in proportion, and so on. Fractions go to the largest remainders; ties go to the higher score, then
+    to the earlier frame. The counts add up to exactly round(budget * F * patches), or round(budget * patches.sum()). A
+    frame with a higher score never gets fewer tokens, and adding a constant to all scores changes nothing. Everything
+    is computed on the device of the scores, for all samples and frames at once.
 
     Args:
-        scores: [F] or [B, F] real numbers, finite: the relevance of each frame, higher for more tokens.
-        patches: tokens of a frame: an int, or integers [F] or [B, F] where frames differ. A frame of fewer than
-            `min_tokens` keeps all it has.
-        budget: tokens to keep as a fraction of the video's, in (0, 1].
-        temperature: above 0; low for the most relevant frames alone, `math.inf` for equal counts.
-        min_tokens: what each frame keeps at least; 0 lets frames vanish.
+        scores: [F] or [B, F] finite real numbers: the relevance of each frame; higher gets more tokens.
+        patches: tokens per frame: an int, or integers [F] or [B, F] if frames differ. A frame with fewer than
+            `min_tokens` keeps all its tokens.
+        budget: tokens to keep, as a fraction of the video's, in (0, 1].
+        temperature: above 0; if low, only the most relevant frames get more; `math.inf` gives equal counts.
+        min_tokens: the fewest tokens that any frame keeps; with 0, frames may vanish.
 
     Returns:
-        The tokens to keep of each frame, int64, in the shape of `scores`.
+        The number of tokens to keep of each frame, int64, in the shape of `scores`.
 
     Raises:
         TypeError: a parameter of another type.
-        ValueError: scores that are not finite, patches of another shape or negative, a budget below `min_tokens` for
-            each frame, or any other parameter out of range.
+        ValueError: scores that are not finite, patches of another shape or negative, a budget below
+            `min_tokens` per frame, or any other parameter out of range.
 
     Source:
         KVTP, ICCV 2025, arXiv:2503.10742, section 3.3. The authors' code clips full frames and rounds down, so it
-        loses a part of the budget.
+        loses part of the budget.
     """
     check_budget("frame_budgets", "budget", budget)
     check_positive("frame_budgets", "temperature", temperature)
@@ -62,16 +62,16 @@ def frame_budgets(
 
 
 def _logits(scores: Tensor, temperature: float) -> Tensor:
-    """[B, F] descending -> [B, F] scores / temperature less the first, with no gap that nothing could bridge."""
+    """[B, F] descending -> [B, F] scores / temperature, relative to the first; gaps between neighbours are bounded."""
     gaps = (-scores.diff(dim=1) / temperature).clamp_max(_WIDEST_GAP)
     below = F.pad((gaps / _LOGIT_UNIT).round().long(), (1, 0)).cumsum(1)
     return -below.double() * _LOGIT_UNIT
 
 
 def _share(logits: Tensor, room: Tensor, total: Tensor) -> Tensor:
-    """Shares of `total` [B] in proportion to exp(logits) [B, F], none above `room` [B, F] int64; int64 [B, F].
+    """Share `total` [B] in proportion to exp(logits) [B, F], at most `room` [B, F] int64 each; int64 [B, F].
 
-    Full are the first k frames in the order of room / exp(logit), for the least k with which the next one is not.
+    In the order of room / exp(logit), the first k frames are full, for the smallest k after which the next is not.
     """
     full_from, order = (room.double().log() - logits).sort(dim=1, stable=True)  # log of the factor that fills a frame
     rest = total[:, None] - F.pad(room.gather(1, order).cumsum(1), (1, 0))  # [B, F+1]: left when the first k are full
@@ -89,7 +89,7 @@ def _share(logits: Tensor, room: Tensor, total: Tensor) -> Tensor:
 
 
 def _inverse(order: Tensor) -> Tensor:
-    """[B, F] permutations -> [B, F] the place of each item in them."""
+    """[B, F] permutations -> [B, F] their inverses."""
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place)
 
@@ -121,7 +121,7 @@ def _capacities(patches: int | Tensor, scores: Tensor) -> Tensor:
 def _check_values(
     scores: Tensor, capacity: Tensor, least: Tensor, total: Tensor, budget: float, min_tokens: int
 ) -> None:
-    """Raise a ValueError for values that only the device knows. Waits for it once."""
+    """Raise a ValueError for values that only the device knows, which it waits for once."""
     short = total < least.sum(1)
     wrong = torch.stack([~scores.isfinite().all(), (capacity < 0).any(), short.any()])
     not_finite, negative, below = wrong.tolist()

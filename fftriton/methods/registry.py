@@ -1,0 +1,144 @@
+"""The names of methods and pruners. Importing this module imports no torch; a class is imported once it is needed.
+
+A name is one of the tables below, in any case and with or without hyphens and underscores; the name of the class; the
+name of an entry point of the group `fftriton.methods`, which holds Method classes of other distributions; or
+MODULE:CLASS for any class that can be imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import warnings
+from functools import reduce
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+GROUP = "fftriton.methods"
+
+METHODS = {
+    "keep-all": "fftriton.methods.keep_all:KeepAll",
+    "framefusion": "fftriton.methods.framefusion:FrameFusion",
+    "fastv": "fftriton.methods.fastv:FastV",
+    "streamingllm": "fftriton.methods.streaming_llm:StreamingLLM",
+    "kvtp": "fftriton.methods.kvtp:KVTP",
+    "uniformframes": "fftriton.methods.uniform_frames:UniformFrames",
+    "temporalmerge": "fftriton.methods.temporal_merge:TemporalMerge",
+    "randomtokens": "fftriton.methods.random_tokens:RandomTokens",
+}
+PRUNERS = {
+    "random": "fftriton.methods.pruners:RandomPruner",
+    "topk": "fftriton.methods.pruners:TopKPruner",
+    "prumerge": "fftriton.methods.pruners:PruMerge",
+    "tome": "fftriton.methods.pruners:ToMe",
+}
+FORMER: dict[str, tuple[str, dict[str, Any]]] = {
+    "merge-only": ("framefusion", {"stages": ("merge",)}),
+    "prune-only": ("framefusion", {"stages": ("prune",)}),
+    "prune-merge": ("framefusion", {"stages": ("prune", "merge")}),
+}
+"""Deprecated names: the method and the parameters that they stand for."""
+
+_CHAIN = {"chain": "fftriton.methods.chain:Chain"}  # in dicts; texts have a plus
+_TABLES = {"Method": METHODS | _CHAIN, "Pruner": PRUNERS}
+
+
+def names() -> list[str]:
+    """The names of all methods: those of the package, then those of other distributions."""
+    return [*METHODS, *sorted({point.name for point in entry_points(group=GROUP)})]
+
+
+def is_known(name: str) -> bool:
+    """Whether a method has this name, other than as MODULE:CLASS."""
+    return _path("Method", name) is not None or _entry_point(name) is not None or name in FORMER
+
+
+def unfold(name: str, parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A method's name and parameters, with a deprecated name replaced, which warns."""
+    if name not in FORMER:
+        return name, parameters
+    present, implied = FORMER[name]
+    stages = ",".join(implied["stages"])
+    warnings.warn(
+        f"the method {name!r} is deprecated: use '{present}:stages=({stages})'", DeprecationWarning, stacklevel=3
+    )
+    return present, implied | parameters
+
+
+def find(kind: type, name: str) -> type:
+    """The class of this name.
+
+    Args:
+        kind: Method or Pruner.
+        name: see above.
+
+    Raises:
+        ValueError: there is no such class, or it cannot be imported.
+    """
+    parameter = kind.__name__.lower()
+    path = _path(kind.__name__, name)
+    try:
+        if path is not None:
+            found = _load(path)
+        elif kind.__name__ == "Method" and (point := _entry_point(name)) is not None:
+            found = point.load()
+        elif ":" in name:
+            found = _load(name)
+        else:
+            raise ValueError(_unknown(kind, name))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"fftriton: {parameter} must be a class that can be imported, got {name!r}: {error}"
+        ) from error
+    if not isinstance(found, type) or not issubclass(found, kind):
+        raise ValueError(f"fftriton: {parameter} must be a subclass of {kind.__name__}, got {name!r}, {found!r}")
+    return found
+
+
+def name_of(kind: type, cls: type) -> str:
+    """The name by which `find` finds the class.
+
+    Raises:
+        TypeError: the class is defined inside a function, so that it cannot be imported.
+    """
+    own = f"{cls.__module__}:{cls.__qualname__}"
+    if "<locals>" in own:
+        raise TypeError(f"fftriton: a {kind.__name__.lower()} must be a class that can be imported, got {own}")
+    return next((name for name, path in _TABLES[kind.__name__].items() if path == own), own)
+
+
+def closest(word: str, choices: list[str]) -> str:
+    """The end of an error message: the most similar of `choices`, if one is similar."""
+    similar = difflib.get_close_matches(word, choices, n=1)
+    return f" (did you mean {similar[0]!r}?)" if similar else ""
+
+
+def _unknown(kind: type, name: str) -> str:
+    known = names() if kind.__name__ == "Method" else list(PRUNERS)
+    choices = ", ".join(map(repr, known))
+    return (
+        f"fftriton: {kind.__name__.lower()} must be one of {choices} or MODULE:CLASS, got {name!r}"
+        f"{closest(_normal(name), known)}"
+    )
+
+
+def _path(kind: str, name: str) -> str | None:
+    wanted = _normal(name)
+    for key, path in _TABLES[kind].items():
+        if wanted in (_normal(key), _normal(path.rpartition(":")[2])):
+            return path
+    return None
+
+
+def _entry_point(name: str) -> EntryPoint | None:
+    wanted = _normal(name)
+    return next((point for point in entry_points(group=GROUP) if _normal(point.name) == wanted), None)
+
+
+def _load(path: str) -> Any:
+    module, _, qualname = path.partition(":")
+    return reduce(getattr, qualname.split("."), importlib.import_module(module))
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
