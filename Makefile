@@ -52,7 +52,7 @@ lock:  ## pin anew what demo and test install: the newest releases that go toget
 fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the wrapper against a computation by hand
 	FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest --numprocesses auto -m fuzz
 
-features: $(INSTALLED)  ## the README's table of families and features, from the results of their tests
+features: $(INSTALLED)  ## the table of families and features in docs/models.md, from the results of their tests
 	-$(BIN)/pytest --numprocesses auto -m feature --junitxml=build/features.xml
 	$(BIN)/python tests/support/feature_table.py build/features.xml
 

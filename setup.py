@@ -44,7 +44,7 @@ setup(
         "fftriton_kernels",
     ],
     package_dir={"fftriton_kernels": "kernels/fftriton_kernels"},
-    package_data={"fftriton": ["assets/**", "docs/*.md", "py.typed"], "fftriton_kernels": ["py.typed"]},
+    package_data={"fftriton": ["assets/**", "py.typed"], "fftriton_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

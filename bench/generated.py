@@ -1,4 +1,4 @@
-"""The parts of the README that commands write: `make features` and `make gpu-plots`."""
+"""The parts of documents that commands write: `make features` and `make gpu-plots`."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ _ROOMS = ("hf", "layouts", "methods", "relevance")
 
 
 def __getattr__(name: str) -> Any:
-    """Load torch and transformers when something that needs them is asked for, not before: `fftriton --help`."""
+    """Import torch and transformers only when something that needs them is used: `import fftriton` stays quick."""
     if name in _ROOMS:
         return importlib.import_module(f".{name}", __name__)
     if name in __all__:

@@ -1,4 +1,4 @@
-"""The former place of the command line, for one more release: `python -m fftriton`."""
+"""The former location of the command line; use `python -m fftriton`. It will be removed after one more release."""
 
 import warnings
 

@@ -72,7 +72,7 @@ def test_a_checkpoint_that_needs_code_is_refused(tmp_path, marker, command, need
     result = invoke(command, model, tmp_path / "out")
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("Error: model must need no code of its own")
+    assert line.startswith("Error: model must not need its own code")
     assert "--trust-remote-code" in line
     assert str(model) in line
     assert not marker.exists()
@@ -116,7 +116,7 @@ def test_the_adapter_of_lmms_eval(tmp_path, marker, monkeypatch):
 
     monkeypatch.delitem(sys.modules, "fftriton.lmms.model")  # made with stand-ins
     needy = checkpoint_with_code(tmp_path / "needy", marker, **OF_CONFIG["a type of its own"])
-    with pytest.raises(ValueError, match="model must need no code of its own"):
+    with pytest.raises(ValueError, match="model must not need its own code"):
         VideoModel("qwen2_vl", str(needy))
     assert not marker.exists()
     VideoModel(

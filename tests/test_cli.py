@@ -126,7 +126,7 @@ def test_kvtp_takes_its_budgets_from_a_predictor(tmp_path):
 def test_unknown_words_are_named(tmp_path):
     result = invoke("--question", "Which llama is on the red box?", "--out", tmp_path, "--no-compare")
     assert result.exit_code == 0, result.output
-    assert "vocabulary does not hold: 'Which', 'llama'" in lines(result.output)
+    assert "vocabulary does not contain 'Which', 'llama'" in lines(result.output)
 
 
 def test_video_of_one_frame(tmp_path):
@@ -250,7 +250,7 @@ def test_a_folder_that_cannot_be_made_is_refused(no_model, tmp_path):
 def test_folders_without_a_model_are_refused(no_model, tmp_path):
     result = invoke("--model", tmp_path)
     assert result.exit_code == 2
-    assert "model must be a folder with, or the hub's name of, a video language model" in result.output
+    assert "model must be the folder or the hub name of a video language model" in result.output
     assert str(tmp_path) in result.output
 
 

@@ -328,7 +328,7 @@ def test_table_files_and_pictures(evaluated):
         (["--methods", "slowv"], "method must be one of"),
         (["--budgets", "0.3,a"], "budget must be a number in (0, 1], got 'a'"),
         (["--frames", "16,x"], "frames must be numbers separated by commas, got 'x'"),
-        (["--model", str(NEEDLE.path.parent)], "model must be a folder with, or the hub's name of"),
+        (["--model", str(NEEDLE.path.parent)], "model must be the folder or the hub name of"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -11,7 +11,7 @@ from models import tiny_qwen2
 import fftriton
 from fftriton import layouts
 
-PAGE = Path(fftriton.__file__).parent / "docs" / "bring-your-own-model.md"
+PAGE = Path(__file__).parents[1] / "docs" / "bring-your-own-model.md"
 VIDEO, CONTEXT, START, END = -200, 151, 152, 153
 
 
@@ -163,7 +163,7 @@ BOUNDS = [torch.tensor([[1, 5], [7, 11], [13, 16]])]
         (lambda: layouts.nvila(IDS, [8], placeholder=1), ValueError, "each of the 0 placeholders, got 1"),
         (lambda: layouts.nvila(IDS, [1.5], placeholder=VIDEO), TypeError, "frames must be an integer .* got 1.5"),
         (lambda: layouts.minicpm_v(BOUNDS, slices=1), ValueError, "a row for each frame and its 1 slices, got 3 rows"),
-        (lambda: layouts.minicpm_v(BOUNDS), ValueError, r"every frame as many tokens, got \[3, 4\]"),
+        (lambda: layouts.minicpm_v(BOUNDS), ValueError, r"every frame the same number of tokens, got \[3, 4\]"),
         (lambda: layouts.internvl_chat(IDS, context_token=5, patches=0), ValueError, "must be at least 1, got 0"),
         (lambda: layouts.evenly_spaced(-1, 2, 3), ValueError, "start must be at least 0, got -1"),
     ],

@@ -209,7 +209,7 @@ def test_nothing_is_installed_that_the_lock_does_not_pin(tmp_path, target):
 
 
 def test_the_readme_names_the_releases_of_the_lock():
-    section = (ROOT / "README.md").read_text().partition("## Two commands")[2].partition("## ")[0]
+    section = (ROOT / "README.md").read_text().partition("## Install")[2].partition("## ")[0]
     for python in PYTHONS:
         locked = pins(python)
         for name in ("torch", "triton", "transformers"):

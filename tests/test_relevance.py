@@ -166,9 +166,9 @@ def test_errors(frames):
         relevance.encode(frames.astype(np.float32))
     with pytest.raises(ValueError, match=r"frames must be \[T, H, W, 3\] uint8, got \[40, 48, 3\] of uint8"):
         relevance.encode(frames[0])
-    with pytest.raises(ValueError, match="frames must hold at least one picture"):
+    with pytest.raises(ValueError, match="frames must contain at least one picture"):
         relevance.encode([])
-    with pytest.raises(ValueError, match="question must be a text that is not empty, got ' '"):
+    with pytest.raises(ValueError, match="question must be a non-empty string, got ' '"):
         relevance.score(torch.zeros(2, 64), " ")
     with pytest.raises(TypeError, match="model must be a SiglipModel or Siglip2Model, got Linear"):
         SiglipRelevance(torch.nn.Linear(1, 1), None, None)

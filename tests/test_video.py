@@ -123,8 +123,8 @@ def test_refuses_what_is_no_video(tmp_path):
         "folder.mp4": "must be a file, got the folder",
         "empty.mp4": "must not be empty",
         "text.mp4": "must be a video file",
-        "long.txt": "holds no video stream",  # FFmpeg reads it as ANSI art
-        "sound.wav": "holds no video stream",
+        "long.txt": "has no video stream",  # FFmpeg reads it as ANSI art
+        "sound.wav": "has no video stream",
     }
     (tmp_path / "folder.mp4").mkdir()
     write_bytes(tmp_path / "empty.mp4", b"")

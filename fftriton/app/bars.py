@@ -12,10 +12,10 @@ from ..runtime.progress import OnProgress
 
 
 class Bars:
-    """Progress bars, one a step.
+    """Progress bars, one per step.
 
     Args:
-        progress: the display that they stand in.
+        progress: the display that shows the bars.
     """
 
     def __init__(self, progress: Progress):
@@ -23,7 +23,7 @@ class Bars:
 
     @contextmanager
     def open(self, description: str) -> Iterator[OnProgress]:
-        """A bar that fills as `on_progress(done, total)` is called."""
+        """Show a bar that fills as `on_progress(done, total)` is called."""
         task = self._progress.add_task(description, total=None)
 
         def on_progress(done: int, total: int) -> None:
@@ -33,6 +33,6 @@ class Bars:
 
 
 def make_progress(console: Console) -> Progress:
-    """The display of the bars."""
+    """Make the display that shows the bars."""
     text, bar = TextColumn("{task.description}"), BarColumn(bar_width=30)
     return Progress(text, bar, TaskProgressColumn(), TimeElapsedColumn(), console=console)

@@ -1,6 +1,6 @@
 """The command line: `fftriton run` and `fftriton eval`.
 
-What imports torch is imported when a command runs, so that `--help` is quick.
+Most modules are imported when a command runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -30,28 +30,31 @@ def main() -> None:
 def run(
     model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")] = None,
     video: Annotated[Path | None, typer.Option(help="Video file.")] = None,
-    question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
+    question: Annotated[str | None, typer.Option(help="Question about the video.")] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(names())}.")] = "framefusion",
     budget: Annotated[str, typer.Option(metavar="FLOAT", help="Vision tokens to keep: a fraction in (0, 1].")] = "0.3",
     relevance: Annotated[
-        str | None, typer.Option(help="For kvtp, a SigLIP that scores the frames: a folder or a name on the hub.")
+        str | None, typer.Option(help="For kvtp: a SigLIP that scores the frames, as a folder or a name on the hub.")
     ] = None,
     compare: Annotated[
         bool | None,
-        typer.Option("--compare/--no-compare", help="Run with all tokens, too; on where no video is given."),
+        typer.Option(
+            "--compare/--no-compare",
+            help="Also run without reduction, for comparison (default: on for the shipped clips).",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and report.json.")] = Path("fftriton-out"),
-    frames: Annotated[int, typer.Option(help="Frames to sample.")] = 16,
-    max_pixels: Annotated[int | None, typer.Option(help="Most pixels of a frame; else the checkpoint's own.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; else the checkpoint's own.")] = None,
-    device: Annotated[str | None, typer.Option(help="Torch device; else the GPU where there is one.")] = None,
+    frames: Annotated[int, typer.Option(help="Number of frames to sample.")] = 16,
+    max_pixels: Annotated[int | None, typer.Option(help="Maximum pixels per frame (default: checkpoint's).")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum answer length (default: checkpoint's).")] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device (default: the GPU if there is one).")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run code of its own.")
+        bool, typer.Option("--trust-remote-code", help="Allow the checkpoint to run its own code.")
     ] = False,
 ) -> None:
-    """Ask a model about a video with its vision tokens reduced; print what it costs, draw what merged.
+    """Ask a model about a video with its vision tokens reduced; print the cost and draw the merged patches.
 
-    Without --model it is a small trained model that ships in the package, and without --video two clips that do.
+    Without --model, a small trained model that ships with fftriton is used; without --video, two shipped clips.
     """
     from ..runtime.target import Target
     from .display import print_result, print_run, write_report
@@ -91,35 +94,33 @@ def run(
 
 @app.command("eval")
 def evaluate(
-    task: Annotated[
-        str, typer.Option(help="What to ask: needle, the name of an installed task, or module:Class.")
-    ] = "needle",
+    task: Annotated[str, typer.Option(help="Task: needle, the name of an installed task, or module:Class.")] = "needle",
     methods: Annotated[
         str, typer.Option(help=f"Separated by commas: {', '.join(names())}; NAME:PARAMETER=VALUE sets a parameter.")
     ] = "keep-all,framefusion,fastv,streamingllm,uniformframes,randomtokens",
     budgets: Annotated[str, typer.Option(help="Vision tokens to keep, separated by commas.")] = "0.7,0.5,0.3,0.2,0.1",
-    samples: Annotated[int, typer.Option(help="Questions to ask, each about a video of its own.")] = 500,
-    seed: Annotated[int, typer.Option(help="Picks videos and digits, none of which training saw.")] = 0,
+    samples: Annotated[int, typer.Option(help="Number of questions, each about its own video.")] = 500,
+    seed: Annotated[int, typer.Option(help="Selects the samples; training saw none of them.")] = 0,
     split: Annotated[
-        str | None, typer.Option(help="Of the task; needle: easy (the default), hard, blended, real or long.")
+        str | None, typer.Option(help="Split of the task; needle: easy (the default), hard, blended, real or long.")
     ] = None,
-    frames: Annotated[str, typer.Option(help="Lengths of the videos, separated by commas; else the split's.")] = "",
+    frames: Annotated[str, typer.Option(help="Frames per video, separated by commas (default: split's).")] = "",
     model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Method to test the others against; else the first.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for answers, results and pictures.")] = Path("fftriton-eval"),
-    device: Annotated[str | None, typer.Option(help="Torch device; else the GPU where there is one.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Method to test the others against (default: the first that is not keep-all).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for records, results and pictures.")] = Path("fftriton-eval"),
+    device: Annotated[str | None, typer.Option(help="Torch device (default: the GPU if there is one).")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run code of its own.")
+        bool, typer.Option("--trust-remote-code", help="Allow the checkpoint to run its own code.")
     ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; else the checkpoint's own.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as a JSON list, and nothing else.")
-    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum answer length (default: checkpoint's).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the results, as a JSON list.")] = False,
 ) -> None:
     """Measure accuracy and cost of methods, all on the same samples.
 
-    A run that was broken off goes on where it stopped. Several processes share the samples: on GPUs `accelerate launch
-    -m fftriton eval ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton eval ...`.
+    An interrupted run resumes. Several processes share the samples: on GPUs `accelerate launch -m fftriton eval ...`,
+    on CPUs `torchrun --nproc-per-node 2 -m fftriton eval ...`.
     """
     from ..evaluate import output, plan, rows, runner
     from ..methods import split_methods
@@ -161,7 +162,7 @@ def evaluate(
 
 @contextmanager
 def _in_one_line(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions that are the user's to mend into one line and an exit code."""
+    """Turn exceptions that the user can fix into a one-line message and an exit code."""
     try:
         yield
     except kinds as error:

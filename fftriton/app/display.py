@@ -1,4 +1,4 @@
-"""What a run prints: a table for each clip, and the same figures as JSON."""
+"""The output of a run: a table for each clip, and the same figures as JSON."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .run import Result, Way
 
 
 def describe_run(options: Options) -> dict[str, Any]:
-    """Which model, method and machine the figures are of."""
+    """The model, method, sampling and machine that the figures belong to."""
     sampling = {"frames": options.frames, "max_pixels": options.max_pixels}
     return options.target.describe() | {"method": options.method} | sampling | provenance()
 
 
 def print_run(console: Console, options: Options) -> None:
-    """Print one line that names the model and the machine."""
+    """Print one line with the model and the machine."""
     run = describe_run(options)
     threads = f", {run['threads']} thread{'s' * (run['threads'] > 1)}" if run["threads"] else ""
     versions = f"torch {run['torch']}, transformers {run['transformers']}"
@@ -36,7 +36,7 @@ def print_run(console: Console, options: Options) -> None:
 
 
 def print_result(console: Console, options: Options, result: Result) -> None:
-    """Print the table of one clip, and what has to be known to read it."""
+    """Print the table of one clip, with notes that are needed to read it."""
     clip, video = result.job.clip, result.job.video
     about = f" ({clip.about})" if clip.about else ""
     console.print(f"\n[bold]{escape(clip.path.name)}[/bold]{escape(about)}")
@@ -58,7 +58,7 @@ def write_report(path: Path, options: Options, results: Sequence[Result]) -> Non
 
 
 def summarise_layers(counts: Sequence[int]) -> str:
-    """Counts per layer in runs: [9, 9, 5] -> "0-1: 9, 2: 5"."""
+    """Counts per layer, grouped into runs: [9, 9, 5] -> "0-1: 9, 2: 5"."""
     runs, layer = [], 0
     for count, group in groupby(counts):
         last = layer + len(list(group)) - 1
@@ -81,9 +81,9 @@ def _table(result: Result) -> Table:
 
 
 def _rows(result: Result, ways: list[Way]) -> Iterator[tuple[str, list[str], str]]:
-    """Label, one cell a way, and the gain of reducing."""
+    """Rows of the table: label, one cell per way, and the gain from the reduction."""
     report = result.reduced.report
-    alone = [""] * (len(ways) - 1)  # cells of the ways that reduce nothing
+    alone = [""] * (len(ways) - 1)  # cells of the ways without reduction
     yield "answer", [_answer_cell(way.answer, result.job.clip.answer) for way in ways], ""
     yield "vision tokens in layer", [summarise_layers(_vision_tokens(way, report)) for way in ways], ""
     yield "budget asked", [*alone, f"{report.budget:.0%}"], ""
@@ -93,11 +93,11 @@ def _rows(result: Result, ways: list[Way]) -> Iterator[tuple[str, list[str], str
     prefills = [way.cost.prefill for way in ways]
     yield "prefill, to the first token", [_milliseconds(seconds) for seconds in prefills], _speed_up(prefills)
     own = sum(report.seconds.get(stage, 0.0) for stage in ("merge", "prune"))
-    yield "  of it merging and pruning", [*alone, _milliseconds(own)], ""
+    yield "  of which merging and pruning", [*alone, _milliseconds(own)], ""
     decodes = [way.cost.decode for way in ways]
     yield "decode, per token", [_milliseconds(seconds) for seconds in decodes], _speed_up(decodes)
     peaks = [way.cost.peak_memory for way in ways]
-    yield "peak memory, above rest", [_mebibytes(peak) for peak in peaks], _saving(peaks)
+    yield "peak memory above rest", [_mebibytes(peak) for peak in peaks], _saving(peaks)
 
 
 def _vision_tokens(way: Way, report: Report) -> list[int]:
@@ -139,7 +139,7 @@ def _notes(options: Options, result: Result) -> Iterator[str]:
     report = result.reduced.report
     if result.job.unknown_words:
         words = ", ".join(f"'{word}'" for word in result.job.unknown_words)
-        yield f"The model's vocabulary does not hold: {words}. It read the rest of the question only."
+        yield f"The model's vocabulary does not contain {words}. The model read only the rest of the question."
     if options.target.is_shipped and result.job.clip.path != NEEDLE.path:
         yield MODEL_LIMITS
     if report.budget < report.least_budget:

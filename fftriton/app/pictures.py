@@ -1,4 +1,4 @@
-"""Pictures of what a reduction did: which patches merged, and how many tokens each layer still had."""
+"""Pictures of a reduction: which patches merged, and how many tokens each layer had."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _GAP, _MARGIN, _LABELS, _HEADER = 6, 24, 120, 96  # pixels
 
 @dataclass(frozen=True)
 class PatchFates:
-    """What became of each patch.
+    """What happened to each patch.
 
     Attributes:
-        root: [F, P] int64: the patch, numbered f * P + p, whose token stands for this one; itself where unmerged.
-        pruned: [F, P] bool: the token that stands for it was dropped.
+        root: [F, P] int64: the patch, numbered f * P + p, whose token represents this one; itself if not merged.
+        pruned: [F, P] bool: whether the token that represents it was dropped.
     """
 
     root: np.ndarray
@@ -42,7 +42,7 @@ class PatchFates:
 
     @property
     def merged(self) -> np.ndarray:
-        """[F, P] bool: another patch's token stands for this one."""
+        """[F, P] bool: whether another patch's token represents this one."""
         return self.root != np.arange(self.root.size).reshape(self.root.shape)
 
 
@@ -50,17 +50,17 @@ def patch_fates(report: Report, video: int = 0) -> PatchFates:
     """Follow every patch of one video through the merges and the pruning.
 
     Args:
-        report: of the prefill.
-        video: which of the prompt's videos.
+        report: report of the prefill.
+        video: index of the video in the prompt.
 
     Returns:
-        Where each patch ended. Patches that have no token (holes) count as pruned.
+        What happened to each patch. Patches without a token (holes) count as pruned.
     """
     positions = report.layouts[video].positions.cpu()  # [F, P]
     root = torch.arange(report.num_tokens)
     for step in report.merge_steps:
         root[step.merged.cpu()] = step.into.cpu()
-    while not torch.equal(root[root], root):  # a root may have joined another group at a later layer
+    while not torch.equal(root[root], root):  # a root may have joined another group in a later layer
         root = root[root]
     pruned = torch.zeros(report.num_tokens, dtype=torch.bool)
     pruned[report.pruned.cpu()] = True
@@ -76,15 +76,15 @@ def patch_fates(report: Report, video: int = 0) -> PatchFates:
 def draw_merges(
     path: Path, frames: np.ndarray, seconds: list[float], fates: PatchFates, grid: tuple[int, int], title: str
 ) -> None:
-    """Rows of frames: as sampled; merged patches blank; every patch as the mean of its group.
+    """Draw rows of frames: as sampled; with merged patches blank; with every patch as the mean of its group.
 
     Args:
         path: PNG file to write.
-        frames: [F, H, W, 3] uint8: the sampled frames. A model that makes one token of the same patch in several
-            frames has fewer rows in `fates` than there are frames.
-        seconds: [F]: when each frame is shown.
-        fates: what became of the patches, [f, P].
-        grid: rows and columns of patches in a frame, P in all.
+        frames: [F, H, W, 3] uint8: the sampled frames. If the model makes one token from the same patch of several
+            frames, `fates` has fewer rows than there are frames.
+        seconds: [F]: time of each frame.
+        fates: what happened to the patches, [f, P].
+        grid: rows and columns of patches in a frame, P in total.
         title: first line of the picture.
     """
     patches = _cut(frames, grid)  # [F, P, c, c, 3]
@@ -100,12 +100,12 @@ def draw_merges(
 
 
 def draw_tokens_per_layer(path: Path, report: Report, method: str, title: str) -> None:
-    """A plot of the vision tokens in each layer's attention, beside those of the unreduced model.
+    """Plot the vision tokens in each layer's attention, with those of the unreduced model for comparison.
 
     Args:
         path: PNG file to write.
-        report: of the reduced prefill.
-        method: its name.
+        report: report of the reduced prefill.
+        method: name of the method.
         title: title of the plot.
     """
     counts = report.vision_tokens_per_layer
@@ -149,7 +149,7 @@ def _join(patches: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _blank(patches: np.ndarray, merged: np.ndarray, pruned: np.ndarray, frame_of: np.ndarray) -> np.ndarray:
-    """A copy of [F, P, c, c, 3] with flat colours where a token [f, P] merged or was pruned."""
+    """A copy of [F, P, c, c, 3] with flat colours for tokens [f, P] that merged or were pruned."""
     out = patches.copy()
     out[merged[frame_of]] = _MERGED
     out[pruned[frame_of]] = _PRUNED
@@ -170,7 +170,7 @@ def _group_means(patches: np.ndarray, root: np.ndarray, frame_of: np.ndarray) ->
 
 
 def _tally(fates: PatchFates) -> str:
-    """How many tokens of each fate there are, in words."""
+    """The number of tokens that merged, were pruned and are left, in words."""
     merged = int((fates.merged & ~fates.pruned).sum())
     pruned = int(fates.pruned.sum())
     total = fates.root.size
@@ -178,7 +178,7 @@ def _tally(fates: PatchFates) -> str:
 
 
 def _draw_strips(path: Path, images: dict[str, list[np.ndarray]], times: list[str], title: str, tally: str) -> None:
-    """Lay the images out in blocks of FRAMES_A_ROW frames, one strip for each label; one image pixel is one pixel."""
+    """Lay the images out in blocks of FRAMES_A_ROW frames, one strip per label; one image pixel is one pixel."""
     height, width = next(iter(images.values()))[0].shape[:2]
     columns = min(len(times), FRAMES_A_ROW)
     num_blocks = -(-len(times) // FRAMES_A_ROW)
@@ -212,7 +212,7 @@ def _draw_strips(path: Path, images: dict[str, list[np.ndarray]], times: list[st
 
 
 def _label_counts(axes: Axes, counts: list[int]) -> None:
-    """Write each count once, over the first layer that has it."""
+    """Write each count once, above the first layer that has it."""
     for layer, count in enumerate(counts):
         if layer == 0 or count != counts[layer - 1]:
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}

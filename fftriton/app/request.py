@@ -1,6 +1,6 @@
-"""What was asked of `fftriton run`, checked: the options, the videos, the checkpoint's configuration.
+"""The request of `fftriton run`: options, videos and the checkpoint's configuration, checked.
 
-Whatever can be refused is refused before the model is loaded.
+Invalid requests are refused before the model is loaded.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _DEFAULT_QUESTION = "Describe this video."
 
 @dataclass(frozen=True)
 class Options:
-    """What to run; checked when made.
+    """The options of a run; checked on construction.
 
     Args:
         target: the model.
-        video: a video file; None for the clips that ship.
-        question: what to ask; None for the clip's own question.
-        method: how to reduce, as for `fftriton.methods.parse`.
+        video: a video file; None for the shipped clips.
+        question: question about the video; None for the clip's own.
+        method: method as text, as for `fftriton.methods.parse`.
         budget: fraction of the vision tokens to keep, in (0, 1].
-        relevance: for the method kvtp, a SigLIP that scores the frames: a folder, or a name on the Hugging Face hub.
-            None gives all frames the same score.
-        compare: also run with all tokens.
+        relevance: for the method kvtp, the SigLIP checkpoint that scores the frames: a folder, or a name on the
+            Hugging Face hub. None gives all frames the same score.
+        compare: whether to also run with all tokens.
         out: folder for the pictures and report.json.
-        frames: frames to sample, at least 1.
-        max_pixels: upper bound of a frame's pixels, at least 1; None for the checkpoint's own.
+        frames: number of frames to sample, at least 1.
+        max_pixels: maximum pixels per frame, at least 1; None for the checkpoint's own.
 
     Raises:
-        ValueError, TypeError: the parameter, the rule and the value.
+        ValueError, TypeError: an invalid option; the message names the parameter, the rule and the value.
     """
 
     target: Target = field(default_factory=Target)
@@ -66,21 +66,21 @@ class Options:
             check_count("fftriton", "max_pixels", self.max_pixels, 1)
 
     def make_method(self, **parameters: Any) -> Method:
-        """The method at its budget."""
+        """The method with its budget."""
         method = parse(self.method, self.budget)
         return replace(method, **parameters) if parameters else method  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A clip as the model gets it.
+    """A clip, prepared for the model.
 
     Attributes:
-        clip: the video file, and what to ask about it.
+        clip: the video file and the question about it.
         video: the sampled frames.
         inputs: arguments of `generate`.
-        tokenizer: the model's.
-        method: how to reduce it.
+        tokenizer: the model's tokenizer.
+        method: the method that reduces it.
     """
 
     clip: Clip
@@ -91,12 +91,12 @@ class Job:
 
     @property
     def unknown_words(self) -> list[str]:
-        """Words of the question that are not in the model's vocabulary."""
+        """Words of the question that the model's vocabulary does not contain."""
         return unknown_words(self.tokenizer, self.clip.question)
 
 
 def choose_clips(options: Options) -> list[Clip]:
-    """The user's video, or the shipped clips; a question without a video is asked of the needle clip alone."""
+    """The user's video, or the shipped clips; a question without a video is about the needle clip only."""
     shipped_model, asked, max_pixels = options.target.is_shipped, options.question, options.max_pixels
     if options.video is not None:
         question = asked or (NEEDLE.question if shipped_model else _DEFAULT_QUESTION)
@@ -112,14 +112,15 @@ def choose_clips(options: Options) -> list[Clip]:
 
 
 def prepare(options: Options, open_bar: OpenBar) -> list[Job]:
-    """Decode and encode what is to be asked, without the model.
+    """Decode the videos and make the model's inputs, without loading the model.
 
     Args:
-        options: what to run.
-        open_bar: shows the progress of each step.
+        options: the options of the run.
+        open_bar: opens a progress bar for each step.
 
     Raises:
-        ValueError, TypeError: a video, a model or a folder that cannot be used, or a model too shallow for the method.
+        ValueError, TypeError: the video, the model or the folder cannot be used, or the model has too few layers for
+            the method.
     """
     check_out(options.out)
     clips, videos = choose_clips(options), []
@@ -137,7 +138,7 @@ def _encode(target: Target, clip: Clip, video: Video, method: Method) -> Job:
 
 
 def _methods(options: Options, clips: list[Clip], videos: list[Video], open_bar: OpenBar) -> list[Method]:
-    """The method for each clip; it knows how relevant the frames are if that was asked for."""
+    """The method for each clip, with the relevance of the frames if requested."""
     if options.relevance is None:
         return [options.make_method() for _ in clips]
     predictor = load_relevance(options.relevance).to(options.target.torch_device())

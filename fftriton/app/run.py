@@ -1,4 +1,4 @@
-"""The main job: ask a model about a video, with its vision tokens reduced and, to compare, with all of them."""
+"""Ask a model about a video with its vision tokens reduced and, for comparison, with all of them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _REPEATS = 5
 
 @dataclass
 class Way:
-    """One way of running the model, dense or reduced: the answer it gave and what it cost.
+    """One way of running the model, dense or reduced, with its answer and its cost.
 
     Attributes:
-        name: as printed.
-        method: None for the model as it is.
+        name: name to print.
+        method: the method; None for the unreduced model.
         answer: text of the new tokens.
-        cost: figures over repeated runs.
+        cost: measurements over repeated runs.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Way:
 
     @property
     def report(self) -> Report:
-        """What the reduction did to the last prompt."""
+        """The report of the last prompt's reduction."""
         if self._report is None:
-            raise RuntimeError(f"'{self.name}' has run no reduction")
+            raise RuntimeError(f"'{self.name}' has not run a reduction")
         return self._report
 
     @contextmanager
     def running(self, model: Any) -> Iterator[None]:
-        """Run the model this way."""
+        """Run the model in this way inside the block."""
         if self.method is None:
             yield
             return
@@ -62,14 +62,14 @@ class Way:
 
 @dataclass
 class Result:
-    """What came of one job.
+    """The result of one job.
 
     Attributes:
-        job: what was asked.
-        dense: the model as it is; None unless compared.
-        reduced: the model with its tokens reduced.
-        vision_seconds: what the vision encoder takes of either prefill; None where it could not be timed alone.
-        pictures: files drawn.
+        job: the job.
+        dense: the unreduced model; None if not compared.
+        reduced: the reduced model.
+        vision_seconds: time of the vision encoder, included in both prefills; None if it could not be timed separately.
+        pictures: the files of the pictures.
     """
 
     job: Job
@@ -81,16 +81,16 @@ class Result:
 
 @torch.no_grad()
 def run(options: Options, model: Any, job: Job, open_bar: OpenBar) -> Result:
-    """Answer, time and draw one job.
+    """Run one job: answer the question, measure the cost, draw the pictures.
 
     Args:
-        options: what to run.
-        model: from `Target.load_model`.
-        job: from `prepare`.
-        open_bar: shows the progress of each step.
+        options: the options of the run.
+        model: the model from `Target.load_model`.
+        job: a job from `prepare`.
+        open_bar: opens a progress bar for each step.
 
     Returns:
-        The result; its pictures are in options.out.
+        The result. Its pictures are in options.out.
     """
     with options.target.own_threads():
         return _run(options, model, job, open_bar)
@@ -109,7 +109,7 @@ def _run(options: Options, model: Any, job: Job, open_bar: OpenBar) -> Result:
             way.answer = _answer(options.target.answer_length(model), model, inputs, way, job.tokenizer, on_progress)
     with open_bar("Timing") as on_progress:
         for done in range(_REPEATS):
-            for way in ways:  # in turn, so that a busy machine slows all alike
+            for way in ways:  # in turn, so that other load on the machine affects all ways alike
                 time_generation(model, inputs, way.running(model), _DECODE_TOKENS, way.cost)
             on_progress(done + 1, _REPEATS)
 
@@ -118,8 +118,8 @@ def _run(options: Options, model: Any, job: Job, open_bar: OpenBar) -> Result:
 
 
 def _encode(model: Any, inputs: dict[str, Tensor], on_progress: OnProgress) -> float | None:
-    """Run the vision encoder once, block by block on the bar, then time it."""
-    encode = getattr(model.base_model, "get_video_features", None)  # its signature is the whole one
+    """Run the vision encoder once, showing each block on the bar, then time it."""
+    encode = getattr(model.base_model, "get_video_features", None)  # has the full signature
     known = inspect.signature(encode).parameters if encode else {}
     if encode is None or "pixel_values_videos" not in known:
         on_progress(1, 1)
@@ -151,12 +151,12 @@ def _answer(most: int, model: Any, inputs: dict[str, Tensor], way: Way, tokenize
     clock = TokenClock(lambda done: on_progress(done, most))
     with way.running(model):
         tokens = generate(model, inputs, clock, most)
-    on_progress(most, most)  # an answer may end early
+    on_progress(most, most)  # an answer may end before the maximum
     return tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def _draw(out: Path, job: Job, way: Way, inputs: dict[str, Tensor]) -> list[Path]:
-    from .pictures import draw_merges, draw_tokens_per_layer, patch_fates  # matplotlib: models run without
+    from .pictures import draw_merges, draw_tokens_per_layer, patch_fates  # needs matplotlib; models run without it
 
     clip, video, report = job.clip.path, job.video, way.report
     merges, tokens = out / f"{clip.stem}-merges.png", out / f"{clip.stem}-tokens.png"
@@ -169,7 +169,7 @@ def _draw(out: Path, job: Job, way: Way, inputs: dict[str, Tensor]) -> list[Path
 
 
 def _grid(patches: int, inputs: dict[str, Tensor]) -> tuple[int, int]:
-    """Rows and columns of a frame's tokens: from the grid in the inputs, else nearly square."""
+    """Rows and columns of a frame's tokens: from the grid in the inputs, or else nearly square."""
     if "video_grid_thw" in inputs:
         _, height, width = inputs["video_grid_thw"][0].tolist()
         merge = round((height * width / patches) ** 0.5)

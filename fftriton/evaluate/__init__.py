@@ -1,4 +1,4 @@
-"""Accuracy, and what it costs: all methods on the same samples of a task, side by side."""
+"""Accuracy and cost of methods, all on the same samples of a task."""
 
 from .plan import Plan, Setting
 from .rows import Row, summarise

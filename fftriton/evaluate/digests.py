@@ -1,4 +1,4 @@
-"""Digests of what answers depend on: the weights, and the code that chose the tokens."""
+"""Digests of what answers depend on: the weights, and the code that chooses the tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("fftriton.methods", "fftriton.layouts", "fftriton.relevance", "fftr
 
 
 def digest_of_weights(model: nn.Module) -> str:
-    """Of the names and shapes of all parameters and the first numbers of each: all of a large model takes long."""
+    """Digest of the names and shapes of all parameters and the first values of each; all values would take too long."""
     weights = hashlib.sha256()
     for name, parameter in model.named_parameters():
         part = parameter.detach().flatten()[:256].float().cpu().numpy().tobytes()
@@ -28,19 +28,19 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def digest_of_method(method: Method) -> str:
-    """Of all code that decides what a method keeps: this library's, and that of the method and its parts."""
+    """Digest of all code that decides what a method keeps: this library, the method and its parts."""
     return _digest([digest_of_library(), *sorted({digest_of_code(kind) for kind in _kinds(method)})])
 
 
 @lru_cache
 def digest_of_library() -> str:
-    """Of the sources of the packages that methods run in."""
+    """Digest of the source code of the packages that methods run in."""
     roots = [Path(importlib.import_module(name).__path__[0]) for name in _PACKAGES]
     return _digest(path.read_text(encoding="utf-8") for root in roots for path in sorted(root.rglob("*.py")))
 
 
 def digest_of_code(kind: type) -> str:
-    """Of the modules in which a class and its bases are written; of their byte code if there is no source."""
+    """Digest of the modules that define a class and its bases, or of their byte code if there is no source."""
     return _digest(_source(base) for base in kind.__mro__ if base is not object)
 
 
@@ -54,13 +54,13 @@ def _source(kind: type) -> str:
 
 
 def _text(code: CodeType) -> str:
-    """Byte code and constants, those of inner functions included; without addresses, which differ from run to run."""
+    """Byte code and constants, including inner functions; without addresses, which differ between runs."""
     inner = [_text(part) if isinstance(part, CodeType) else _constant(part) for part in code.co_consts]
     return f"{code.co_code.hex()} {code.co_names} {' '.join(inner)}"
 
 
 def _constant(value: Any) -> str:
-    """The same text in every process: sets have no order of their own."""
+    """A text that is the same in every process, also for sets, which have no order."""
     return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""What a prefill computes, from the tokens that each layer held."""
+"""Multiply-accumulates of a prefill, from the tokens in each layer."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import Any
 
 
 def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int]) -> float:
-    """Multiplications of the decoder's layers in one prefill.
+    """Multiply-accumulates of the decoder's layers in one prefill; each counts once.
 
-    Equation 5 of FrameFusion sums 4 n d^2 + 2 n^2 d and the feed-forward block's products over the layers, n tokens of
-    width d in each. Here with the sizes that the decoder has: of n_l rows, each attending to at most a_l tokens,
+    The papers call this count FLOPs; in the strict sense a multiply-accumulate is two floating point operations.
+    Equation 5 of FrameFusion sums 4 n d^2 + 2 n^2 d and the products of the feed-forward block over the layers, for n
+    tokens of width d in each. With the sizes of the decoder, n_l rows, and at most a_l tokens that a row attends to:
 
         sum over layers l of  n_l (2 d q + 2 d k) + 2 n_l a_l q + 3 n_(l+1) d f
 
-    with q = query heads * head size, k = key heads * head size and f the width of the gated feed-forward block, which
-    sees the rows that are left behind the layer's attention: those of the next layer. Its last layer's are its own. For
-    q = k = d that is the paper's. Causal attention counts in full, as there; text counts as video does. The vision
-    encoder and the language model's head are left out: no method changes them.
+    Here q = query heads * head size, k = key heads * head size, and f is the width of the gated feed-forward block.
+    This block processes the rows that are left after the layer's attention, which are those of the next layer; in the
+    last layer they are its own. For q = k = d the formula is the paper's. As in the paper, causal attention counts in
+    full; text counts like video. The vision encoder and the head of the language model are not counted, because no
+    method changes them.
 
     Args:
-        config: the text configuration of a Qwen2-style model.
+        config: text configuration of a Qwen2-style model.
         rows: for each layer, the rows in its attention.
-        attended: for each layer, the most tokens that a row attends to: as many as there are rows, unless there is a
-            window.
+        attended: for each layer, the maximum number of tokens that a row attends to: the number of rows, unless there
+            is a window.
 
     Returns:
-        The number of multiplications, each followed by an addition.
+        The number of multiply-accumulates.
 
     Source:
         FrameFusion, arXiv:2501.01986, after FastV, arXiv:2403.06764.

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a table on the terminal, CSV files, pictures."""
+"""Output of an evaluation: a table on the terminal, CSV files, pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_results(plan: Plan, rows: Sequence[Row], records: Mapping[Setting, Seq
     """Write results.csv, depths.csv and the pictures into the plan's folder.
 
     Returns:
-        The files.
+        The paths of the files.
     """
     cells = [cell for setting, own in records.items() for cell in depth_cells(setting, own)]
     names = ("results.csv", "depths.csv", "pareto.png", "depths.png", "layers.png")
@@ -39,16 +39,16 @@ def write_results(plan: Plan, rows: Sequence[Row], records: Mapping[Setting, Seq
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """Where figures come from: samples, model, machine, versions, command."""
+    """Provenance of the results: samples, model, machine, versions, command."""
     asked = {"task": plan.task, "split": plan.make_task().split, "seed": plan.seed}
     return asked | plan.target.describe() | provenance()
 
 
 def results_table(rows: Sequence[Row]) -> Table:
-    """What a reader compares: prefill in milliseconds, peak memory above rest in MiB."""
+    """The table of results: MACs are relative to all tokens, ms is the prefill, MiB the peak memory above rest."""
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 0))
     table.add_column("method", overflow="fold", min_width=13)
-    widths = {"budget": 6, "met": 6, "right": 6, "95 %": 10, "p": 5, "FLOPs": 6, "ms": 5, "MiB": 4}
+    widths = {"budget": 6, "met": 6, "right": 6, "95 %": 10, "p": 5, "MACs": 6, "ms": 5, "MiB": 4}
     for heading, width in widths.items():
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     for row in rows:

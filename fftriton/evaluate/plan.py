@@ -1,4 +1,4 @@
-"""What to evaluate, checked before any work."""
+"""The plan of an evaluation, checked before any work."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ class Setting:
     """One way of running the model: a method at a budget.
 
     Attributes:
-        name: the text of a method, as for `methods.parse`: "framefusion:similarity_threshold=0.9". For kvtp,
-            `relevance` names the checkpoint of a SigLIP, and question=unrelated tells it a question about another
-            needle.
+        name: method as text, as for `methods.parse`: "framefusion:similarity_threshold=0.9". For kvtp, `relevance`
+            names the checkpoint of a SigLIP, and question=unrelated gives it a question about another needle.
         budget: fraction of the video tokens to keep, in (0, 1]; 1 for keep-all.
     """
 
@@ -29,10 +28,10 @@ class Setting:
     budget: float
 
     def method(self, index: int = 0) -> Method:
-        """The method for one sample; random draws depend on the sample's index.
+        """Make the method for one sample; random draws depend on the sample's index.
 
         Raises:
-            ValueError, TypeError: an unknown method or parameter, or one out of range.
+            ValueError, TypeError: a method or parameter is unknown or out of range.
         """
         try:
             return make([self._adapt(part, index) for part in read(self.name)], self.budget)
@@ -41,17 +40,17 @@ class Setting:
 
     @property
     def relevance(self) -> SampleRelevance | None:
-        """The predictor that is named, or None."""
+        """The relevance predictor that is named, or None."""
         named = [part.parameters["relevance"] for part in read(self.name) if "relevance" in part.parameters]
         return sample_relevance(named[0]) if named else None
 
     @property
     def is_control(self) -> bool:
-        """Whether the method is told a question that has nothing to do with the sample's."""
+        """Whether the method gets a question that is unrelated to the sample's, as a control."""
         return any(part.parameters.get("question") == UNRELATED for part in read(self.name))
 
     def _adapt(self, part: Component, index: int) -> Component:
-        """Replace the parameters that only an evaluation knows."""
+        """Replace the parameters that have a meaning only in an evaluation."""
         parameters = dict(part.parameters)
         if class_of(part) is RandomTokens:
             parameters.setdefault("seed", index)
@@ -61,7 +60,7 @@ class Setting:
         return Component(part.name, parameters)
 
     def problem(self, num_layers: int) -> str | None:
-        """Why the method cannot work at this budget and depth; None where it can."""
+        """The reason why the method cannot work at this budget and number of layers, or None if it can."""
         try:
             self.method().check(num_layers)
         except ValueError as error:
@@ -71,22 +70,22 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which methods at which budgets, on which samples, by which model.
+    """Methods, budgets, samples and the model of an evaluation.
 
     Args:
-        methods: texts of methods, as for `methods.parse`: "fastv:layer=3".
+        methods: methods as text, as for `methods.parse`: "fastv:layer=3".
         budgets: fractions of the video tokens to keep, in (0, 1]. keep-all runs once.
         task: name of a task, see tasks.py.
-        split: of the task; None for its default.
-        samples: how many, at least 1: those of the indices 0, 1, ...
-        seed: picks the samples, which training never saw.
-        num_frames: lengths of the videos, which take turns; empty for the split's own.
+        split: split of the task; None for its default.
+        samples: number of samples, at least 1: those with the indices 0, 1, ...
+        seed: selects the samples, which training never saw.
+        num_frames: lengths of the videos, used in turn; empty for the split's own.
         target: the model.
         out: folder for records and results.
         reference: the method that the others are tested against, at the same budget; one of `methods`.
 
     Raises:
-        ValueError, TypeError: the parameter, the rule and the value.
+        ValueError, TypeError: an invalid parameter; the message names the parameter, the rule and the value.
     """
 
     methods: tuple[str, ...] = ("keep-all", "framefusion")
@@ -112,21 +111,21 @@ class Plan:
         if self.reference is not None:
             check_choice("eval", "reference", self.reference, self.methods)
         for name in self.methods:
-            Setting(name, min(self.budgets)).method()  # a chain with a first budget of its own cannot do all
+            Setting(name, min(self.budgets)).method()  # a chain whose first budget is fixed cannot meet all budgets
 
     def make_task(self) -> Task:
-        """The task, with its samples picked."""
+        """Make the task with its split, seed and lengths."""
         return make_task(self.task, self.split, self.seed, self.num_frames)
 
     @property
     def settings(self) -> list[Setting]:
-        """Each method at each budget; keep-all once, as there is nothing to choose."""
+        """Each method at each budget; keep-all once, because it has no budget."""
         return [
             Setting(name, budget) for name in self.methods for budget in ((1.0,) if _keeps_all(name) else self.budgets)
         ]
 
     def counterpart(self, setting: Setting) -> Setting | None:
-        """The setting that this one is tested against; None for that itself."""
+        """The setting that this one is tested against; None for the reference itself and for keep-all."""
         reference = self.reference
         if reference is None:
             reference = next((name for name in self.methods if not _keeps_all(name)), self.methods[0])
@@ -136,5 +135,5 @@ class Plan:
 
 
 def _keeps_all(name: str) -> bool:
-    """Whether this is the name of the method that keeps everything."""
+    """Whether this is the name of a method that keeps everything."""
     return [class_of(part) for part in read(name)] == [KeepAll]

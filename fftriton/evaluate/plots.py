@@ -1,4 +1,4 @@
-"""Pictures of results: accuracy over cost, accuracy by depth and length, tokens in each layer."""
+"""Plots of results: accuracy over cost, accuracy by depth and length, tokens in each layer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MARKERS = "osD^vP*X"
 
 
 def draw_pareto(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Accuracy over the prefill's operations, a line a method with its 95 % intervals. Figure 7 of FrameFusion.
+    """Plot accuracy over multiply-accumulates of the prefill, one line per method, as in figure 7 of FrameFusion.
 
     Args:
         path: PNG file to write.
-        rows: results; those without an accuracy are left out.
-        title: of the plot.
+        rows: results; rows without an accuracy are left out.
+        title: title of the plot.
     """
     figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -35,7 +35,7 @@ def draw_pareto(path: Path, rows: Sequence[Row], title: str) -> None:
         marker, colour = _MARKERS[number % len(_MARKERS)], _COLOURS[number % len(_COLOURS)]
         axes.errorbar(x, y, [below, above], label=method, marker=marker, color=colour, capsize=3, linewidth=1.5)
     axes.set_title(title, parse_math=False)
-    axes.set(xlabel="prefill operations, of those with all tokens", ylabel="accuracy, 95 % interval", xlim=(0, 1.05))
+    axes.set(xlabel="prefill MACs, relative to all tokens", ylabel="accuracy, 95 % interval", xlim=(0, 1.05))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     _tidy(axes)
@@ -44,12 +44,12 @@ def draw_pareto(path: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def draw_depths(path: Path, cells: Sequence[Cell], title: str) -> None:
-    """A heat map for each method and budget: accuracy by depth of the needle and length of the video. Figure 12.
+    """Plot accuracy by depth of the needle and length of the video: a heat map per method and budget, as in figure 12.
 
     Args:
         path: PNG file to write.
-        cells: of all settings.
-        title: of the picture.
+        cells: cells of all settings.
+        title: title of the picture.
     """
     settings = list(dict.fromkeys((cell.method, cell.budget) for cell in cells))
     methods = list(dict.fromkeys(method for method, _ in settings))
@@ -68,7 +68,7 @@ def draw_depths(path: Path, cells: Sequence[Cell], title: str) -> None:
             image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             for row, column in np.argwhere(~np.isnan(grid)):
                 share = grid[row, column]
-                colour = "white" if abs(share - 0.5) > 0.35 else "black"  # the map is dark at its ends
+                colour = "white" if abs(share - 0.5) > 0.35 else "black"  # the colour map is dark at its ends
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=colour)
             axes.set_title(f"{method}, {budget:.0%}", fontsize=7)
             axes.set_yticks(range(len(lengths)), [str(length) for length in lengths], fontsize=6)
@@ -83,12 +83,12 @@ def draw_depths(path: Path, cells: Sequence[Cell], title: str) -> None:
 
 
 def draw_layers(path: Path, rows: Sequence[Row], title: str) -> None:
-    """The video tokens in each layer's attention, a panel a budget and a line a method. Figure 14.
+    """Plot the video tokens in each layer's attention: a panel per budget and a line per method, as in figure 14.
 
     Args:
         path: PNG file to write.
-        rows: results; those without tokens are left out.
-        title: of the picture.
+        rows: results; rows without tokens are left out.
+        title: title of the picture.
     """
     rows = [row for row in rows if row.vision_tokens]
     budgets = sorted({row.budget for row in rows if row.budget < 1} or {1.0}, reverse=True)
@@ -115,7 +115,7 @@ _INTERVAL = ("accuracy_low", "accuracy_high")
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows that have an accuracy, method by method."""
+    """The rows that have an accuracy, by method."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.accuracy is not None:
@@ -124,7 +124,7 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _grid(cells: Sequence[Cell], method: str, budget: float, lengths: Sequence[int]) -> np.ndarray:
-    """[lengths, DEPTHS] accuracies, NaN where there is no sample."""
+    """Accuracies [lengths, DEPTHS]; NaN if there is no sample."""
     grid = np.full((len(lengths), DEPTHS), np.nan)
     for cell in cells:
         if (cell.method, cell.budget) == (method, budget):

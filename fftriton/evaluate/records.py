@@ -1,4 +1,4 @@
-"""One record a sample and setting, kept in files that a later run goes on from."""
+"""Records, one per sample and setting, in files from which a later run resumes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class Record:
     """One answer.
 
     Attributes:
-        key: of the setting, see `RecordFolder`.
-        index: of the sample.
-        kind: of the question.
-        num_frames: length of the video.
-        depth: where in the video the answer is to be seen, 0 to 1; None where in no one place.
-        answer, expected: what the model said, and what is right.
-        right: whether these agree.
+        key: key of the setting, see `RecordFolder`.
+        index: index of the sample.
+        kind: kind of the question.
+        num_frames: number of frames of the video.
+        depth: where in the video the answer is visible, from 0 to 1; None if in no single place.
+        answer, expected: the model's answer and the right answer.
+        right: whether they agree.
         budget_achieved: mean over layers of the video tokens in attention, as a fraction of the prompt's.
-        flops: of the prefill, see `prefill_flops`.
-        dense_flops: the same with all tokens.
-        prefill_seconds: what the decoder took for the prompt.
-        peak_memory: bytes above what was in use before; None where it was not measured.
+        flops: multiply-accumulates of the prefill, see `prefill_flops`.
+        dense_flops: multiply-accumulates with all tokens.
+        prefill_seconds: time of the decoder for the prompt.
+        peak_memory: peak bytes above those in use before; None if it was not measured.
         vision_tokens: for each layer, the video tokens in its attention.
     """
 
@@ -48,14 +48,14 @@ class Record:
 
 
 class RecordFolder:
-    """The records of a folder: JSON lines, one file a process, appended to as answers come in.
+    """The records of a folder: JSON lines, one file per process, appended to as answers arrive.
 
-    A record belongs to a setting by its key, a digest of everything that an answer depends on, so that records of other
-    settings, models or data may stand in the same files and are left alone.
+    A record has the key of its setting, a digest of everything that an answer depends on. Records of other settings,
+    models or data may be in the same files and are ignored.
 
     Args:
-        folder: where the files are, made if need be.
-        process: number of this process, which names the file that it appends to.
+        folder: folder of the files; created if missing.
+        process: number of this process, which determines the file that it appends to.
     """
 
     def __init__(self, folder: Path, process: int = 0) -> None:
@@ -65,16 +65,16 @@ class RecordFolder:
             with self._own.open("a+b") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
-                    if file.read() != b"\n":  # left unfinished
+                    if file.read() != b"\n":  # an unfinished line
                         file.write(b"\n")
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write at once: what has been answered is never lost."""
+        """Append records to the file at once, so that no answer is lost."""
         with naming(self._own), self._own.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
 
     def read(self, keys: Iterable[str]) -> dict[tuple[str, int], Record]:
-        """The records of these keys, by key and index; lines that a broken-off run left unfinished are skipped."""
+        """The records with these keys, by key and index; unfinished lines of an interrupted run are skipped."""
         wanted, found = set(keys), {}
         for path in sorted(self._folder.glob("records-*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""The relevance predictors that settings name by their checkpoints."""
+"""Relevance predictors, which settings name by their checkpoints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..relevance import BoundRelevance, SiglipRelevance, load_relevance
 from .digests import digest_of_weights
 
 UNRELATED = "unrelated"
-"""What a setting's `question` is where the predictor is to get one about another needle: the control."""
+"""Value of a setting's `question` that gives the predictor a question about another needle, as a control."""
 
 
 class SampleRelevance:
-    """A predictor that encodes a sample's frames once, whatever is asked about them and by how many settings.
+    """A predictor that encodes the frames of a sample once, for all questions and settings.
 
     Args:
         relevance: the predictor.
@@ -26,7 +26,7 @@ class SampleRelevance:
         self.digest = " ".join(map(digest_of_weights, parts))
 
     def bind(self, frames: Any, question: str) -> BoundRelevance:
-        """As `SiglipRelevance.bind`."""
+        """Bind frames and a question, as `SiglipRelevance.bind` does."""
         if frames is not self._frames:
             self._frames, self._features = frames, self._relevance.encode(frames, progress=False)
         return self._relevance.bind(self._features, question)
@@ -34,5 +34,5 @@ class SampleRelevance:
 
 @lru_cache
 def sample_relevance(checkpoint: str) -> SampleRelevance:
-    """The predictor of a checkpoint, loaded once."""
+    """The predictor of a checkpoint; loaded once."""
     return SampleRelevance(load_relevance(checkpoint))

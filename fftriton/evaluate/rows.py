@@ -1,4 +1,4 @@
-"""Results: one row a setting, from the records."""
+"""Results: one row per setting, computed from the records."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ DEPTHS = 8  # equal stretches of a video
 
 @dataclass(frozen=True)
 class Row:
-    """What a method reached at a budget.
+    """The result of one method at one budget.
 
     Attributes:
-        method, budget: what was asked for.
-        budget_achieved: mean over samples of the budget that was met.
-        samples: answers.
-        accuracy: the fraction that is right; None where the method cannot work at this budget.
+        method, budget: the method and the budget asked for.
+        budget_achieved: mean over samples of the budget that was achieved.
+        samples: number of answers.
+        accuracy: fraction of right answers; None if the method cannot work at this budget.
         accuracy_low, accuracy_high: its 95 % interval (Wilson).
-        relative_flops: of the prefill, as a fraction of what all tokens take; mean over samples.
-        gigaflops: of the prefill, mean over samples.
-        prefill_ms: median milliseconds of the decoder for a prompt.
-        peak_mib: memory that a prompt took above rest, median of the first samples.
+        relative_flops: multiply-accumulates of the prefill, relative to all tokens; mean over samples.
+        gigaflops: 10^9 multiply-accumulates of the prefill; mean over samples.
+        prefill_ms: median time of the decoder for a prompt, in milliseconds.
+        peak_mib: peak memory of a prompt above rest; median of the first samples.
         against: the method that `p_value` compares with at the same budget.
-        p_value: of McNemar's exact test on the same samples, two-sided.
+        p_value: p-value of McNemar's exact test on the same samples, two-sided.
         by_kind: accuracy for each kind of question.
         vision_tokens: for each layer, the video tokens in its attention, mean over samples.
-        note: why there is no accuracy.
+        note: the reason why there is no accuracy.
     """
 
     method: str
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """Accuracy of a setting where the answer lies in one stretch of videos of one length: a cell of the heat map."""
+    """Accuracy of a setting on videos of one length whose answer lies in one stretch: a cell of the heat map."""
 
     method: str
     budget: float
@@ -71,12 +71,12 @@ class Cell:
 
 
 def summarise(plan: Plan, records: Mapping[Setting, Sequence[Record]], problems: Mapping[Setting, str]) -> list[Row]:
-    """One row for each setting of the plan.
+    """Compute one row for each setting of the plan.
 
     Args:
-        plan: what was evaluated.
-        records: of each setting that can work, by the same samples in the same order.
-        problems: why the others cannot.
+        plan: the plan that was evaluated.
+        records: records of each setting that can work, for the same samples in the same order.
+        problems: for each of the other settings, the reason why it cannot work.
     """
     rows = []
     for setting in plan.settings:
@@ -122,7 +122,7 @@ def _accuracy(records: Sequence[Record]) -> float:
 
 
 def depth_cells(setting: Setting, records: Sequence[Record]) -> list[Cell]:
-    """Accuracy by length of the video and depth of the needle, where the question has one."""
+    """Accuracy by length of the video and depth of the needle, for questions that have a depth."""
     cells: dict[tuple[int, int], list[Record]] = {}
     for record in records:
         if record.depth is not None:
@@ -148,13 +148,13 @@ def write_csv(
     origin: Mapping[str, Any],
     first_columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """One line an item, each with where it comes from.
+    """Write one line per item, with its provenance.
 
     Args:
         path: file to write.
-        items: the lines.
-        origin: columns behind, the same in every line.
-        first_columns: columns before, for each item.
+        items: rows or cells.
+        origin: last columns, the same in every line.
+        first_columns: first columns of each item.
     """
     firsts = first_columns or [{}] * len(items)
     lines = [{**first, **_flat(asdict(item)), **origin} for first, item in zip(firsts, items, strict=True)]
@@ -170,7 +170,7 @@ def as_json(rows: Iterable[Row]) -> str:
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """Values that stand in one column each: kinds get columns of their own, tokens of layers stand side by side."""
+    """One value per column: each kind gets a column, and the tokens of all layers share one."""
     kinds = {f"accuracy {kind}": value for kind, value in fields.pop("by_kind", {}).items()}
     tokens = fields.pop("vision_tokens", None)
     flat = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in {**fields, **kinds}.items()}

@@ -32,23 +32,24 @@ from .records import Record, RecordFolder
 from .rows import Row, summarise
 from .tasks import Sample, Task
 
-_MEMORY_SAMPLES = 3  # for which peak memory is measured: that takes longer than the answer of a small model
+_MEMORY_SAMPLES = 3  # samples with peak memory: measuring it takes longer than the answer of a small model
 
 
 def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, list[Record]]]:
-    """Answer every sample in every setting, apart from what the folder of the plan holds already.
+    """Answer every sample in every setting, except for answers that the plan's folder already has.
 
     Under `accelerate launch` or `torchrun` the processes share the samples; each returns all results.
 
     Args:
         plan: what to evaluate.
-        open_bar: shows the progress.
+        open_bar: opens a progress bar.
 
     Returns:
-        The rows, one a setting, and the records of each setting that can work, in the order of the samples.
+        The rows, one per setting, and the records of each setting that can work, in the order of the samples.
 
     Raises:
-        ValueError, TypeError: a model or a folder that cannot be used. OSError: a record cannot be written.
+        ValueError, TypeError: the model or the folder cannot be used.
+        OSError: a record cannot be written.
     """
     check_out(plan.out)
     process, processes, wait = _processes()
@@ -79,11 +80,11 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
 
 
 class Answerer:
-    """A model, and what it makes of the samples of a task.
+    """A model that answers the samples of a task.
 
     Args:
-        target: the model; it is loaded here.
-        task: the samples, and what makes an answer right.
+        target: the model, which is loaded here.
+        task: the task.
     """
 
     def __init__(self, target: Target, task: Task) -> None:
@@ -94,15 +95,15 @@ class Answerer:
 
     @torch.no_grad()
     def answer(self, sample: Sample, settings: dict[Setting, str]) -> list[Record]:
-        """Ask about a sample in each of the settings; the video is encoded once.
+        """Answer a sample in each of the settings; the video is encoded once.
 
         Args:
-            sample: what to ask.
-            settings: each with the key of its records.
+            sample: the sample.
+            settings: the settings, each with the key of its records.
         """
         inputs = to_model(self.task.inputs(sample, self.processor), self.model)
         with encoded_once(self.model), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fftriton: the budget")  # the rows say what was met
+            warnings.filterwarnings("ignore", message="fftriton: the budget")  # the rows state the achieved budget
             records = []
             for setting, key in settings.items():
                 told = self.task.unrelated_question(sample) if setting.is_control else sample.question
@@ -112,7 +113,7 @@ class Answerer:
 
     def describe(self) -> dict[str, Any]:
         """Everything about the model, the task and this library that an answer depends on."""
-        kind = type(self.model)  # code of a checkpoint's own may answer otherwise with the same weights
+        kind = type(self.model)  # a checkpoint's own code may answer differently with the same weights
         return {
             "class": f"{kind.__module__}.{kind.__qualname__}",
             "weights": digest_of_weights(self.model),
@@ -134,7 +135,7 @@ class Answerer:
             tokens = generate(self.model, inputs, clock, self._longest)
         peak = None if memory is None else max(0, peak_memory(device) - memory)
         report = reduction.report
-        assert isinstance(report, Report)  # the prompt holds a video
+        assert isinstance(report, Report)  # the prompt contains a video
         answer = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         all_tokens = [report.num_tokens] * len(report.tokens_per_layer)
         return Record(
@@ -157,7 +158,7 @@ class Answerer:
 
 @contextmanager
 def encoded_once(model: Any) -> Iterator[None]:
-    """Inside, the vision encoder of `model` runs once for the same video, and later calls get the same features."""
+    """Inside the block, the vision encoder of `model` runs once per video; later calls return the same features."""
     inner = getattr(model, "base_model", model)
     encode = getattr(inner, "get_video_features", None)
     if encode is None:
@@ -183,7 +184,7 @@ def encoded_once(model: Any) -> Iterator[None]:
 
 
 def _key(origin: dict[str, Any], setting: Setting) -> str:
-    """A digest of everything that the answers of this setting depend on, the source of the method included."""
+    """A digest of everything that the answers of this setting depend on, including the source code of the method."""
     method = setting.method()
     everything = origin | {
         "method": str(method), "name": setting.name, "budget": setting.budget, "code": digest_of_method(method)
@@ -199,7 +200,7 @@ def is_main_process() -> bool:
 
 
 def _processes() -> tuple[int, int, Callable[[], object]]:
-    """Number of this process, how many there are, and what waits for all of them."""
+    """The number of this process, the number of processes, and a function that waits for all of them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, lambda: None
     try:

@@ -1,4 +1,4 @@
-"""How sure a measured accuracy is, and a difference between two."""
+"""The uncertainty of an accuracy, and a test of the difference between two."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from statistics import NormalDist
 
 
 def wilson_interval(right: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval of Wilson (1927) for a proportion: which true accuracies `right` of `samples` are likely under.
+    """Confidence interval of a proportion by Wilson (1927).
 
     Args:
-        right: correct answers, 0 to samples.
-        samples: answers, at least 1.
-        confidence: in (0, 1).
+        right: number of right answers, 0 to samples.
+        samples: number of answers, at least 1.
+        confidence: confidence level in (0, 1).
 
     Returns:
         (low, high), in [0, 1].
@@ -26,13 +26,13 @@ def wilson_interval(right: int, samples: int, confidence: float = 0.95) -> tuple
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """McNemar's exact test, two-sided: are two ways equally often right on the same samples?
+    """Two-sided p-value of McNemar's exact test: are two methods right equally often on the same samples?
 
     Args:
-        only_first, only_second: samples on which one is right and the other is wrong.
+        only_first, only_second: numbers of samples on which only the first or only the second is right.
 
     Returns:
-        The probability of a split of these samples at least as uneven, if either way is as likely.
+        The probability of a split of these samples that is at least as uneven, if both are equally likely.
     """
     samples = only_first + only_second
     tail = sum(math.comb(samples, i) for i in range(min(only_first, only_second) + 1))

@@ -1,7 +1,7 @@
-"""What a task is: samples with questions, and whether an answer is right. Tasks are found by name.
+"""Tasks: samples with questions, and a rule that says whether an answer is right. Tasks are found by name.
 
 `fftriton eval --task NAME` takes a task of the package, the name of an entry point of the group `fftriton.tasks`, or
-`module:Class`. A task is any class with the members of `Task`; the needle task (fftriton/needle/task.py) is one.
+`module:Class`. A task is any class with the members of `Task`; the needle task (fftriton/needle/task.py) is an example.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..runtime.processing import Processor
 from ..runtime.video import Video
 
 BUILT_IN = {"needle": "fftriton.needle.task:NeedleTask"}
-"""The tasks of the package: where the class of each name is."""
+"""The tasks of the package: module and class of each name."""
 
 
 class Sample(Protocol):
@@ -25,11 +25,11 @@ class Sample(Protocol):
 
     @property
     def index(self) -> int:
-        """Its number in the task, from 0."""
+        """Index of the sample in the task, from 0."""
 
     @property
     def kind(self) -> str:
-        """The kind of its question, one of the task's kinds."""
+        """Kind of the question, one of the task's kinds."""
 
     @property
     def question(self) -> str: ...
@@ -40,19 +40,19 @@ class Sample(Protocol):
 
     @property
     def depth(self) -> float | None:
-        """Where in the video the answer is to be seen, from 0 to 1; None if in no single place."""
+        """Where in the video the answer is visible, from 0 to 1; None if in no single place."""
 
     @property
     def video(self) -> Video: ...
 
 
 class Task(Protocol):
-    """Samples, and what makes an answer right. Constructed as `Task(split, seed, num_frames)`.
+    """Samples and the scoring of their answers. Constructed as `Task(split, seed, num_frames)`.
 
     Attributes:
-        split: the part of the task that the samples are from.
+        split: the part of the task that the samples come from.
         kinds: the kinds of questions.
-        digest: of everything that the samples depend on; records of another digest are not used.
+        digest: digest of everything that the samples depend on; records with another digest are not used.
     """
 
     split: str | None
@@ -62,7 +62,7 @@ class Task(Protocol):
     def digest(self) -> str: ...
 
     def sample(self, index: int) -> Any:
-        """A `Sample`: the same one for the same index."""
+        """The `Sample` with this index, always the same one."""
 
     def inputs(self, sample: Any, processor: Processor) -> dict[str, Tensor]:
         """The arguments of the model's `generate`."""
@@ -71,26 +71,26 @@ class Task(Protocol):
         """Whether the answer is right."""
 
     def unrelated_question(self, sample: Any) -> str:
-        """A question that has nothing to do with the sample's, for methods that read the question: a control."""
+        """A question that is unrelated to the sample's: a control for methods that read the question."""
 
 
 def make_task(name: str, split: str | None = None, seed: int = 0, num_frames: tuple[int, ...] = ()) -> Task:
-    """The task of this name.
+    """Make the task with this name.
 
     Args:
         name: a task of the package, an entry point of the group `fftriton.tasks`, or `module:Class`.
-        split: of the task; None for its default.
-        seed: picks the samples.
-        num_frames: lengths of the videos, which take turns; empty for the split's own.
+        split: split of the task; None for its default.
+        seed: selects the samples.
+        num_frames: lengths of the videos, used in turn; empty for the split's own.
 
     Raises:
-        ValueError: an unknown name, or an argument that the task refuses.
+        ValueError: the name is unknown, or the task refuses an argument.
     """
     return _find(name)(split, seed, num_frames)
 
 
 def task_names() -> list[str]:
-    """The names of the tasks that are installed."""
+    """The names of all installed tasks."""
     return sorted({*BUILT_IN, *(point.name for point in entry_points(group="fftriton.tasks"))})
 
 

@@ -1,7 +1,7 @@
-"""Where video tokens stand in a sequence: what to give as `layout` to `fftriton.reduce`.
+"""Positions of video tokens in a sequence: what `fftriton.reduce` takes as `layout`.
 
-Layouts of the supported Hugging Face families are found by themselves (families.py). For models loaded by remote code
-each function here takes what the model's own pipeline makes of a prompt and returns a list of VideoLayout
+Layouts of the supported Hugging Face families are detected automatically (families.py). For models loaded by remote
+code, the functions here compute a list of VideoLayout from the outputs of the model's own preprocessing
 (remote_code.py).
 """
 

@@ -1,7 +1,7 @@
-"""Where the video tokens stand in the prompts of each model family: one rule a family.
+"""Positions of video tokens in the prompts of each model family: one rule per family.
 
-A rule gets the model and its forward's arguments by name, those of `get_video_features` included where `generate`
-encoded the video beforehand.
+A rule gets the model and the arguments of its forward by name, including those of `get_video_features` if `generate`
+has encoded the video beforehand.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ LayoutRule = Callable[[Any, Mapping[str, Any]], "list[VideoLayout]"]
 
 
 class NoPlaceholderError(ValueError):
-    """The arguments describe a video, but the prompt's embeddings hold no placeholder for it."""
+    """The arguments describe a video, but the prompt's embeddings contain no placeholder for it."""
 
 
 def grid_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
-    """The Qwen-VL models: a row of video_grid_thw a video, t frames of h * w / merge^2 tokens each.
+    """Layouts of the Qwen-VL models: one row of video_grid_thw per video, t frames of h * w / merge^2 tokens each.
 
-    In Qwen3-VL and Qwen3.5 every frame stands behind its timestamp; the tokens' order is the same.
+    In Qwen3-VL and Qwen3.5 every frame follows its timestamp; the order of the tokens is the same.
     """
     grids = _encoder_argument(arguments, "video_grid_thw")
     if grids is None:
@@ -42,7 +42,7 @@ def grid_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
 
 
 def llava_onevision_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
-    """LLaVA-OneVision: frames of ceil(g / 2)^2 tokens, and a newline behind the last, which stays text."""
+    """Layouts of LLaVA-OneVision: frames of ceil(g / 2)^2 tokens; the newline after the last one counts as text."""
     pixels = _encoder_argument(arguments, "pixel_values_videos")  # [videos, frames, 3, height, width]
     if pixels is None:
         return []
@@ -54,7 +54,7 @@ def llava_onevision_layout(model: Any, arguments: Mapping[str, Any]) -> list[Vid
 
 
 def llava_next_video_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
-    """LLaVA-NeXT-Video: frames of (g // spatial_pool_stride)^2 tokens, one behind the other."""
+    """Layouts of LLaVA-NeXT-Video: frames of (g // spatial_pool_stride)^2 tokens, one after another."""
     pixels = _encoder_argument(arguments, "pixel_values_videos")  # [videos, frames, 3, height, width]
     if pixels is None:
         return []
@@ -65,17 +65,17 @@ def llava_next_video_layout(model: Any, arguments: Mapping[str, Any]) -> list[Vi
 
 
 def internvl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
-    """InternVL: images and frames share a token; a frame is a run of exactly image_seq_length of them.
+    """Layouts of InternVL: images and frames share a token; a frame is a run of exactly image_seq_length of them.
 
-    The tiles of one image form one longer run, and are left alone. Two or more frames in a sample are one video; a
-    single one is an image.
+    The tiles of one image form one longer run, which is ignored. Two or more frames in a sample are one video; a single
+    one is an image.
     """
     found = _find_tokens(model, arguments, model.config.image_token_id)
     return [] if found is None else frames_of_runs(found, model.config.image_seq_length)
 
 
 def video_llama_3_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
-    """VideoLLaMA3: a grid a video as in Qwen2-VL, less what video_compression_mask took out already: holes, -1."""
+    """Layouts of VideoLLaMA3: a grid per video as in Qwen2-VL; tokens removed by video_compression_mask are holes."""
     grids = _encoder_argument(arguments, "video_grid_thw")
     if grids is None:
         return []
@@ -99,10 +99,10 @@ def video_llama_3_layout(model: Any, arguments: Mapping[str, Any]) -> list[Video
 
 
 def minicpm_v_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
-    """MiniCPM-V 4.6: a row of target_sizes_videos a frame or slice of one; a frame's slices are part of the frame.
+    """Layouts of MiniCPM-V 4.6: one row of target_sizes_videos per frame or slice; slices are part of their frame.
 
-    What opens the first unit opens every frame; slices are opened by another token. Frames of one video follow one
-    another directly; those of one video that differ in size, as stacked frames do, make a layout for each size.
+    The token that opens the first unit opens every frame; slices are opened by another token. Frames of one video
+    follow one another directly. If the frames of a video differ in size, as stacked frames do, each size gets a layout.
     """
     targets = _encoder_argument(arguments, "target_sizes_videos")
     if targets is None:
@@ -131,7 +131,7 @@ def _minicpm_tokens(config: Any, arguments: Mapping[str, Any], height: int, widt
 
 
 def _minicpm_videos(prompt: Tensor, units: Sequence[Tensor]) -> list[list[list[Tensor]]]:
-    """[N] ids or [N, D] embeddings and the units of one sample -> its videos, each a list of frames, each of units."""
+    """The videos of one sample, each a list of frames, each a list of units; prompt is [N] ids or [N, D] embeddings."""
     opener = prompt[int(units[0][0]) - 1]
     videos: list[list[list[Tensor]]] = []
     end = 0  # of the last unit
@@ -139,7 +139,7 @@ def _minicpm_videos(prompt: Tensor, units: Sequence[Tensor]) -> list[list[list[T
         start = int(unit[0])
         if not torch.equal(prompt[start - 1], opener):
             videos[-1][-1].append(unit)
-        elif videos and start - end <= 3:  # only an end and a start token between them
+        elif videos and start - end <= 3:  # only an end token and a start token in between
             videos[-1].append([unit])
         else:
             videos.append([[unit]])
@@ -164,15 +164,16 @@ RULES: dict[str, LayoutRule] = {
 
 
 def encoder_of(model_type: str) -> str:
-    """The method by which a family encodes its videos. `generate` may call it before the forward, which then gets
-    nothing that a rule could read."""
+    """The method by which a family encodes its videos. If `generate` calls it before the forward, the forward's own
+    arguments no longer contain what a rule reads."""
     return "get_image_features" if model_type == "internvl" else "get_video_features"
 
 
 def _encoder_argument(arguments: Mapping[str, Any], name: str) -> Any:
-    """An argument of the video encoder; None where the prompt has no video.
+    """An argument of the video encoder, or None if the prompt has no video.
 
-    Raises a ValueError for a video that was encoded before the block, of which only the features are left.
+    Raises:
+        ValueError: the video was encoded before the block, and only its features are left.
     """
     value = arguments.get(name)
     if value is None and (arguments.get("mm_encoder_outputs") or {}).get("video") is not None:
@@ -183,24 +184,24 @@ def _encoder_argument(arguments: Mapping[str, Any], name: str) -> Any:
 
 
 def _vision_side(config: Any) -> int:
-    """Patches along the side of a frame, before pooling."""
+    """Number of patches along the side of a frame, before pooling."""
     return config.vision_config.image_size // config.vision_config.patch_size
 
 
 def _deal_out(
     model: Any, arguments: Mapping[str, Any], token: int, sizes: Sequence[int], source: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """Give each video its share of the places that hold `token`: (sample, positions [size]).
+    """Divide the positions of `token` among the videos, in order: (sample, positions [size]) for each.
 
     Raises:
-        ValueError: the sizes, which `source` says, do not make up the prompt's tokens, sample by sample.
-        NoPlaceholderError: embeddings, none of which is a placeholder's.
+        ValueError: the sizes, which come from `source`, do not add up to the prompt's tokens, sample by sample.
+        NoPlaceholderError: the prompt consists of embeddings, none of which is the placeholder's.
     """
     found = _find_tokens(model, arguments, token)
     if found is None or not bool(found.any()):
         if arguments.get("input_ids") is None and sizes:
             raise NoPlaceholderError(
-                f"layout: must be given where inputs_embeds hold the video already: {source} describes a video, but no "
+                f"layout: must be given if inputs_embeds contain the video already: {source} describes a video, but no "
                 "token is a placeholder for it"
             )
         return
@@ -221,7 +222,7 @@ def _ids_or_embeddings(arguments: Mapping[str, Any]) -> Tensor:
 
 
 def _find_tokens(model: Any, arguments: Mapping[str, Any], token: int) -> Tensor | None:
-    """[B, N] bool on the CPU: which places of the prompt hold `token`; by its embedding where there are no ids."""
+    """[B, N] bool on the CPU: which positions hold `token`, found by its embedding if there are no ids."""
     ids = arguments.get("input_ids")
     if ids is not None:
         return (ids == token).cpu()

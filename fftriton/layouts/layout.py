@@ -1,4 +1,4 @@
-"""Where the patches of a video stand in a sequence, and which token is which patch's previous one."""
+"""Positions of a video's patches in a sequence, and the previous token of each patch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ..checks import check_count
 
 @dataclass(frozen=True, eq=False)
 class VideoLayout:
-    """Where each patch of each frame of one video stands in the prompt.
+    """Positions of one video's patches in the prompt, frame by frame.
 
     Args:
-        positions: [F, P] int64; positions[f, p] is the index in the sequence of frame f's patch p, -1 for a hole (a
-            patch that has no token). Read frame by frame the positions must ascend; no stride is assumed.
-        sample: the row of the batch that holds the video.
+        positions: [F, P] int64; positions[f, p] is the index in the sequence of patch p of frame f, or -1 for a hole (a
+            patch without a token). Positions must ascend when read frame by frame; no stride is assumed.
+        sample: row of the batch that contains the video.
 
     Raises:
-        TypeError: positions are no int64 tensor.
-        ValueError: positions are not [F, P], all holes, under -1, or do not ascend; sample is negative.
+        TypeError: positions is not an int64 tensor.
+        ValueError: positions does not have shape [F, P], has only holes, has values below -1, or does not ascend; or
+            sample is negative.
     """
 
     positions: Tensor
@@ -41,7 +42,7 @@ class VideoLayout:
             raise ValueError(f"VideoLayout: positions must be indices or -1 for a hole, got {int(positions.min())}")
         tokens = self.tokens
         if tokens.numel() == 0:
-            raise ValueError("VideoLayout: positions must hold at least one token, got only holes (-1)")
+            raise ValueError("VideoLayout: positions must contain at least one token, got only holes (-1)")
         steps = tokens.diff()
         if bool((steps <= 0).any()):
             at = int((steps <= 0).nonzero()[0])
@@ -53,7 +54,7 @@ class VideoLayout:
 
     @property
     def tokens(self) -> Tensor:
-        """[n] int64: the positions without holes, ascending."""
+        """[n] int64: positions without holes, ascending."""
         return self.positions[self.positions >= 0]
 
     @cached_property
@@ -64,7 +65,7 @@ class VideoLayout:
 
 
 def check_layouts(layouts: Sequence[VideoLayout], batch: int, length: int) -> None:
-    """Raise a ValueError unless the layouts fit a [batch, length] sequence and do not overlap one another."""
+    """Raise a ValueError unless the layouts fit a [batch, length] sequence and do not overlap."""
     taken = torch.zeros(batch, length, dtype=torch.bool)
     for layout in layouts:
         if not isinstance(layout, VideoLayout):
@@ -91,7 +92,7 @@ def frame_ids(layouts: Sequence[VideoLayout], batch: int, length: int, device: t
 
 
 def _number(layouts: Sequence[VideoLayout], batch: int, length: int, dim: int) -> Tensor:
-    """[batch, length] int64: each token's index along `dim` of its layout, counted on from video to video."""
+    """[batch, length] int64: each token's index along `dim` of its layout, numbered consecutively over all videos."""
     ids = torch.full((batch, length), -1, dtype=torch.int64)
     first = 0
     for layout in layouts:
@@ -104,7 +105,7 @@ def _number(layouts: Sequence[VideoLayout], batch: int, length: int, dim: int) -
 
 
 def previous_of_patch(patch: Tensor) -> Tensor:
-    """[B, N] int64 -> [B, N] int64: the nearest earlier token of the same patch, -1 for none and where patch is -1."""
+    """[B, N] int64 -> [B, N] int64: the nearest earlier token of the same patch; -1 if there is none or patch is -1."""
     order = torch.argsort(patch, dim=1, stable=True)
     ordered = patch.gather(1, order)
     follows = torch.zeros_like(patch, dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""Where the video tokens of models loaded by remote code stand: what to give as `layout` to `fftriton.reduce`.
+"""Layouts for models loaded by remote code: what `fftriton.reduce` takes as `layout`.
 
-Each function takes what the model's own pipeline makes of a prompt and returns a list of VideoLayout. Which module to
-reduce, and an example, is in docs/bring-your-own-model.md.
+Each function takes outputs of the model's own preprocessing and returns a list of VideoLayout.
+docs/bring-your-own-model.md says which module to reduce and has an example.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _SIDES = ("left", "right")
 
 
 def evenly_spaced(start: int, frames: int, patches: int, gap: int = 0, sample: int = 0) -> VideoLayout:
-    """A video whose frames stand at equal distances.
+    """The layout of a video whose frames are at equal distances.
 
     Args:
-        start: place of the first patch in the prompt.
-        frames, patches: how many frames, and tokens a frame.
-        gap: tokens between one frame's last patch and the next one's first that are no patches.
-        sample: the row of the batch.
+        start: position of the first patch in the prompt.
+        frames, patches: number of frames, and of tokens per frame.
+        gap: number of other tokens between the last patch of a frame and the first patch of the next.
+        sample: row of the batch.
 
     Raises:
-        TypeError, ValueError: an argument that is no such number.
+        TypeError, ValueError: an argument is not an integer, or is out of range.
     """
     for name, value, least in [("start", start, 0), ("frames", frames, 1), ("patches", patches, 1), ("gap", gap, 0)]:
         check_count("evenly_spaced", name, value, least)
@@ -46,22 +46,23 @@ def llava_video(
     attention_mask: Tensor | None = None,
     padding_side: str = "right",
 ) -> list[VideoLayout]:
-    """LLaVA-Video and the video models of the LLaVA-NeXT repository: one placeholder becomes all frames of a video.
+    """Layouts for LLaVA-Video and the video models of the LLaVA-NeXT repository.
 
-    A frame is side x side tokens. Newlines behind every row ("grid", 14 x 15 = 210 tokens a frame) or every frame
-    ("frame") are the same in all frames and count as its patches; a single one behind the video ("one_token") does not.
+    One placeholder becomes all frames of a video, and a frame has side x side tokens. Newlines after every row ("grid",
+    14 x 15 = 210 tokens per frame) or after every frame ("frame") are the same in all frames and count as patches; a
+    single newline after the video ("one_token") does not.
 
     Args:
-        input_ids: [B, n] int64 as given to the model, one placeholder a video and no images.
-        frames: how many frames each video has, in the order of the placeholders.
+        input_ids: [B, n] int64 as given to the model, with one placeholder per video and no images.
+        frames: number of frames of each video, in the order of the placeholders.
         side: tokens along the side of a frame after pooling.
         newlines: the checkpoint's mm_newline_position: "grid", "frame", "one_token" or "no_token".
-        placeholder: the id that stands for a video.
-        attention_mask: [B, n], 0 for padding, which the model takes out before it fills in the videos.
-        padding_side: the checkpoint's tokenizer_padding_side, where it then pads.
+        placeholder: token id that represents a video.
+        attention_mask: [B, n], 0 for padding, which the model removes before it inserts the videos.
+        padding_side: the checkpoint's tokenizer_padding_side, on which the model pads afterwards.
 
     Raises:
-        TypeError, ValueError: an argument that is no such number or choice; not as many placeholders as videos.
+        TypeError, ValueError: an argument is invalid, or the numbers of placeholders and videos differ.
     """
     check_count("llava_video", "side", side, 1)
     check_choice("llava_video", "newlines", newlines, _NEWLINES)
@@ -89,21 +90,21 @@ def nvila(
     attention_mask: Tensor | None = None,
     padding_side: str = "left",
 ) -> list[VideoLayout]:
-    """NVILA: one placeholder becomes all frames of a video, each followed by a newline, which stays text.
+    """Layouts for NVILA: one placeholder becomes all frames of a video, each followed by a newline that is text.
 
     Args:
-        input_ids: [B, n] int64 as given to the model, one placeholder a video and no images.
-        frames: how many frames each video has, in the order of the placeholders.
-        placeholder: the id that stands for a video: tokenizer.media_token_ids["video"].
-        patches: tokens a frame.
-        frames_pooled: frames that the video encoder pools into one: the first of its pool_sizes (8 for NVILA-8B-Video).
-        before_frame, after_frame: tokens of the encoder's start_tokens and end_tokens, around every frame.
-        attention_mask: [B, n], 0 for padding, which the model takes out before it fills in the videos.
-        padding_side: the tokenizer's, where it then pads.
+        input_ids: [B, n] int64 as given to the model, with one placeholder per video and no images.
+        frames: number of frames of each video, in the order of the placeholders.
+        placeholder: token id that represents a video: tokenizer.media_token_ids["video"].
+        patches: tokens per frame.
+        frames_pooled: frames that the video encoder pools into one: first of its pool_sizes (8 for NVILA-8B-Video).
+        before_frame, after_frame: numbers of the encoder's start_tokens and end_tokens, around every frame.
+        attention_mask: [B, n], 0 for padding, which the model removes before it inserts the videos.
+        padding_side: the tokenizer's, on which the model pads afterwards.
 
     Raises:
-        TypeError, ValueError: an argument that is no such number or choice; not as many placeholders as videos, or
-            frames that do not make whole groups.
+        TypeError, ValueError: an argument is invalid, the numbers of placeholders and videos differ, or the frames do
+            not form whole groups.
     """
     check_count("nvila", "before_frame", before_frame, 0)
     check_count("nvila", "after_frame", after_frame, 0)
@@ -125,17 +126,17 @@ def nvila(
 
 
 def minicpm_v(image_bound: Sequence[Tensor], *, slices: int = 0) -> list[VideoLayout]:
-    """MiniCPM-V 2.6: frames are images, each with its place in the processor's image_bound.
+    """Layouts for MiniCPM-V 2.6: frames are images, whose positions are in the processor's image_bound.
 
     Args:
-        image_bound: for each sample, [n, 2] int64: where each frame or slice of one starts and ends (exclusive), as the
-            processor gives it. Without rows: no video. Leave out the rows of images that are no frames.
-        slices: how many slices follow each frame; the demo sets max_slice_nums so that there are none, or a few. They
+        image_bound: for each sample, [n, 2] int64: start and end (exclusive) of each frame or slice, as returned by the
+            processor. A sample without rows has no video. Leave out the rows of images that are not frames.
+        slices: number of slices after each frame; the demo sets max_slice_nums so that there are none or a few. Slices
             count as patches of their frame.
 
     Raises:
-        TypeError, ValueError: slices is no such number; bounds that are no such tensor, of different lengths in one
-            place of a frame, or that do not make whole frames.
+        TypeError, ValueError: slices is not an integer of at least 0; or image_bound is invalid, gives the frames
+            different lengths, or does not form whole frames.
     """
     check_count("minicpm_v", "slices", slices, 0)
     layouts = []
@@ -150,31 +151,31 @@ def minicpm_v(image_bound: Sequence[Tensor], *, slices: int = 0) -> list[VideoLa
         frames = [torch.cat(spans[first : first + slices + 1]) for first in range(0, len(spans), slices + 1)]
         lengths = sorted({len(frame) for frame in frames})
         if len(lengths) > 1:
-            raise ValueError(f"minicpm_v: image_bound must give every frame as many tokens, got {lengths}")
+            raise ValueError(f"minicpm_v: image_bound must give every frame the same number of tokens, got {lengths}")
         layouts.append(VideoLayout(torch.stack(frames), sample))
     return layouts
 
 
 def internvl_chat(input_ids: Tensor, *, context_token: int, patches: int = 256) -> list[VideoLayout]:
-    """InternVL2.5 as remote code: frames and images share a token; a frame is a run of exactly `patches` of them.
+    """Layouts for InternVL2.5 as remote code: frames and images share a token; a frame is a run of exactly `patches`.
 
-    The tiles of one image form one longer run, and are left alone. Two or more frames in a sample are one video; a
-    single one is an image.
+    The tiles of one image form one longer run, which is ignored. Two or more frames in a sample are one video; a single
+    one is an image.
 
     Args:
-        input_ids: [B, N] int64 as the tokenizer makes them of the prompt with its image tokens filled in.
-        context_token: the id of <IMG_CONTEXT>.
-        patches: tokens a frame: the model's num_image_token.
+        input_ids: [B, N] int64: the tokenized prompt, with its image tokens filled in.
+        context_token: token id of <IMG_CONTEXT>.
+        patches: tokens per frame: the model's num_image_token.
 
     Raises:
-        TypeError, ValueError: patches is no such number.
+        TypeError, ValueError: patches is not an integer of at least 1.
     """
     check_count("internvl_chat", "patches", patches, 1)
     return frames_of_runs((input_ids == context_token).cpu(), patches)
 
 
 def frames_of_runs(found: Tensor, patches: int) -> list[VideoLayout]:
-    """found [B, N] bool: a layout for each row that has two or more runs of exactly `patches` tokens."""
+    """A layout for each row of found [B, N] bool that has two or more runs of exactly `patches` tokens."""
     layouts = []
     for sample, row in enumerate(found):
         places = row.nonzero()[:, 0]
@@ -188,7 +189,7 @@ def frames_of_runs(found: Tensor, patches: int) -> list[VideoLayout]:
 def _fill_in(
     name: str, input_ids: Tensor, sizes: Sequence[int], placeholder: int, mask: Tensor | None, padding_side: str
 ) -> list[tuple[int, int]]:
-    """(sample, place of the first token) of each placeholder, once each has grown to its size and padding is redone."""
+    """(sample, position of the first token) of each placeholder, after expansion to its size and renewed padding."""
     check_choice(name, "padding_side", padding_side, _SIDES)
     found = int((input_ids == placeholder).sum())
     if found != len(sizes):

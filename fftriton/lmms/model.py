@@ -1,4 +1,4 @@
-"""The models that lmms-eval makes. Needs lmms-eval 0.7 or newer."""
+"""Model classes for lmms-eval. Needs lmms-eval 0.7 or newer."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class FFTriton(lmms):
     """A model of lmms-eval with its vision tokens reduced.
 
     Args:
-        base: name of the model in lmms-eval: qwen2_vl, qwen2_5_vl, llava_onevision, ... It must be made for simple
-            tasks (`models/simple`) and keep a Hugging Face model of a supported family in `.model`.
-        method: as for `fftriton eval`: a name, with parameters if wanted ("framefusion:similarity_threshold=0.9").
+        base: name of the model in lmms-eval: qwen2_vl, qwen2_5_vl, llava_onevision, ... It must be a model for simple
+            tasks (`models/simple`) with a Hugging Face model of a supported family in `.model`.
+        method: method as text, as for `fftriton eval` ("framefusion:similarity_threshold=0.9").
         budget: fraction of the vision tokens to keep, in (0, 1].
-        processing: "base" leaves loading, sampling of frames and prompts to lmms-eval's model; "fftriton" does these
-            itself, see `VideoModel`, where lmms-eval's model cannot run (it needs torchvision and decord).
-        arguments: what the base takes: pretrained, max_num_frames, ...; with processing=fftriton trust_remote_code
+        processing: "base" leaves loading, frame sampling and prompts to lmms-eval's model. "fftriton" does them itself,
+            see `VideoModel`, for machines on which lmms-eval's model cannot run (it needs torchvision and decord).
+        arguments: arguments of the base: pretrained, max_num_frames, ...; with processing=fftriton, trust_remote_code
             is False unless given.
 
     Raises:
-        ValueError, TypeError: a method, a budget or a base that cannot be used.
+        ValueError, TypeError: the method, the budget or the base cannot be used.
     """
 
     is_simple = True
@@ -51,21 +51,21 @@ class FFTriton(lmms):
         self._rank, self._world_size = self.base.rank, self.base.world_size
 
     def __getattr__(self, name: str) -> Any:
-        """What the evaluator asks of a model beyond this class is the base's to answer."""
-        if name == "base":  # not made yet
+        """Look up other attributes, which the evaluator may ask for, in the base."""
+        if name == "base":  # not set yet
             raise AttributeError(name)
         return getattr(self.base, name)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answer each request; see lmms-eval."""
+        """Answer each request, as in lmms-eval."""
         return self._base().generate_until(requests)
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """The same over several rounds; see lmms-eval."""
+        """Answer each request over several rounds, as in lmms-eval."""
         return self._base().generate_until_multi_round(requests)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """The log-likelihoods of given answers; see lmms-eval."""
+        """The log-likelihoods of given answers, as in lmms-eval."""
         return self._base().loglikelihood(requests)
 
     def _base(self) -> Any:
@@ -74,18 +74,18 @@ class FFTriton(lmms):
 
 
 class VideoModel(lmms):
-    """A video model of transformers, fed by fftriton: frames decoded with PyAV, evenly sampled; one video a question.
+    """A video model of transformers with inputs from fftriton: evenly sampled frames, one video per question.
 
     Args:
         family: the checkpoint's config.model_type.
-        pretrained: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
-        max_num_frames: frames sampled from a video file.
-        device: a torch device; None for the GPU where there is one.
-        batch_size: 1.
-        trust_remote_code: run the checkpoint's own code if it has any.
+        pretrained: folder of a checkpoint, or its name on the Hugging Face hub; None for the shipped model.
+        max_num_frames: number of frames to sample from a video file.
+        device: a torch device; None for the GPU if there is one.
+        batch_size: must be 1.
+        trust_remote_code: whether to run the checkpoint's own code if it has any.
 
     Raises:
-        ValueError: a checkpoint of another family or that cannot be used; a batch size over one.
+        ValueError: the checkpoint is of another family or cannot be used, or the batch size is above 1.
     """
 
     def __init__(

@@ -4,8 +4,8 @@
     python -m lmms_eval --include_path tasks --tasks fftriton_needle_easy --batch_size 1 --model fftriton \
         --model_args base=qwen2_vl,processing=fftriton,method=framefusion,budget=0.3
 
-The folder holds a task file and the indices of the samples; videos are drawn when they are asked for, and are those of
-`fftriton eval`. They come as frames, not as files: for `processing=fftriton`.
+The folder contains a task file and the indices of the samples. The videos are those of `fftriton eval` and are drawn
+on demand. They are frames, not files, and so need `processing=fftriton`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ metadata:
 
 
 def write_task(
-    folder: Annotated[Path, typer.Argument(help="For --include_path; made if need be.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for --include_path; created if missing.")],
     split: Annotated[str, typer.Option(help="easy, hard, blended, real or long.")] = "easy",
-    samples: Annotated[int, typer.Option(help="How many questions.")] = 500,
-    seed: Annotated[int, typer.Option(help="Picks the samples.")] = 0,
+    samples: Annotated[int, typer.Option(help="Number of questions.")] = 500,
+    seed: Annotated[int, typer.Option(help="Selects the samples.")] = 0,
 ) -> None:
     """Write the task `fftriton_needle_SPLIT`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> s
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Whether the answer is right, as `fftriton eval` sees it."""
+    """Whether the answer is right, by the rule of `fftriton eval`."""
     return {"accuracy": float(is_right(results[0], doc["answer"]))}
 
 

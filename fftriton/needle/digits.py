@@ -1,4 +1,4 @@
-"""Handwritten digits, those that scikit-learn ships; every fourth image is held out from training.
+"""Handwritten digits from scikit-learn; every fourth image is held out from training.
 
 Source: Alpaydin and Kaynak (1998), Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
 """
@@ -12,8 +12,8 @@ import torch
 
 from .resize import resize
 
-PATCH = 16  # pixels along the side of a digit, and of a patch of the needle model
-_MARGIN = 2  # pixels that a digit may stand off centre
+PATCH = 16  # pixels along the side of a digit and of a patch of the needle model
+_MARGIN = 2  # pixels by which a digit may be off centre
 
 
 @lru_cache
@@ -21,7 +21,7 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Handwritten digits at patch size.
 
     Args:
-        held_out: True for the quarter that training never sees, False for the rest.
+        held_out: whether to return the quarter that training never sees, or the rest.
 
     Returns:
         images [N, PATCH, PATCH] float32 in [0, 1], labels [N] int64.
@@ -33,7 +33,7 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the needle task takes its handwritten digits from scikit-learn: pip install 'fftriton[eval]'"
+            "the needle task needs the handwritten digits of scikit-learn: pip install 'fftriton[eval]'"
         ) from error
     pixels, labels = load_digits(return_X_y=True)
     small = torch.tensor(pixels / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
@@ -43,7 +43,7 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_digit(digit: int, held_out: bool, rng: np.random.Generator) -> np.ndarray:
-    """A random handwriting of this digit, often a little off centre -> [PATCH, PATCH] float32 in [0, 1]."""
+    """A random image of this digit, often slightly off centre: [PATCH, PATCH] float32 in [0, 1]."""
     images, labels = digit_images(held_out)
     image = images[rng.choice(np.flatnonzero(labels == digit))]
     if rng.random() < 0.5:

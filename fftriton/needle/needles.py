@@ -1,4 +1,4 @@
-"""Needles: handwritten digits on coloured boxes, shown for a few frames, and the ways in which they are hidden."""
+"""Needles: handwritten digits on coloured boxes that appear for a few frames, and the styles that hide them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _BLEND = (0.35, 0.65)  # opacity of a blended needle
 
 @dataclass(frozen=True)
 class Appearance:
-    """When, where and how visibly a needle is shown.
+    """When, where and how visibly a needle appears.
 
     Attributes:
         start: its first frame.
         corners: its top left pixel (row, column) in each of its frames.
-        opacity: in each of its frames, in (0, 1]; 1 covers what is behind.
+        opacity: its opacity in each of its frames, in (0, 1]; 1 hides the background.
     """
 
     start: int
@@ -54,12 +54,12 @@ def covered(span: range, quadrant: int, rng: np.random.Generator) -> Appearance:
 
 
 def blended(span: range, quadrant: int, rng: np.random.Generator) -> Appearance:
-    """Shine through one patch for one or two frames: the rest is what was there before."""
+    """Blend into one patch for one or two frames, with the background visible behind."""
     return _in_one_patch(span, quadrant, (rng.uniform(*_BLEND),) * int(rng.integers(1, 3)), rng)
 
 
 def faded_in(span: range, quadrant: int, rng: np.random.Generator) -> Appearance:
-    """Appear in one patch over three or four frames, then be gone."""
+    """Fade into one patch over three or four frames, then vanish."""
     frames = min(int(rng.integers(3, 5)), len(span))
     return _in_one_patch(span, quadrant, tuple((i + 1) / frames for i in range(frames)), rng)
 
@@ -75,13 +75,13 @@ def moved(span: range, quadrant: int, rng: np.random.Generator) -> Appearance:
 
 
 def draw_needles(count: int, styles: tuple[Style, ...], num_frames: int, rng: np.random.Generator) -> list[Needle]:
-    """Needles of different digits and colours, each in a quadrant of its own and inside one quarter of the video.
+    """Draw needles of different digits and colours, each in its own quadrant and inside one quarter of the video.
 
     Args:
-        count: how many, at most 4.
-        styles: how each is hidden: one of these at random.
-        num_frames: of the video, a multiple of 4.
-        rng: every random choice comes from it.
+        count: number of needles, at most 4.
+        styles: styles that hide the needles; each gets a random one.
+        num_frames: number of frames of the video, a multiple of 4.
+        rng: source of all random choices.
     """
     quarter = num_frames // 4
     kinds = zip(rng.permutation(10)[:count], rng.permutation(COLOURS)[:count], rng.permutation(4)[:count], strict=True)
@@ -95,7 +95,7 @@ def draw_needles(count: int, styles: tuple[Style, ...], num_frames: int, rng: np
 
 
 def add_needle(video: np.ndarray, needle: Needle, held_out: bool, rng: np.random.Generator) -> None:
-    """Draw a needle into [F, 3, SIDE, SIDE] float32, in place; held_out picks the handwritings."""
+    """Draw a needle into a video [F, 3, SIDE, SIDE] float32, in place; held_out selects the digit images."""
     sticker = _sticker(needle, held_out, rng)
     appearance = needle.appearance
     for frame, (top, left), opacity in zip(appearance.frames, appearance.corners, appearance.opacity, strict=True):
@@ -104,7 +104,7 @@ def add_needle(video: np.ndarray, needle: Needle, held_out: bool, rng: np.random
 
 
 def _sticker(needle: Needle, held_out: bool, rng: np.random.Generator) -> np.ndarray:
-    """A white digit on a box of the needle's colour, slightly varied -> [3, PATCH, PATCH] float32."""
+    """A white digit on a box of the needle's colour, slightly varied: [3, PATCH, PATCH] float32."""
     box = np.array(_RGB[needle.colour]) * rng.uniform(0.8, 1) + rng.uniform(-0.03, 0.03, 3)
     ink = write_digit(needle.digit, held_out, rng) * rng.uniform(0.85, 1)
     return (box[:, None, None] * (1 - ink) + ink).astype(np.float32)
@@ -119,7 +119,7 @@ def _in_one_patch(span: range, quadrant: int, opacity: tuple[float, ...], rng: n
 def _appearance(
     span: range, quadrant: int, corners: np.ndarray, opacity: tuple[float, ...], rng: np.random.Generator
 ) -> Appearance:
-    """Start anywhere in the span that leaves room; corners [F, 2] count from the quadrant's own."""
+    """An appearance at a random time in the span; corners [F, 2] are relative to the quadrant."""
     start = span[rng.integers(len(span) - len(corners) + 1)]
     corners = corners + np.array(divmod(quadrant, 2)) * _HALF
     return Appearance(int(start), tuple((int(top), int(left)) for top, left in corners), opacity)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def resize(images: Tensor, size: tuple[int, int], mode: str, **options: Any) -> Tensor:
-    """F.interpolate of [N, C, H, W] in one thread: with several, the rounding depends on how many there are."""
+    """F.interpolate of [N, C, H, W] in one thread; with several, rounding depends on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The samples of the needle task: a video, a question about it, the answer."""
+"""The samples of the needle task: a video, a question about it and the answer."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .scenes import SIDE, add_flashes, real_scenes, textured_scenes
 from .vocabulary import COUNTS, QUADRANTS, QUARTERS
 
 KINDS = ("what", "when", "where", "how many", "which colour")
-FPS = 4  # frames a second of a sample
+FPS = 4  # frames per second of a sample
 
 _SENSOR_NOISE = 0.02  # standard deviation, for values in [0, 1]
-_HOLD = 4  # frames of a video file for which one frame of a sample is held
-_UPSCALE = 4  # pixels along a side, in a video file, for one of a sample
+_HOLD = 4  # frames in a video file per frame of a sample
+_UPSCALE = 4  # pixels along a side in a video file per pixel of a sample
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How videos are drawn.
+    """Parameters by which videos are drawn.
 
     Attributes:
-        num_frames: how long they are: one of these, multiples of 4.
-        needles: fewest and most needles.
-        styles: how a needle is hidden: one of these.
-        speed: least and most pixels a frame that the camera moves along each axis.
-        still: probability that it stands still instead.
-        flashes: fewest and most patches of noise, each there for one frame.
-        real: whether real clips stand in for the textured scenes.
+        num_frames: possible lengths, multiples of 4.
+        needles: minimum and maximum number of needles.
+        styles: styles that hide a needle.
+        speed: minimum and maximum pixels per frame that the camera moves along each axis.
+        still: probability that the camera does not move.
+        flashes: minimum and maximum number of patches of noise, each visible for one frame.
+        real: whether to use real clips instead of textured scenes.
     """
 
     num_frames: tuple[int, ...] = (16,)
@@ -63,15 +63,15 @@ class Sample:
 
     Attributes:
         frames: [F, H, W, 3] uint8.
-        kind: of the question, one of KINDS.
-        question: as a person would ask it.
-        answer: the one right answer.
+        kind: kind of the question, one of KINDS.
+        question: the question, in natural language.
+        answer: the only right answer.
         split: one of SPLITS.
-        index: its number in the split.
-        needle_frames: the frames that show the needle that is asked about; any needle, where all are asked about.
-        needle_depth: the middle of these as a fraction of the video, 0 for its first frame and 1 for its last; None
-            where all needles are asked about.
-        fps: frames a second.
+        index: index of the sample in the split.
+        needle_frames: the frames that show the needle in question, or any needle if the question is about all.
+        needle_depth: the middle of these frames as a fraction of the video, from 0 for the first frame to 1 for the
+            last; None if the question is about all needles.
+        fps: frames per second.
     """
 
     frames: np.ndarray
@@ -86,16 +86,16 @@ class Sample:
 
     @property
     def depth(self) -> float | None:
-        """`needle_depth`, under the name that every task's samples have."""
+        """`needle_depth`, under the name that the samples of all tasks use."""
         return self.needle_depth
 
     @property
     def video(self) -> Video:
-        """As a processor takes it."""
+        """The video, as a processor takes it."""
         return Video(self.frames, list(range(len(self.frames))), len(self.frames), self.fps)
 
     def write(self, path: Path) -> None:
-        """Write the video to a file, each frame held and enlarged, so that sampling and resizing give it back."""
+        """Write the video to a file with frames repeated and enlarged, so that sampling and resizing restore it."""
         write_clip(path, self.frames)
 
 
@@ -107,20 +107,20 @@ def generate_sample(
     num_frames: int | None = None,
     clips: tuple[Path, ...] = (BUNNY.path,),
 ) -> Sample:
-    """Sample `index` of a split: the same for the same arguments, whatever was generated before.
+    """Generate sample `index` of a split: always the same for the same arguments.
 
-    Kinds take turns with the index, and so do the lengths of a split that has several.
+    The kind of question changes from index to index in turn, and so does the length in a split that has several.
 
     Args:
         split: one of SPLITS.
-        seed: picks another set of samples.
-        index: number of the sample, from 0.
-        held_out: True for the handwritings that training never sees. Videos differ from those of False, too.
+        seed: selects another set of samples.
+        index: index of the sample, from 0.
+        held_out: whether to use the digit images that training never sees. The videos differ as well.
         num_frames: length of the video, a multiple of 4; None for the split's own.
-        clips: video files for the split of real backgrounds; those that ship are the default.
+        clips: video files for the split of real backgrounds; by default the shipped ones.
 
     Raises:
-        ValueError: an argument out of range, or a clip that cannot be read.
+        ValueError: an argument is out of range, or a clip cannot be read.
         ImportError: scikit-learn is not installed.
     """
     _check(split, seed, index, num_frames)
@@ -146,7 +146,7 @@ def draw_video(
     rng: np.random.Generator,
     clips: tuple[Path, ...] = (BUNNY.path,),
 ) -> np.ndarray:
-    """Draw a video with these needles in it -> [F, SIDE, SIDE, 3] uint8."""
+    """Draw a video with these needles: [F, SIDE, SIDE, 3] uint8."""
     if recipe.real:
         video = real_scenes(num_frames, clips, rng)
     else:
@@ -158,13 +158,13 @@ def draw_video(
 
 
 def finish(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sensor noise and rounding: [F, 3, H, W] float32 in [0, 1] -> [F, H, W, 3] uint8."""
+    """Add sensor noise and round: [F, 3, H, W] float32 in [0, 1] -> [F, H, W, 3] uint8."""
     video = video + _SENSOR_NOISE * rng.standard_normal(video.shape, dtype=np.float32)
     return np.ascontiguousarray((video.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def ask(kind: str, needles: list[Needle], num_frames: int) -> tuple[str, str]:
-    """A question of this kind, about the first needle or how many there are, and its answer."""
+    """A question of this kind, about the first needle or the number of needles, and its answer."""
     needle = needles[0]
     top, left = needle.appearance.corners[0]
     half = SIDE // 2
@@ -179,7 +179,7 @@ def ask(kind: str, needles: list[Needle], num_frames: int) -> tuple[str, str]:
 
 
 def write_clip(path: Path, frames: np.ndarray) -> None:
-    """Write [F, H, W, 3] uint8 frames to a video file, each held and enlarged."""
+    """Write frames [F, H, W, 3] uint8 to a video file, repeated and enlarged."""
     enlarged = frames.repeat(_HOLD, axis=0).repeat(_UPSCALE, axis=1).repeat(_UPSCALE, axis=2)
     write_video(path, enlarged, Fraction(FPS * _HOLD), crf=18)
 

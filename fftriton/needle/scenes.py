@@ -1,4 +1,4 @@
-"""What needles are hidden in: textured scenes under a moving camera, or excerpts of real clips."""
+"""Backgrounds of the needles: textured scenes under a moving camera, or excerpts of real clips."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .resize import resize
 GRID = 4  # patches along a side
 SIDE = GRID * PATCH  # pixels along a frame's side
 
-_CANVAS = 128  # pixels along the texture's side, over which the camera pans
-_CLIP_HEIGHT = 80  # pixels that a real clip is scaled to before a frame is cut out of it
-_MAX_STRIDE = 3  # frames of a real clip from one frame of the video to the next, at most
+_CANVAS = 128  # pixels along the side of the texture over which the camera pans
+_CLIP_HEIGHT = 80  # height in pixels to which a real clip is scaled before frames are cut out
+_MAX_STRIDE = 3  # maximum step in frames of a real clip between two frames of the video
 
 
 def textured_scenes(num_frames: int, speed: tuple[float, float], still: float, rng: np.random.Generator) -> np.ndarray:
-    """One to three textures under one panning camera, with a disc that crosses them.
+    """Draw one to three textures under one panning camera, with a moving disc.
 
     Args:
         num_frames: F.
-        speed: least and most pixels a frame that the camera moves along each axis.
-        still: probability that it does not move.
-        rng: every random choice comes from it.
+        speed: minimum and maximum pixels per frame that the camera moves along each axis.
+        still: probability that the camera does not move.
+        rng: source of all random choices.
 
     Returns:
         [F, 3, SIDE, SIDE] float32 in [0, 1].
@@ -45,12 +45,12 @@ def textured_scenes(num_frames: int, speed: tuple[float, float], still: float, r
 
 
 def real_scenes(num_frames: int, clips: tuple[Path, ...], rng: np.random.Generator) -> np.ndarray:
-    """One to three excerpts of real clips: a window of SIDE pixels cut out, played forward and, at the end, back.
+    """Cut one to three excerpts from real clips: a window of SIDE pixels, played forward and, at the end, backward.
 
     Args:
         num_frames: F.
-        clips: video files to take them from.
-        rng: every random choice comes from it.
+        clips: video files to cut from.
+        rng: source of all random choices.
 
     Returns:
         [F, 3, SIDE, SIDE] float32 in [0, 1].
@@ -70,26 +70,26 @@ def real_scenes(num_frames: int, clips: tuple[Path, ...], rng: np.random.Generat
 
 
 def add_flashes(video: np.ndarray, count: int, rng: np.random.Generator) -> None:
-    """Put coarse random noise into `count` patches of [F, 3, SIDE, SIDE], each for one frame, in place."""
+    """Put coarse random noise into `count` patches of a video [F, 3, SIDE, SIDE], each for one frame, in place."""
     for frame, row, column in zip(*(rng.integers(0, n, count) for n in (len(video), GRID, GRID)), strict=True):
         noise = rng.random((3, 4, 4), dtype=np.float32).repeat(PATCH // 4, axis=1).repeat(PATCH // 4, axis=2)
         video[frame, :, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] = noise
 
 
 def _cut(num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """The scene of each frame: [F] int, from 0, for one to three scenes (the fewer the shorter the video)."""
+    """The scene of each frame, [F] int from 0, for one to three scenes (fewer in shorter videos)."""
     cuts = rng.integers(2, max(3, num_frames - 1), rng.integers(0, 3))
     cuts = np.unique(cuts[cuts < num_frames])
     return (np.arange(num_frames)[:, None] >= cuts).sum(1)
 
 
 def _bounce(position: np.ndarray, limit: int) -> np.ndarray:
-    """Fold positions into [0, limit] as a ball between two walls."""
+    """Fold positions into [0, limit], like a ball between two walls."""
     return limit - np.abs(position % (2 * limit) - limit)
 
 
 def _texture(rng: np.random.Generator) -> np.ndarray:
-    """Coarse colour noise, fine grey noise, three rectangles -> [3, _CANVAS, _CANVAS] float32."""
+    """A texture of coarse colour noise, fine grey noise and three rectangles: [3, _CANVAS, _CANVAS] float32."""
 
     def smooth_noise(channels: int, cells: int) -> np.ndarray:
         noise = torch.from_numpy(rng.random((1, channels, cells, cells), dtype=np.float32))
@@ -104,7 +104,7 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
 
 
 def _add_disc(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A disc of one colour that moves in a straight line over [F, 3, SIDE, SIDE]."""
+    """Draw a disc of one colour that moves in a straight line over a video [F, 3, SIDE, SIDE]."""
     start, velocity, radius = rng.uniform(0, SIDE, 2), rng.uniform(-3, 3, 2), rng.uniform(6, 12)
     centre = start + velocity * np.arange(len(video))[:, None]  # [F, 2]
     pixel = np.arange(SIDE)
@@ -115,7 +115,7 @@ def _add_disc(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @lru_cache
 def _load_clip(path: Path) -> np.ndarray:
-    """All frames of a clip, _CLIP_HEIGHT pixels high -> [T, 3, _CLIP_HEIGHT, W] uint8."""
+    """All frames of a clip, scaled: [T, 3, _CLIP_HEIGHT, W] uint8."""
     frames = torch.from_numpy(read_video(path, 10**9).frames).permute(0, 3, 1, 2)
     height, width = frames.shape[2:]
     size = (_CLIP_HEIGHT, max(SIDE, round(width * _CLIP_HEIGHT / height)))

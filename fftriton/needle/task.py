@@ -1,4 +1,4 @@
-"""The needle task, as `fftriton eval` asks it."""
+"""The needle task for `fftriton eval`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .vocabulary import COLOURS, DIGITS
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """Questions about digits on coloured boxes that show for a moment; none of the samples was seen in training.
+    """Questions about digits on coloured boxes that appear for a moment; training saw none of the samples.
 
     Args:
         split: one of SPLITS; None for "easy".
-        seed: picks the samples.
-        num_frames: lengths of the videos, multiples of 4, which take turns; empty for the split's own.
+        seed: selects the samples.
+        num_frames: lengths of the videos, multiples of 4, used in turn; empty for the split's own.
 
     Raises:
-        TypeError, ValueError: an argument out of range.
+        TypeError, ValueError: an argument is out of range.
     """
 
     split: str | None = None
@@ -45,7 +45,7 @@ class NeedleTask:
 
     @property
     def digest(self) -> str:
-        """Of the first sample and all that picks the others."""
+        """Digest of the first sample and of everything that selects the others."""
         first = self.sample(0)
         picked = f"needle {self.split} {self.seed} {self.num_frames} {first.question} {first.answer}"
         return hashlib.sha256(picked.encode() + first.frames.tobytes()).hexdigest()
@@ -61,11 +61,11 @@ class NeedleTask:
         return processor(sample.video, sample.question)
 
     def score(self, sample: Sample, answer: str) -> bool:
-        """Whether the right word is in the answer."""
+        """Whether the answer contains the right word."""
         return is_right(answer, sample.answer)
 
     def unrelated_question(self, sample: Sample) -> str:
-        """The next sample's question that names another needle."""
+        """The question of the next sample that names another needle."""
         named, index = _needles_named_in(f"{sample.question} {sample.answer}"), sample.index
         while True:
             index += 1

@@ -1,6 +1,6 @@
-"""The tokens of the needle model; a token's place in TOKENS is its id.
+"""The tokens of the needle model; the index of a token in TOKENS is its id.
 
-Two tokens carry Qwen2-VL's own names, because Hugging Face's processor looks for these.
+Two tokens have Qwen2-VL's names because Hugging Face's processor looks for them.
 """
 
 COLOURS = ("red", "green", "blue", "yellow")

@@ -1,4 +1,4 @@
-"""What each frame of a video has to do with a question, by SigLIP: scores for fftriton.KVTP."""
+"""How relevant each frame of a video is to a question, according to SigLIP: scores for fftriton.KVTP."""
 
 from .fusion import ContextFusion
 from .siglip import BoundRelevance, SiglipRelevance, load_relevance

@@ -1,4 +1,4 @@
-"""Relevance of frames by SigLIP: one logit for each frame and question, with features that outlive the question."""
+"""Relevance of frames by SigLIP: one logit per frame and question; the features of a video serve for all questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..methods import FrameContext
 from .fusion import ContextFusion
 
 HEAD_FILE = "context_fusion.safetensors"
-"""The head's file in a checkpoint folder."""
+"""File name of the head in a checkpoint folder."""
 
 Frames = np.ndarray | Tensor | Sequence[Any]
 
@@ -30,21 +30,22 @@ class SiglipRelevance:
     """Scores frames by a SigLIP or SigLIP 2 model: logit_scale * cos(frame, question) + logit_bias.
 
         relevance = SiglipRelevance.from_pretrained("google/siglip-so400m-patch14-384")
-        features = relevance.encode(video.frames)                  # once for each video
+        features = relevance.encode(video.frames)                  # once per video
         with fftriton.reduce(model, fftriton.KVTP(0.2, relevance.bind(features, question))):
             ...
 
-    Questions longer than the text tower takes are split, and the highest logit counts. Questions are put into lower
-    case and padded to the full length: SigLIP was trained so.
+    A question that is too long for the text tower is split, and the highest logit counts. Questions are converted to
+    lower case and padded to the full length, as in the training of SigLIP.
 
     Args:
         model: a SiglipModel or Siglip2Model (NaFlex).
-        tokenizer, image_processor: its own.
-        head: the context fusion head; None scores each frame by itself.
-        batch_size: frames that are encoded at a time.
+        tokenizer, image_processor: those of the model.
+        head: context fusion head; None scores each frame by itself.
+        batch_size: number of frames that are encoded at a time.
 
     Raises:
-        TypeError: a model of another kind. ValueError: a parameter out of range.
+        TypeError: the model is of another kind.
+        ValueError: a parameter is out of range.
     """
 
     def __init__(
@@ -63,17 +64,19 @@ class SiglipRelevance:
         cls, checkpoint: str | Path, head: str | Path | ContextFusion | None = None, batch_size: int = 32,
         trust_remote_code: bool = False, **arguments: Any,
     ) -> SiglipRelevance:  # fmt: skip
-        """Load a checkpoint, with the head that lies in its folder where there is one.
+        """Load a checkpoint, with the head in its folder if there is one.
 
         Args:
             checkpoint: folder, or name on the Hugging Face hub.
-            head: a head, or its file, to use instead.
+            head: a head, or the path of its file, to use instead.
             batch_size: as for the class.
-            trust_remote_code: run the checkpoint's own code if it has any.
-            arguments: for the model's `from_pretrained`, such as dtype and device_map.
+            trust_remote_code: whether to run the checkpoint's own code if it has any.
+            arguments: passed to the model's `from_pretrained`, such as dtype and device_map.
 
         Raises:
-            OSError: it cannot be read. TypeError: no SigLIP. ValueError: it needs code that is not trusted.
+            OSError: the checkpoint cannot be read.
+            TypeError: the checkpoint is not a SigLIP.
+            ValueError: the checkpoint needs code that is not trusted.
         """
         model = AutoModel.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, **arguments).eval()
         inside = Path(checkpoint) / HEAD_FILE
@@ -88,31 +91,31 @@ class SiglipRelevance:
         return cls(model, tokenizer, image_processor, head, batch_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model, tokenizer, image processor and head to a folder."""
+        """Save model, tokenizer, image processor and head to a folder."""
         for part in (self.model, self.tokenizer, self.image_processor):
             part.save_pretrained(folder)
         if self.head is not None:
             self.head.save(Path(folder) / HEAD_FILE)
 
     def to(self, device: torch.device | str) -> SiglipRelevance:
-        """Move model and head to a device."""
+        """Move the model and the head to a device."""
         self.model.to(device)
         if self.head is not None:
             self.head.to(device)
         return self
 
     def encode(self, frames: Frames, progress: bool = True) -> Tensor:
-        """The features of a video's frames, which serve for any question.
+        """Compute the features of a video's frames, which serve for any question.
 
         Args:
             frames: [T, H, W, 3] uint8, as an array or a tensor, or a list of T pictures.
-            progress: whether to show a progress bar, on standard error.
+            progress: whether to show a progress bar on standard error.
 
         Returns:
             [T, D] fp32 on the model's device, not normalised.
 
         Raises:
-            ValueError: frames of another shape, or none.
+            ValueError: frames is empty or has another shape.
         """
         frames = _as_pictures(frames)
         starts = range(0, len(frames), self.batch_size)
@@ -121,23 +124,23 @@ class SiglipRelevance:
             return torch.cat([self.embed_images(self.pixels(frames[low : low + self.batch_size])) for low in bar])
 
     def score(self, features: Tensor, question: str) -> Tensor:
-        """features [T, D] as `encode` gives them -> [T] fp32 logits, the higher the more relevant."""
+        """Relevance logits [T] fp32 from features [T, D] of `encode`; higher is more relevant."""
         if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"SiglipRelevance: question must be a text that is not empty, got {question!r}")
+            raise ValueError(f"SiglipRelevance: question must be a non-empty string, got {question!r}")
         with torch.no_grad():
             return self.logits(features, self.embed_texts(self.chunks(question))).amax(-1)
 
     def __call__(self, frames: Frames, question: str) -> Tensor:
-        """Frames as for `encode` and a question -> [T] fp32 logits."""
+        """Relevance logits [T] fp32 of frames, given as for `encode`."""
         return self.score(self.encode(frames), question)
 
     def bind(self, video: Frames, question: str) -> BoundRelevance:
         """The relevance of one video to one question, for `fftriton.KVTP`.
 
         Args:
-            video: features [T, D] as `encode` gives them, or frames as it takes them. T are the frames that the
-                language model gets, in order.
-            question: about the video.
+            video: features [T, D] from `encode`, or frames as it takes them: the T frames that the language model gets,
+                in order.
+            question: question about the video.
         """
         encoded = isinstance(video, Tensor) and video.ndim == 2
         return BoundRelevance(self.score(video, question) if encoded else self(video, question))  # type: ignore[arg-type]
@@ -145,17 +148,17 @@ class SiglipRelevance:
     # ---- the steps, with gradients
 
     def pixels(self, pictures: np.ndarray | Sequence[Any]) -> dict[str, Tensor]:
-        """Pictures as the vision tower takes them, on the model's device."""
+        """Inputs of the vision tower for pictures, on the model's device."""
         pixels = self.image_processor(images=list(pictures), return_tensors="pt")
         return {name: value.to(self.model.device) for name, value in pixels.items()}
 
     def embed_images(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        """What `pixels` gives -> [T, D] fp32."""
+        """Embeddings [T, D] fp32 of the output of `pixels`."""
         images = {**pixels, "pixel_values": pixels["pixel_values"].to(self.model.dtype)}
         return pooled(self.model.get_image_features(**images)).float()
 
     def chunks(self, question: str) -> list[str]:
-        """The question in lower case, halved between words for as long as a part has too many tokens."""
+        """The question in lower case, split in halves between words until no part has too many tokens."""
         words = question.lower().split()
         if len(words) == 1 or len(self.tokenizer(" ".join(words))["input_ids"]) <= self._longest:
             return [" ".join(words)]
@@ -163,14 +166,14 @@ class SiglipRelevance:
         return self.chunks(" ".join(words[:middle])) + self.chunks(" ".join(words[middle:]))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts, each no longer than the tower takes -> [C, D] fp32."""
+        """Embeddings [C, D] fp32 of texts, none of which is too long for the text tower."""
         tokens = self.tokenizer(
             list(texts), padding="max_length", max_length=self._longest, truncation=True, return_tensors="pt"
         )
         return pooled(self.model.get_text_features(input_ids=tokens["input_ids"].to(self.model.device))).float()
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
-        """images [..., T, D], texts [..., C, D] -> [..., T, C], fused by the head where there is one."""
+        """Logits: images [..., T, D], texts [..., C, D] -> [..., T, C], fused by the head if there is one."""
         if self.head is not None:
             cosine = self.head(images, texts)
         else:
@@ -184,17 +187,17 @@ class SiglipRelevance:
 
 @dataclass(frozen=True, eq=False)
 class BoundRelevance:
-    """The scores of one video's frames, as many as there are frames of tokens when KVTP asks.
+    """The scores of one video's frames, as a relevance function for KVTP.
 
     Args:
-        scores: [T] of the frames that the model gets. Where its tokens stand for several of them (two in Qwen2-VL),
-            the highest score counts.
+        scores: [T], one per frame that the model gets. If a token covers several frames (two in Qwen2-VL), their
+            highest score counts.
     """
 
     scores: Tensor
 
     def __call__(self, context: FrameContext) -> Tensor:
-        """[F] for the F frames of tokens. Raises a ValueError where T frames cannot have become F."""
+        """Scores [F] of the F frames of tokens. Raises a ValueError if T frames cannot have become F."""
         taken, frames = len(self.scores), context.num_frames
         group = -(-taken // frames)
         if -(-taken // group) != frames:
@@ -207,7 +210,7 @@ class BoundRelevance:
 
 
 def _as_pictures(frames: Frames) -> np.ndarray | Sequence[Any]:
-    """A sequence of pictures, each as image processors take it."""
+    """A sequence of pictures that image processors accept."""
     if isinstance(frames, Tensor):
         frames = frames.cpu().numpy()
     if isinstance(frames, np.ndarray) and (frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8):
@@ -215,15 +218,15 @@ def _as_pictures(frames: Frames) -> np.ndarray | Sequence[Any]:
             f"SiglipRelevance: frames must be [T, H, W, 3] uint8, got {list(frames.shape)} of {frames.dtype}"
         )
     if len(frames) == 0:
-        raise ValueError("SiglipRelevance: frames must hold at least one picture, got none")
+        raise ValueError("SiglipRelevance: frames must contain at least one picture, got none")
     return frames
 
 
 def load_relevance(checkpoint: str, head: ContextFusion | None = None) -> SiglipRelevance:
-    """The predictor of a checkpoint, with the head that lies in its folder if none is given.
+    """Load the predictor of a checkpoint, with the head in its folder if none is given.
 
     Raises:
-        ValueError: it cannot be read, is no SigLIP, or needs code of its own, which no SigLIP does.
+        ValueError: the checkpoint cannot be read, is not a SigLIP, or needs its own code, which no SigLIP does.
     """
     try:
         return SiglipRelevance.from_pretrained(checkpoint, head)

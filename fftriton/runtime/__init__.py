@@ -1,1 +1,1 @@
-"""Running a model on a video: the checkpoint, the frames, the inputs, the answer and what it costs."""
+"""Running a model on a video: checkpoint, frames, inputs, answer and cost."""

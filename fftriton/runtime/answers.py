@@ -1,4 +1,4 @@
-"""Answers: greedy generation, when each token came, and whether an answer is right."""
+"""Greedy generation, the time of each new token, and whether an answer is right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class TokenClock(BaseStreamer):
-    """Notes when each new token arrives; `generate` copies it to the host first, so the device has finished it.
+    """A streamer that records when each new token arrives.
+
+    `generate` copies the token to the host first, so that the device has finished computing it.
 
     Args:
         on_token: called with the number of new tokens so far.
@@ -33,17 +35,17 @@ class TokenClock(BaseStreamer):
             self._on_token(len(self.times))
 
     def end(self) -> None:
-        """Called by `generate` when it is done."""
+        """Called by `generate` at the end."""
 
 
 def generate(model: Any, inputs: dict[str, Tensor], clock: TokenClock, most: int, least: int = 0) -> Tensor:
-    """Generate greedily.
+    """Generate new tokens greedily.
 
     Args:
         model: a Hugging Face generation model.
-        inputs: its arguments for one prompt.
-        clock: told of every token.
-        most, least: bounds of the number of new tokens.
+        inputs: the model's inputs for one prompt.
+        clock: records the time of every token.
+        most, least: maximum and minimum number of new tokens.
 
     Returns:
         [n] int64: the new tokens.
@@ -55,5 +57,5 @@ def generate(model: Any, inputs: dict[str, Tensor], clock: TokenClock, most: int
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Whether the expected word stands in the answer."""
+    """Whether the answer contains the expected word."""
     return re.search(rf"\b{re.escape(expected.lower())}\b", answer.lower()) is not None

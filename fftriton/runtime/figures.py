@@ -11,7 +11,7 @@ from .files import writing
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure to a file, which is whole or not there."""
-    FigureCanvasAgg(figure)  # draws without a display, and leaves the process's choice of back end alone
+    """Write a figure to a file, completely or not at all."""
+    FigureCanvasAgg(figure)  # draws without a display, and does not change the process's back end
     with writing(path) as partial:
         figure.savefig(partial)

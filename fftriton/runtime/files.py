@@ -1,4 +1,4 @@
-"""Writing files: a folder is tried before any work, and a file is whole or not there."""
+"""Writing files: folders are checked before any work, and a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_PROBE_BYTES = 2**20  # about the largest file that a run writes
+_PROBE_BYTES = 2**20  # about the size of the largest file that a run writes
 
 
 def check_out(folder: Path) -> None:
-    """Check that files can be written to a folder. It need not exist yet; nothing is left behind.
+    """Check that files can be written to a folder. It need not exist yet; no file is left there.
 
     Raises:
-        ValueError: the folder cannot be made or written, or its disk is full.
+        ValueError: the folder cannot be created or written, or its disk is full.
     """
     try:
         with tempfile.TemporaryFile(dir=_first_existing(folder)) as file:
@@ -26,7 +26,7 @@ def check_out(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; on exit that file takes the place of `path`, on an exception it is removed.
+    """Yield a temporary path to write to; it replaces `path` on exit and is removed after an exception.
 
     Raises:
         OSError: the file cannot be written.
@@ -43,7 +43,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in the message of any OSError."""
+    """Add the name of the file to the message of any OSError."""
     try:
         yield
     except OSError as error:
@@ -51,7 +51,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _first_existing(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+    """The folder itself, or its nearest parent that exists."""
     for path in (folder, *folder.absolute().parents):
         try:
             path.lstat()

@@ -1,4 +1,4 @@
-"""What one way of running a model costs: time to the first token, time per token after it, peak memory."""
+"""Cost of running a model: time to the first token, time per later token, peak memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass
 class Cost:
-    """Medians over repeated runs.
+    """Cost over repeated runs: medians of the times, and the peak memory.
 
     Attributes:
         prefill: seconds to the first token, vision encoder included.
         decode: seconds per token after the first.
-        peak_memory: the most bytes in use above what was in use before; None where the system does not tell.
+        peak_memory: maximum bytes in use above those in use before; None if the system does not report them.
     """
 
     prefills: list[float] = field(default_factory=list)
@@ -53,14 +53,14 @@ class Cost:
 def time_generation(
     model: Any, inputs: dict[str, Tensor], reducing: AbstractContextManager[Any], decode_tokens: int, cost: Cost
 ) -> None:
-    """Run once and add what it took to `cost`.
+    """Generate once and add the measurements to `cost`.
 
     Args:
         model: a Hugging Face generation model, warmed up.
-        inputs: its arguments for one prompt.
-        reducing: the context to run in, `fftriton.reduce(...)` or none.
+        inputs: the model's inputs for one prompt.
+        reducing: context manager to run in: `fftriton.reduce(...)` or one that does nothing.
         decode_tokens: tokens to generate after the first, at least 1.
-        cost: collects the figures.
+        cost: collects the measurements.
     """
     clock = TokenClock()
     device = inputs["input_ids"].device
@@ -76,7 +76,7 @@ def time_generation(
 
 
 def time_call(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Median seconds of a call."""
+    """Median duration of a call, in seconds."""
     seconds = []
     for _ in range(repeats):
         _synchronize(device)
@@ -93,28 +93,29 @@ def _synchronize(device: torch.device) -> None:
 
 
 def memory_before(device: torch.device) -> int | None:
-    """Reset the peak and return the bytes in use now; None where the peak cannot be reset or read."""
+    """Reset the peak and return the bytes in use now, or None if the peak cannot be reset or read."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else what the last run freed still counts as in use
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that the last run freed still counts as in use
         _CLEAR_REFS.write_text(_RESET_PEAK)
         return _status_bytes("VmRSS")
-    except (OSError, AttributeError):  # no Linux, no permission, no glibc
+    except (OSError, AttributeError):  # not Linux, no permission, or no glibc
         return None
 
 
 def peak_memory(device: torch.device) -> int:
+    """Peak bytes in use since `memory_before`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")
 
 
 def _status_bytes(name: str) -> int:
-    """A figure of this process's status, which is in kB."""
+    """A value of this process's status file, which states kB, in bytes."""
     match = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     if match is None:
-        raise OSError(f"{_STATUS} does not state {name}")
+        raise OSError(f"{_STATUS} does not contain {name}")
     return int(match[1]) * 1024

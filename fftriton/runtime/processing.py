@@ -1,8 +1,8 @@
 """Model inputs from a video and a question.
 
-Where torchvision can be imported, Hugging Face's own processor makes them, for every model that has one. Where it
-cannot (there is no build of it on PyPI for a CPU build of torch), Qwen2-VL and Qwen2.5-VL, and the small model that
-ships here, go through `QwenProcessor`, whose outputs equal Hugging Face's bit for bit.
+If torchvision can be imported, Hugging Face's own processor makes the inputs, for every model that has one. Otherwise
+(PyPI has no build of torchvision for a CPU build of torch) `QwenProcessor` makes those of Qwen2-VL, Qwen2.5-VL and the
+small shipped model; its outputs equal Hugging Face's bit for bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 
 
 class Processor(Protocol):
-    """Turns a video and a question into the arguments of `model.generate`."""
+    """A function from a video and a question to the arguments of `model.generate`."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -35,32 +35,32 @@ class Processor(Protocol):
 
 
 def load_processor(checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False) -> Processor:
-    """The processor of a checkpoint.
+    """Load the processor of a checkpoint.
 
     Args:
         checkpoint: folder, or name on the Hugging Face hub.
-        max_pixels: upper bound of a frame's pixels after resizing; None for the checkpoint's own.
-        trust_remote_code: run the checkpoint's own code if it has any.
+        max_pixels: maximum pixels per frame after resizing; None for the checkpoint's own.
+        trust_remote_code: whether to run the checkpoint's own code if it has any.
 
     Returns:
-        Hugging Face's processor where torchvision can be imported, ours for the Qwen2-VL family where it cannot.
+        Hugging Face's processor if torchvision can be imported, otherwise a `QwenProcessor`.
 
     Raises:
-        ValueError: another family, and torchvision cannot be imported; or the checkpoint cannot be read, or needs code
-            that is not trusted.
+        ValueError: torchvision cannot be imported and the checkpoint is of another family; or the checkpoint cannot be
+            read, or needs code that is not trusted.
     """
     if _torchvision_works():
         return HubProcessor(checkpoint, max_pixels, trust_remote_code)
     model_type = load_config(checkpoint, trust_remote_code).model_type
     if model_type not in QWEN_MODEL_TYPES:
         raise ValueError(
-            f"model must be one of {', '.join(QWEN_MODEL_TYPES)} where torchvision cannot be imported, got {model_type}"
+            f"model must be one of {', '.join(QWEN_MODEL_TYPES)} if torchvision cannot be imported, got {model_type}"
         )
     return QwenProcessor(checkpoint, max_pixels, trust_remote_code)
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The words of `text` that a word-level vocabulary does not hold; empty for vocabularies that spell words out."""
+    """Words of `text` that are missing from a word-level vocabulary; empty for vocabularies of subwords."""
     if tokenizer.unk_token_id is None:
         return []
     encoded = tokenizer(text, return_offsets_mapping=True)
@@ -73,11 +73,12 @@ class HubProcessor:
 
     Args:
         checkpoint: folder, or name on the hub.
-        max_pixels: upper bound of a frame's pixels, for processors that take one; None for the checkpoint's own.
-        trust_remote_code: run the checkpoint's own code if it has any.
+        max_pixels: maximum pixels per frame, if the processor supports it; None for the checkpoint's own.
+        trust_remote_code: whether to run the checkpoint's own code if it has any.
 
     Raises:
-        ValueError: no processor for videos, or one that takes no bound, or that needs code that is not trusted.
+        ValueError: the checkpoint has no processor for videos, has frames of a fixed size although `max_pixels` is
+            given, or needs code that is not trusted.
     """
 
     def __init__(self, checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False):
@@ -89,7 +90,7 @@ class HubProcessor:
             self._bound_pixels(max_pixels)
 
     def __call__(self, video: Video, question: str) -> dict[str, Tensor]:
-        """Tokens and pixels for one video and one question; the keys are the model's."""
+        """Tokens and pixels for one video and one question, by the names of the model's arguments."""
         text = self._processor.apply_chat_template(_messages(question), tokenize=False, add_generation_prompt=True)
         metadata = {"total_num_frames": video.total_frames, "fps": video.fps, "frames_indices": video.indices}
         encoded = self._processor(
@@ -112,14 +113,14 @@ class HubProcessor:
 
 @dataclass(frozen=True)
 class QwenPixels:
-    """How Qwen2-VL cuts frames into patches.
+    """Parameters by which Qwen2-VL cuts frames into patches.
 
     Attributes:
-        patch_size: pixels along a patch's side.
-        temporal_patch_size: frames in one patch.
+        patch_size: pixels along the side of a patch.
+        temporal_patch_size: frames per patch.
         merge_size: patches along the side of the square that becomes one token.
-        min_pixels, max_pixels: bounds of a frame's pixels after resizing.
-        mean, std: of the colour channels, for values in [0, 1].
+        min_pixels, max_pixels: bounds on the pixels of a frame after resizing.
+        mean, std: mean and standard deviation of the colour channels, for values in [0, 1].
     """
 
     patch_size: int = 14
@@ -132,7 +133,7 @@ class QwenPixels:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str | Path) -> QwenPixels:
-        """Read the checkpoint's configuration files; the defaults above are Hugging Face's."""
+        """Read the checkpoint's configuration files; the defaults above are those of Hugging Face."""
         config = _video_config(checkpoint)
         size = config.get("size") or {}
         named = {
@@ -147,10 +148,10 @@ class QwenPixels:
         return cls(**{name: value for name, value in named.items() if value is not None})
 
     def patchify(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Resize, normalise and cut frames into rows of one patch each.
+        """Resize and normalise frames and cut them into rows of one patch each.
 
-        The last frame is repeated up to a multiple of temporal_patch_size. Rows go frame by frame, and inside a frame
-        merge square by merge square, so that merge_size**2 rows in a run become one token.
+        The last frame is repeated up to a multiple of temporal_patch_size. Rows are ordered by frame, and inside a
+        frame by merge square, so that merge_size**2 consecutive rows become one token.
 
         Args:
             frames: [F, 3, H, W] uint8.
@@ -177,12 +178,12 @@ class QwenPixels:
 
 
 class QwenProcessor:
-    """Qwen2-VL's and Qwen2.5-VL's processor without torchvision.
+    """The processor of Qwen2-VL and Qwen2.5-VL, without torchvision.
 
     Args:
         checkpoint: folder, or name on the hub.
-        max_pixels: upper bound of a frame's pixels after resizing; None for the checkpoint's own.
-        trust_remote_code: run the checkpoint's own code if it has any.
+        max_pixels: maximum pixels per frame after resizing; None for the checkpoint's own.
+        trust_remote_code: whether to run the checkpoint's own code if it has any.
     """
 
     def __init__(self, checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False):
@@ -224,10 +225,10 @@ class QwenProcessor:
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen2-VL's frame size: multiples of `factor`, min_pixels to max_pixels in all, the aspect ratio nearly kept.
+    """Qwen2-VL's frame size: multiples of `factor`, min_pixels to max_pixels in total, aspect ratio almost kept.
 
     Args:
-        height, width: of the frame.
+        height, width: size of the frame.
         factor: pixels along the side of one token's square.
         min_pixels, max_pixels: bounds of height * width.
 
@@ -235,7 +236,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         (height, width) to resize to.
 
     Raises:
-        ValueError: one side is over 200 times the other.
+        ValueError: one side is more than 200 times as long as the other.
     """
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"video must have sides within a factor of 200, got frames of {width}x{height}")
@@ -264,13 +265,13 @@ def _torchvision_works() -> bool:
 
 
 def _read_file(checkpoint: str | Path, name: str) -> str | None:
-    """A file of the checkpoint, local or from the hub; None where it has none."""
+    """The text of a checkpoint's file, local or from the hub; None if it does not exist."""
     path = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path).read_text(encoding="utf-8")
 
 
 def _video_config(checkpoint: str | Path) -> dict[str, Any]:
-    """The first of the places where Hugging Face looks for a video processor's configuration."""
+    """The configuration of the video processor, from the first file in which Hugging Face looks for it."""
     nested = _read_file(checkpoint, "processor_config.json")
     if nested is not None and "video_processor" in json.loads(nested):
         return json.loads(nested)["video_processor"]
@@ -282,7 +283,7 @@ def _video_config(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def _chat_template(checkpoint: str | Path) -> str | None:
-    """The processor's template, which knows of videos; None to use the tokenizer's."""
+    """The processor's template, which supports videos; None to use the tokenizer's."""
     text = _read_file(checkpoint, "chat_template.jinja")
     if text is not None:
         return text

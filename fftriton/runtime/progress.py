@@ -1,4 +1,4 @@
-"""How long-running steps report their progress."""
+"""Types for the progress of long-running steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OnProgress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 OpenBar = Callable[[str], AbstractContextManager[OnProgress]]
-"""Opens a progress bar with this description for as long as a step takes."""
+"""Opens a progress bar with this description for the duration of a step."""
 
 
 @contextmanager

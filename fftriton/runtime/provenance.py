@@ -1,4 +1,4 @@
-"""Where figures come from: versions, commit, date and command."""
+"""Provenance of results: versions, commit, date and command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .. import __version__
 
 
 def provenance() -> dict[str, str]:
-    """What is written beside every result: versions, commit, date and the command line."""
+    """Versions, commit, date and command line, which are written with every result."""
     return {
         "fftriton": __version__,
         "commit": commit(),
@@ -27,7 +27,7 @@ def provenance() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the checkout that the package runs from, with a + if it has been changed; else empty."""
+    """Commit of the checkout that the package runs from, with a + if there are changes; empty if not in a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -36,5 +36,5 @@ def commit() -> str:
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
-    except (OSError, subprocess.CalledProcessError):  # no git, or an installed package
+    except (OSError, subprocess.CalledProcessError):  # no git, or not in a checkout
         return ""

@@ -1,4 +1,4 @@
-"""What ships in the package: a small trained model, and two clips to run it on."""
+"""Assets that ship in the package: a small trained model and two clips."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ ASSETS = Path(__file__).parent.parent / "assets"
 MODEL = ASSETS / "needle-qwen2vl"
 
 MODEL_LIMITS = (
-    "The shipped model was trained on digits on coloured boxes and on nothing else: it cannot describe this video, and "
-    "its answer means nothing here. What is real are the tokens that merge and the time they save."
+    "The shipped model was trained only on digits on coloured boxes: it cannot describe this video, and its answer "
+    "means nothing here. The merged tokens and the time that they save are real."
 )
 
 
@@ -20,10 +20,10 @@ class Clip:
 
     Attributes:
         path: the video file.
-        about: what is to be seen, in a few words.
-        question: what to ask the shipped model.
-        answer: the right answer; None where the shipped model has no way to know.
-        max_pixels: a frame's pixels for the shipped model; None for those it was trained with.
+        about: what the clip shows, in a few words.
+        question: question for the shipped model.
+        answer: right answer; None if the shipped model cannot know it.
+        max_pixels: maximum pixels per frame for the shipped model; None for the size that it was trained with.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""The model that is run on videos: which checkpoint, where, and how it answers."""
+"""The model that is run on videos: its checkpoint, its device and the length of its answers."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _DEFAULT_ANSWER_TOKENS = 64
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint, where it runs and how long its answers are; checked when made, loaded when asked for.
+    """A checkpoint, its device and the length of its answers; checked on construction, loaded on demand.
 
     Args:
-        model: folder of a checkpoint, or its name on the Hugging Face hub; None for the one that ships.
+        model: folder of a checkpoint, or its name on the Hugging Face hub; None for the shipped model.
         device: a torch device; None for the GPU if there is one.
         dtype: one of DTYPES; None for bfloat16 on a GPU and float32 elsewhere.
         attention: attention implementation ("sdpa", "eager", "flash_attention_2", ...); None for transformers' choice.
-        max_new_tokens: longest answer, at least 1; None for the checkpoint's own.
-        trust_remote_code: run the checkpoint's own code if it has any.
+        max_new_tokens: maximum length of an answer, at least 1; None for the checkpoint's own.
+        trust_remote_code: whether to run the checkpoint's own code if it has any.
 
     Raises:
-        ValueError, TypeError: the parameter, the rule and the value.
+        ValueError, TypeError: an invalid parameter; the message names the parameter, the rule and the value.
     """
 
     model: str | None = None
@@ -58,33 +58,33 @@ class Target:
 
     @property
     def is_shipped(self) -> bool:
-        """Whether the model is the small one in the package."""
+        """Whether the model is the small one that ships in the package."""
         return self.model is None
 
     @property
     def checkpoint(self) -> str:
-        """Folder or name to load from."""
+        """Folder or hub name to load from."""
         return str(shipped.MODEL) if self.model is None else self.model
 
     @property
     def name(self) -> str:
-        """As printed."""
+        """Name to print."""
         return shipped.MODEL.name if self.model is None else self.model
 
     @property
     def threads(self) -> int:
-        """CPU threads: one for the shipped model, which is too small to gain from more, unless OMP_NUM_THREADS says so.
+        """Number of CPU threads: one for the shipped model unless OMP_NUM_THREADS is set, otherwise torch's.
 
-        With several, its timings would depend on what else the machine is doing.
+        The shipped model is too small to gain from more threads, and its timings would depend on other load.
         """
         alone = self.is_shipped and "OMP_NUM_THREADS" not in os.environ
         return 1 if alone else torch.get_num_threads()
 
     def torch_device(self) -> torch.device:
-        """The device.
+        """The device to run on.
 
         Raises:
-            ValueError: torch cannot use it here.
+            ValueError: torch cannot use the device on this machine.
         """
         if self.device is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,28 +96,28 @@ class Target:
         return device
 
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
+        """The dtype to load the weights in."""
         if self.dtype is not None:
             return DTYPES[self.dtype]
         return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
 
     def load_config(self) -> Any:
-        """The checkpoint's configuration, without its weights.
+        """Load the checkpoint's configuration, without its weights.
 
         Raises:
-            ValueError: it cannot be read, or needs code that is not trusted.
+            ValueError: the checkpoint cannot be read, or needs code that is not trusted.
         """
         return load_config(self.checkpoint, self.trust_remote_code)
 
     def load_processor(self, max_pixels: int | None = None) -> Processor:
-        """What makes the model's inputs; see `load_processor`."""
+        """Load the processor, which makes the model's inputs; see `processing.load_processor`."""
         return load_processor(self.checkpoint, max_pixels, self.trust_remote_code)
 
     def load_model(self) -> Any:
-        """The model on the device, ready to generate.
+        """Load the model on the device, ready to generate.
 
         Raises:
-            ValueError, TypeError: no such checkpoint, no model for videos, or one that cannot be reduced.
+            ValueError, TypeError: the checkpoint does not exist, is not a model for videos, or cannot be reduced.
         """
         quieten_transformers()
         chosen = {} if self.attention is None else {"attn_implementation": self.attention}
@@ -129,12 +129,12 @@ class Target:
         return model.to(self.torch_device()).eval()
 
     def answer_length(self, model: Any) -> int:
-        """The most new tokens of an answer: as asked, else the checkpoint's own."""
+        """Maximum number of new tokens: `max_new_tokens`, or else the checkpoint's own."""
         return self.max_new_tokens or model.generation_config.max_new_tokens or _DEFAULT_ANSWER_TOKENS
 
     @contextmanager
     def own_threads(self) -> Iterator[None]:
-        """Let torch use `threads` CPU threads inside the block."""
+        """Set torch's number of CPU threads to `threads` inside the block."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -143,7 +143,7 @@ class Target:
             torch.set_num_threads(before)
 
     def describe(self) -> dict[str, Any]:
-        """The model and the machine, for reports."""
+        """Model, device and threads, for reports."""
         device = self.torch_device()
         on_gpu = device.type == "cuda"
         return {
@@ -154,13 +154,13 @@ class Target:
 
 
 def to_model(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Move the arguments that the model knows to its device, and pixels to its dtype."""
+    """Move inputs to the model's device, and pixels to its dtype; inputs that its forward does not take are dropped."""
     known = inspect.signature(model.forward).parameters
     moved = {name: value.to(model.device) for name, value in inputs.items() if name in known}
     return {name: value.to(model.dtype) if name.startswith("pixel") else value for name, value in moved.items()}
 
 
 def quieten_transformers() -> None:
-    """No progress bars and warnings from transformers' loading."""
+    """Turn off the progress bars and warnings of transformers."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -1,7 +1,7 @@
-"""Frames from a video file: checked, sampled uniformly, decoded with PyAV; and frames to a video file.
+"""Reading uniformly sampled frames from a video file with PyAV, and writing frames to a video file.
 
-Reading takes two passes. The first reads packets without decoding them, which counts the frames, finds the key frames
-and shows whether the file is whole. The second decodes the sampled frames and seeks over the stretches between them.
+Reading takes two passes. The first reads packets without decoding them; it counts the frames, finds the key frames and
+checks that the file is whole. The second decodes the sampled frames and seeks over the stretches between them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # PyAV is imported when a file is read or written: most of the package does without
+if TYPE_CHECKING:  # PyAV is imported when a file is read or written; most of the package does not need it
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # PyAV is imported when a file is read or written: most of th
 OnProgress = Callable[[int, int], None]  # called with (done, total)
 
 _TICKS = 1_000_000  # a container's own clock, per second
-_FALLBACK_RATE = 24.0  # frames a second, where a file states none; Hugging Face assumes the same
+_FALLBACK_RATE = 24.0  # frames per second if a file states none; Hugging Face assumes the same
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Video:
 
     Attributes:
         frames: [F, H, W, 3] uint8, RGB.
-        indices: which frames of the file these are, ascending.
-        total_frames: how many frames the file holds.
-        fps: frames a second of the file.
+        indices: numbers of these frames in the file, ascending.
+        total_frames: number of frames in the file.
+        fps: frames per second of the file.
     """
 
     frames: np.ndarray
@@ -45,13 +45,13 @@ class Video:
 
     @property
     def sampled_fps(self) -> float:
-        """Sampled frames a second."""
+        """Sampled frames per second."""
         return len(self.indices) / self.total_frames * self.fps
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What the packets say: presentation times in display order (None where the container has none), key frames."""
+    """Frames according to the packets: presentation times in display order (None if there are none), and key frames."""
 
     num_frames: int
     times: list[int] | None
@@ -59,11 +59,11 @@ class _Scan:
 
 
 def sample_indices(total: int, count: int) -> list[int]:
-    """The middle frame of each of `count` equal stretches; all frames where there are fewer.
+    """The middle frame of each of `count` equal stretches; all frames if there are fewer.
 
     Args:
-        total: frames that exist, at least 1.
-        count: frames wanted, at least 1.
+        total: number of existing frames, at least 1.
+        count: number of frames to sample, at least 1.
 
     Returns:
         Ascending, distinct frame numbers, min(total, count) of them.
@@ -76,16 +76,16 @@ def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None
     """Sample `num_frames` frames uniformly from a video file.
 
     Args:
-        path: the video file; any container and codec that FFmpeg reads. No other file is opened, whatever it names.
-        num_frames: frames to sample, at least 1; a shorter video gives all that it has.
+        path: the video file, in any container and codec that FFmpeg reads. Other files that it names are not opened.
+        num_frames: number of frames to sample, at least 1; all frames of a shorter video are returned.
         on_progress: called after each sampled frame with (done, total).
 
     Returns:
         The sampled frames.
 
     Raises:
-        ValueError: the file is missing, empty, not a video, a list of other files, damaged or cut off, or `num_frames`
-            is under 1.
+        ValueError: the file is missing, empty, not a video, a list of other files, damaged or truncated; or
+            `num_frames` is below 1.
     """
     import av
 
@@ -103,13 +103,13 @@ def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None
 
 
 def write_video(path: str | Path, frames: np.ndarray, rate: Fraction, crf: int) -> None:
-    """Encode frames as H.264 in an MP4 file, index first; the options keep the bytes the same on every machine.
+    """Write frames as H.264 to an MP4 file, with its index at the start and the same bytes on every machine.
 
     Args:
-        path: the file to write; its folder is made where it is missing.
+        path: the file to write; its folder is created if missing.
         frames: [F, H, W, 3] uint8, RGB, height and width even.
-        rate: frames a second.
-        crf: the encoder's loss, from 0 (none) to 51.
+        rate: frames per second.
+        crf: constant rate factor of the encoder, from 0 (lossless) to 51.
     """
     import av
 
@@ -136,7 +136,7 @@ def _check_file(path: Path) -> None:
 
 @contextmanager
 def _open(path: Path) -> Iterator[InputContainer]:
-    """FFmpeg reads this one file through Python and may open nothing else: no file or address that a playlist names."""
+    """Open a video file. FFmpeg reads it through Python and may open no other file or address, as in a playlist."""
     import av
 
     with path.open("rb") as file:
@@ -144,15 +144,15 @@ def _open(path: Path) -> Iterator[InputContainer]:
             container = av.open(file, "r", container_options={"protocol_whitelist": "none"})
         except av.FFmpegError as error:
             file.seek(0)
-            if file.read(8)[4:] == b"ftyp":  # an mp4 whose index, which may stand at the end, is not there
+            if file.read(8)[4:] == b"ftyp":  # an mp4 without its index, which may be at the end
                 problem = "which is cut off: its index is missing"
                 raise ValueError(f"video must be whole, got '{path}', {problem}") from error
             rule = "video must be a video file that holds its own frames, not a list of other files"
             raise ValueError(f"{rule}, got '{path}': {error.strerror}") from error
         with container:
-            # FFmpeg takes long text files for ANSI art
+            # FFmpeg reads long text files as ANSI art
             if not container.streams.video or container.format.name == "tty":
-                raise ValueError(f"video must be a video file, got '{path}', which holds no video stream")
+                raise ValueError(f"video must be a video file, got '{path}', which has no video stream")
             yield container
 
 
@@ -173,7 +173,7 @@ def _read(
 
 
 def _scan(container: InputContainer, path: Path) -> _Scan:
-    """Read every packet once; refuse a file that ends before it says it does."""
+    """Read every packet once; refuse a file that ends earlier than it states."""
     stream = container.streams.video[0]
     times: list[int | None] = []
     key_times: list[int] = []
@@ -189,14 +189,14 @@ def _scan(container: InputContainer, path: Path) -> _Scan:
         if packet.is_keyframe and packet.pts is not None:
             key_times.append(packet.pts)
     if not times:
-        raise ValueError(f"video must hold at least one frame, got '{path}'")
+        raise ValueError(f"video must contain at least one frame, got '{path}'")
     _check_whole(container, end, path)
     known = sorted(time for time in times if time is not None)
     return _Scan(len(times), known if len(known) == len(times) and key_times else None, sorted(key_times))
 
 
 def _check_whole(container: InputContainer, end: float, path: Path) -> None:
-    """Compare where the last packet ends with the duration in the header (formats made for streaming state none)."""
+    """Compare the end of the last packet with the duration in the header; streaming formats may state none."""
     if container.duration is None or end == 0:
         return
     stated = container.duration / _TICKS
@@ -208,8 +208,8 @@ def _check_whole(container: InputContainer, end: float, path: Path) -> None:
 
 
 def _decode(container: InputContainer, stream: VideoStream, scan: _Scan, indices: list[int]) -> Iterator[VideoFrame]:
-    """Yield the frames with these numbers, in order; fewer where the stream ends early."""
-    if scan.times is None:  # no timestamps to seek by
+    """Yield the frames with these numbers, in order; fewer if the stream ends early."""
+    if scan.times is None:  # no timestamps for seeking
         wanted = set(indices)
         yield from (frame for i, frame in enumerate(container.decode(stream)) if i in wanted)
         return

@@ -321,7 +321,7 @@ def test_embeddings_that_hold_the_video_already(family):
     if "video_grid_thw" in given:
         with (
             fftriton.reduce(model, METHOD),
-            pytest.raises(ValueError, match="layout: must be given where inputs_embeds"),
+            pytest.raises(ValueError, match="layout: must be given if inputs_embeds"),
         ):
             model(inputs_embeds=prompt.embeddings, **given)
         return

@@ -1,7 +1,7 @@
-"""The README's table of model families and features, made from the tests' results: `make features`.
+"""The table of model families and features in docs/models.md, made from the tests' results: `make features`.
 
-A test with `@pytest.mark.feature("beams")` speaks for the feature and for the family of its parameter `family`; one
-that has no such parameter names the families: `@pytest.mark.feature("beams", "qwen2")`.
+A test with `@pytest.mark.feature("beams")` covers the feature for the family of its parameter `family`; a test
+without this parameter names the families: `@pytest.mark.feature("beams", "qwen2")`.
 """
 
 import sys
@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 from bench.generated import README, updated
 
+PAGE = README.parent / "docs" / "models.md"
 BEGIN, END = "<!-- made by make features -->", "<!-- end -->"
 TITLES = {
     "qwen2": "Qwen2 with `inputs_embeds`", "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL",
@@ -20,7 +21,7 @@ TITLES = {
 
 
 def spoken_for(item):
-    """The (family, feature) pairs that a test speaks for."""
+    """The (family, feature) pairs that a test covers."""
     parameter = getattr(item, "callspec", None) and item.callspec.params.get("family")
     pairs = []
     for marker in item.iter_markers("feature"):
@@ -52,7 +53,7 @@ def cell(results):
 
 
 def table(found):
-    """Markdown: a row a family, a column a feature, in the order of the tests."""
+    """Markdown: one row per family, one column per feature, in the order of the tests."""
     families = [family for family in TITLES if any(family == pair[0] for pair in found)]
     features = list(dict.fromkeys(feature for _, feature in found))
     lines = ["| | " + " | ".join(features) + " |", "|---|" + "---|" * len(features)]
@@ -89,8 +90,8 @@ def main(report):
     found = outcomes(report)
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     legend = f"yes: every test passes ({versions}); -: transformers itself does not do it; blank: not tested."
-    text = README.read_text(encoding="utf-8")
-    README.write_text(updated(text, f"{table(found)}\n\n{legend}", BEGIN, END), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(updated(text, f"{table(found)}\n\n{legend}", BEGIN, END), encoding="utf-8")
 
 
 if __name__ == "__main__":
