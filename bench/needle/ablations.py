@@ -11,8 +11,8 @@
 | importance | attention of all queries, of the last four, or of the last one |
 
 Every line is a setting of `fftriton eval`, on the same samples as the others of its table, with a 95 % interval and the
-p-value of McNemar's exact test against the first line of its table. Answers are kept in a folder beside the CSV file, so
-an interrupted run resumes.
+p-value of McNemar's exact test against the first line of its table. Answers are kept in a folder beside the CSV file,
+so an interrupted run resumes.
 """
 
 from __future__ import annotations
