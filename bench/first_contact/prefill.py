@@ -77,7 +77,7 @@ def main(run: Run) -> None:
             row = measure(run, model, prompt, name, method)
             dense = dense or row
             row["faster"] = dense["prefill_ms"] / row["prefill_ms"]
-            row["faster_by_flops"] = dense["multiplications"] / row["multiplications"]
+            row["faster_by_flops"] = dense["multiply-accumulates"] / row["multiply-accumulates"]
             run.note("prefill", method=name, **row)
             assert row["finite"], "logits are not finite"
             assert row["same_logits"], "two runs differ"
@@ -138,7 +138,7 @@ def measure(run: Run, model: Any, prompt: Prompt, name: str, method: Any) -> dic
                 "merges": [(step.layer, step.tokens_before, step.tokens_after) for step in report.merge_steps],
                 "stages_ms": {stage: 1e3 * seconds for stage, seconds in report.seconds.items()},
             }
-        row["multiplications"] = prefill_flops(model.config, rows, attended)
+        row["multiply-accumulates"] = prefill_flops(model.config, rows, attended)
         if name in TRACED and not run.warm:
             row |= trace(f"prefill, {name}", lambda: forward(model, prompt), run.device, run.out)
     return row
