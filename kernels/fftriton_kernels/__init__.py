@@ -7,6 +7,7 @@ With TRITON_INTERPRET=1 set before the import, CPU tensors run the Triton kernel
 from ._tiles import tune
 from ._types import NO_LINK, Merged
 from ._verify import VerificationError, verified
+from ._warm_up import warm_up
 from .attention import attention_column_sum
 from .components import connected_components
 from .cosine import linked_cosine_similarity, strided_cosine_similarity
@@ -28,4 +29,5 @@ __all__ = [
     "topk_keep",
     "tune",
     "verified",
+    "warm_up",
 ]

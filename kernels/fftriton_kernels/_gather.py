@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _cpu, reference
 from ._dispatch import check_below, runs_triton
 from ._ops import add_op_namespace_prefix
+from ._specialisation import VARYING
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TILE = 1024  # elements a program
@@ -45,7 +46,7 @@ def _copy_rows(tensor_ptr, out_ptr, offset, offs_out, mask, taken):
     tl.store(out_ptr + offs_out, tl.load(tensor_ptr + offset, mask=taken, other=0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _gather_kernel(
     index_ptr,                                     # index [B, K]
     tensor0_ptr, tensor1_ptr, tensor2_ptr, tensor3_ptr,  # each [B, N, OUTER, INNER], one layout for all

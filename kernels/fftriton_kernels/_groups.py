@@ -24,6 +24,7 @@ from . import _cpu
 from ._dispatch import runs_triton
 from ._ops import add_op_namespace_prefix
 from ._radix import right_end, sum_before
+from ._specialisation import VARYING
 from ._types import Groups
 
 BLOCK = 1024  # tokens a program
@@ -51,7 +52,7 @@ def _load_roots(roots_ptr, stride_rb, stride_rn, pid_b, offs_n, N):
     return tl.where(root < N, root, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _count_kernel(
     roots_ptr, counts_ptr, arrival_ptr, block_roots_ptr,  # roots, counts, arrival [B, N], block_roots [B, blocks]
     stride_rb, stride_rn,
@@ -69,7 +70,7 @@ def _count_kernel(
     tl.store(block_roots_ptr + pid_b * blocks + pid_n, tl.sum((root == offs_n).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _slot_kernel(
     roots_ptr, counts_ptr, block_roots_ptr, slot_ptr, block_members_ptr,
     kept_ptr, sizes_ptr, lengths_ptr,              # kept, sizes [B, N], lengths [B]
@@ -97,7 +98,7 @@ def _slot_kernel(
     tl.store(lengths_ptr + pid_b, length.to(tl.int64), mask=pid_n == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _start_kernel(
     counts_ptr, slot_ptr, block_members_ptr, lengths_ptr, starts_ptr,  # starts [B, N]
     N, blocks,
@@ -124,7 +125,7 @@ def _longest(lengths_ptr, batch, CHUNK: tl.constexpr):
     return tl.max(longest, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _scatter_kernel(
     roots_ptr, predecessor_ptr, arrival_ptr, slot_ptr, starts_ptr, lengths_ptr,
     keys_ptr, row_ptr, links_ptr,                  # each [B, N]
@@ -164,7 +165,7 @@ def _scatter_kernel(
         tl.store(links_ptr + pid_b * N + offs_n, tl.full((BLOCK_N,), -1, tl.int64), mask=padding)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _order_kernel(
     keys_ptr, slot_ptr, starts_ptr, sizes_ptr, block_members_ptr, members_ptr,  # keys, members [B, N]
     N, blocks,

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._packed import longest
+from ._specialisation import VARYING
 
 BLOCK = 2048  # tokens a program
 WARPS = 8
@@ -143,7 +144,7 @@ def _load_state(state_ptr, pid_b, batch, DIGIT: tl.constexpr):
     return tl.load(state_ptr).to(tl.uint32, bitcast=True), tl.load(state_ptr + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _refine_kernel(
     keys_ptr, k_ptr, tallies_ptr, state_ptr,       # keys [B, N], k [B], tallies [4, B, blocks, 256], state [4, B, 2]
     cu_seqlens_ptr,
@@ -209,7 +210,7 @@ def admitted(key, least, ties, earlier):
     return (key > least) | ((key == least) & (rank < ties))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _score_keys_kernel(
     scores_ptr, candidates_ptr, keys_ptr, tallies_ptr,  # scores, candidates [B, N], keys [B, N], tallies [4, B, ...]
     cu_seqlens_ptr,
@@ -252,7 +253,7 @@ def score_keys(
     return selection
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _keep_best_kernel(
     keys_ptr, tallies_ptr, state_ptr, keep_ptr, counts_ptr,  # keys, keep [B, N], counts [B, blocks]
     cu_seqlens_ptr,
@@ -306,7 +307,7 @@ def sum_before(counts_ptr, end, CHUNK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _compact_kernel(
     keep_ptr, counts_ptr, kept_ptr, lengths_ptr,   # keep [B, N], counts [B, blocks], kept [B, N], lengths [B]
     N, blocks,

@@ -36,6 +36,7 @@ from ._dispatch import (
 )
 from ._ops import add_op_namespace_prefix
 from ._packed import check_bounds, check_max_seqlen
+from ._specialisation import VARYING
 from ._tiles import lookup
 
 _UPCAST = tl.constexpr(INTERPRET)  # the interpreter's tl.dot multiplies the raw bits of a bf16
@@ -105,7 +106,7 @@ def _load_norms(peak_ptr, total_ptr, offset, mask):
     return shift, weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _row_norm_kernel(
     q_ptr, k_ptr,                                  # q [B, H, Nq, d], k [B, Hkv, Nk, d]
     peak_ptr, total_ptr,                           # each [shares, B, H, Nq] fp32: max score, sum of exp(score - max)
@@ -159,7 +160,7 @@ def _row_norm_kernel(
     tl.store(total_ptr + offset, _softmax_total(total), mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _column_sum_kernel(
     q_ptr, k_ptr,                                  # q [B, H, Nq, d], k [B, Hkv, Nk, d]
     peak_ptr, total_ptr, partial_ptr,              # peak, total [B, H, Nq] fp32, partial [B, Hkv * shares, C] fp32
@@ -212,7 +213,7 @@ def _column_sum_kernel(
     tl.store(partial_ptr + (offs_n - begin).to(tl.int64) * stride_sn, total, mask=offs_n < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _score_kernel(
     q_ptr, k_ptr, score_ptr,                       # q [B, H, Nq, d], k [B, Hkv, Nk, d], score [B, H, Nq, C] fp32
     peak_ptr, total_ptr,                           # each [key blocks, B, H, Nq] fp32
@@ -256,7 +257,7 @@ def _score_kernel(
     tl.store(score_ptrs, score, mask=stored[:, None] & asked[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _score_sum_kernel(
     score_ptr, peak_ptr, total_ptr, out_ptr,       # score [B, rows, C], peak, total [B, rows], out [B, C], all fp32
     cu_k_ptr,                                      # [B + 1], None where no sequences are packed
@@ -282,7 +283,7 @@ def _score_sum_kernel(
     tl.store(out_ptr + pid_b * stride_ob + (k_start + offs_c).to(tl.int64) * stride_on, total, mask=offs_c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _add_norms_kernel(
     peaks_ptr, totals_ptr,                         # each [shares, rows] fp32
     peak_ptr, total_ptr,                           # each [rows] fp32
@@ -564,7 +565,7 @@ def _row_norms(q: Tensor, k: Tensor, scale: float, causal: bool, packed: _Packed
     tiles = triton.cdiv(pairs, block_m)
     shares = _shares(tiles * kv_heads * batch, triton.cdiv(keys, _LEAST_KEYS))
     span = triton.cdiv(triton.cdiv(keys, shares), block_n) * block_n
-    peak, total = q.new_empty(2, shares, 1 if packed else batch, heads, rows, dtype=torch.float32)
+    peak, total = _new_norms(q, shares, 1 if packed else batch, heads, rows)
     strides = peak.expand(-1, batch, -1, -1).stride()
     _row_norm_kernel[(tiles, shares * kv_heads, batch)](
         q, k, peak, total, *bounds, *q.stride(), *k.stride(), *strides,
@@ -637,6 +638,11 @@ def _spoiled_keys(spoiled: Tensor, keys: int, packed: _Packed) -> Tensor:
     return inside & (before[ends] > before[begins])[sequence.clamp(0, len(ends) - 1)]
 
 
+def _new_norms(q: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
+    """Peaks and totals. Not one tensor cut in two: a size could leave the second half unaligned, for another kernel."""
+    return q.new_empty(sizes, dtype=torch.float32), q.new_empty(sizes, dtype=torch.float32)
+
+
 def _new_sums(q: Tensor, k: Tensor, packed: _Packed | None, *sizes: int, columns: int) -> Tensor:
     """[B, *sizes, C] fp32 that the kernel writes all of, or [1, *sizes, Tk] of zeros: a key may be of no sequence."""
     if packed is None:
@@ -657,7 +663,7 @@ def _kept_score_sum(
     columns = k.shape[2] if packed else end - begin
     score = q.new_empty(1 if packed else batch, heads, queries, columns, dtype=torch.float32)
     score = score.expand(batch, -1, -1, -1)
-    peak, total = q.new_empty(2, key_blocks, batch, heads, queries, dtype=torch.float32)
+    peak, total = _new_norms(q, key_blocks, batch, heads, queries)
     _score_kernel[(key_blocks, kv_heads, batch)](
         q, k, score, peak, total, *bounds, *q.stride(), *k.stride(), *score.stride(), *peak.stride(),
         scale, queries, keys, begin, end, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),

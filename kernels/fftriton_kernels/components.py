@@ -21,6 +21,7 @@ from torch import Tensor
 from . import _cpu
 from ._dispatch import INDICES, check_dtype, check_rows, check_shape, runs_triton
 from ._ops import add_op_namespace_prefix
+from ._specialisation import VARYING
 
 BLOCK = 256  # edges or nodes a program
 
@@ -39,7 +40,7 @@ def _find(parents_ptr, node, mask):
     return node
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _hook_kernel(
     edges_ptr, parents_ptr,                        # edges [E, 2], parents [num_nodes] int64
     stride_ee, stride_ei,
@@ -65,7 +66,7 @@ def _hook_kernel(
         unfinished = tl.max(active.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _flatten_kernel(parents_ptr, num_nodes, BLOCK_N: tl.constexpr):
     # grid (ceil(num_nodes / BLOCK_N),): parents become roots in place
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

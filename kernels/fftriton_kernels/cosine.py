@@ -29,6 +29,7 @@ from ._dispatch import (
 )
 from ._ops import add_op_namespace_prefix
 from ._packed import any_rows, check_cu_seqlens, rows_of, strided_predecessor
+from ._specialisation import VARYING
 from ._tiles import lookup
 from ._types import NO_LINK
 
@@ -52,7 +53,7 @@ def _cosine(dot, square, partner_square):
     return tl.where(usable, tl.div_rn(dot, norms), _NO_LINK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _strided_cosine_kernel(
     x_ptr, out_ptr,                                # x [B, N, D], out [B, N] fp32
     stride_xb, stride_xn, stride_xd,
@@ -80,7 +81,7 @@ def _strided_cosine_kernel(
         t += P
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _linked_cosine_kernel(
     x_ptr, predecessor_ptr, out_ptr,               # x [B, N, D], predecessor [B, N], out [B, N] fp32
     stride_xb, stride_xn, stride_xd,

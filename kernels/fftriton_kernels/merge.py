@@ -49,6 +49,7 @@ from ._packed import (
     strided_predecessor,
 )
 from ._radix import admitted, load_keys, sort_key, tally
+from ._specialisation import VARYING
 from ._tiles import lookup
 from ._types import NO_LINK, Groups, Merged
 
@@ -72,7 +73,7 @@ def _joins(similarity, partner, offs_n, threshold):
     return (partner >= 0) & (partner < offs_n) & (similarity >= threshold) & (similarity > _NO_LINK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _join_keys_kernel(
     similarity_ptr, predecessor_ptr, keys_ptr, tallies_ptr,  # similarity, predecessor, keys [B, N]
     cu_seqlens_ptr,
@@ -96,7 +97,7 @@ def _join_keys_kernel(
     tally(key, 0, tallies_ptr, pid_b, pid_n, blocks, batch, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _admit_kernel(
     keys_ptr, tallies_ptr, state_ptr, predecessor_ptr, roots_ptr,  # keys, predecessor, roots [B, N]
     cu_seqlens_ptr,
@@ -117,7 +118,7 @@ def _admit_kernel(
     tl.store(roots_ptr + base + offs_n, tl.where(joins, partner, token), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _link_kernel(
     similarity_ptr, predecessor_ptr, roots_ptr,    # each [B, N]
     stride_sb, stride_sn,
@@ -134,7 +135,7 @@ def _link_kernel(
     tl.store(roots_ptr + pid_b * N + offs_n, tl.where(joins, partner, offs_n), mask=offs_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _jump_kernel(roots_ptr, N, BLOCK_N: tl.constexpr):
     # grid (blocks, B): links [B, N] become roots in place
     roots_ptr += tl.program_id(1).to(tl.int64) * N
@@ -162,7 +163,7 @@ def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
         return x.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _mean_kernel(
     x_ptr, out_ptr,                                # x [B, N, D], out [B, M, D]
     kept_ptr, starts_ptr, sizes_ptr, members_ptr,  # kept, starts, sizes [B, M], members [B, N]

@@ -33,11 +33,12 @@ from ._dispatch import (
 from ._gather import gather
 from ._ops import add_op_namespace_prefix
 from ._packed import any_rows, check_capacity, check_cu_seqlens, check_max_seqlen, lengths_of, rows_of
+from ._specialisation import VARYING
 
 _BLOCK = 1024  # tokens a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _segment_keys_kernel(
     scores_ptr, segments_ptr, keys_ptr,            # scores, segments [B, N], keys [B, N] int64
     stride_sb, stride_sn,
@@ -56,7 +57,7 @@ def _segment_keys_kernel(
     tl.store(keys_ptr + pid_b * N + offs_n, key, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _segment_keep_kernel(
     keys_ptr, order_ptr, counts_ptr, keep_ptr,     # keys, order [B, N] int64 sorted, counts [B, S], keep [B, N] int8
     stride_cb, stride_cs,

@@ -124,12 +124,15 @@ def record(launches):
 
 def specialised(kernel, name, value):
     """Triton's type of an argument, its value where that is compiled in, and whether it is a multiple of 16."""
-    if kernel.params[kernel.arg_names.index(name)].is_constexpr or value is None:
+    parameter = kernel.params[kernel.arg_names.index(name)]
+    if parameter.is_constexpr or value is None:
         return "constexpr", value, False
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype], None, value.data_ptr() % 16 == 0
     if isinstance(value, float):
         return "fp32", None, False
+    if parameter.do_not_specialize:
+        return "i32" if abs(value) < 2**31 else "i64", None, False
     return ("constexpr", 1, False) if value == 1 else ("i32" if abs(value) < 2**31 else "i64", None, value % 16 == 0)
 
 
