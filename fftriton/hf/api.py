@@ -33,6 +33,9 @@ def reduce(
     so at its end. Several threads may use the model at once, each with its own caches; a compiled model can be used by
     one thread at a time. Your own hooks see and change what they would without a reduction, for the rows that are left.
 
+    On a GPU, Triton compiles a kernel when it is first needed, which takes seconds inside that prompt's prefill. A
+    server calls `fftriton_kernels.warm_up` once, before its first request; prompts of other lengths compile nothing.
+
     Each sample of a batch gives the same result as it does alone, padded on either side; a sample without a video is
     not changed. A reduced prompt may be followed by more turns, with videos or without. Each chunk of a prompt is
     treated as a prompt of its own, with its own share of the budget and its own queries; no chunk may cut a video.
