@@ -10,7 +10,7 @@ import time
 import torch
 from triton_interpreter import trouble
 
-from bench.provenance import checked_out, device_name, version
+from fftriton.runtime.provenance import commit, device_name, version
 from fftriton_kernels import strided_cosine_similarity
 
 from .worker import Run
@@ -23,7 +23,9 @@ SMI = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.draw,memory.used"
 
 
 def main(run: Run) -> None:
-    run.note("versions", commit=run.commit or checked_out(), python=platform.python_version(), cores=os.cpu_count())
+    run.note(
+        "versions", commit=run.commit or commit() or "unknown", python=platform.python_version(), cores=os.cpu_count()
+    )
     run.note("packages", **{name: version(name) for name in PACKAGES})
     if run.toy:
         run.note("device", name=device_name("cpu"), interpreter=trouble() or "works")

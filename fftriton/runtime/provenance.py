@@ -1,17 +1,21 @@
-"""Provenance of results: versions, commit, date and command."""
+"""Provenance of results: device, versions, commit, date and command."""
 
 from __future__ import annotations
 
+import platform
+import re
 import shlex
 import subprocess
 import sys
-from datetime import date
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import transformers
 
 from .. import __version__
+
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def provenance() -> dict[str, str]:
@@ -20,8 +24,8 @@ def provenance() -> dict[str, str]:
         "fftriton": __version__,
         "commit": commit(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
+        "transformers": version("transformers") or "",
+        "date": today(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
@@ -35,6 +39,28 @@ def commit() -> str:
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked=no") else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or not in a checkout
         return ""
+
+
+def device_name(device: str) -> str:
+    """The GPU's name; or the processor's, and how many threads compute."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = re.search(r"^model name\s*: (.+)$", _CPUINFO.read_text(), re.MULTILINE) if _CPUINFO.exists() else None
+    threads = torch.get_num_threads()
+    return f"{model[1].strip() if model else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def version(package: str) -> str | None:
+    """A package's version; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def today() -> str:
+    """The date (UTC)."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d")
