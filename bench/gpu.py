@@ -22,7 +22,10 @@ from bench.first_contact import parts
 from bench.first_contact.runner import Runner
 from bench.first_contact.summary import correctness_holds, summarise
 
-NAME = "from bench.kernels.results import slug; from fftriton.runtime.provenance import device_name; print(slug(device_name('cuda')))"
+NAME = (
+    "from bench.kernels.results import slug; from fftriton.runtime.provenance import device_name; "
+    "print(slug(device_name('cuda')))"
+)
 
 
 def main() -> int:
