@@ -123,6 +123,15 @@ def test_kvtp_takes_its_budgets_from_a_predictor(tmp_path):
     torch.testing.assert_close(job.method.relevance.scores, expected)
 
 
+def test_dtype_and_attention_are_those_of_the_model(tmp_path, monkeypatch):
+    load, models = Target.load_model, []
+    monkeypatch.setattr(Target, "load_model", lambda target: models.append(load(target)) or models[-1])
+    result = invoke("--video", NEEDLE.path, "--dtype", "bfloat16", "--attention", "eager", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    (model,) = models
+    assert (model.dtype, model.config.get_text_config()._attn_implementation) == (torch.bfloat16, "eager")
+
+
 def test_unknown_words_are_named(tmp_path):
     result = invoke("--question", "Which llama is on the red box?", "--out", tmp_path, "--no-compare")
     assert result.exit_code == 0, result.output
@@ -227,6 +236,7 @@ def test_bad_videos_are_refused(no_model, tmp_path):
         (["--max-pixels", "0"], "max_pixels must be at least 1, got 0"),
         (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, got -3"),
         (["--device", "toaster"], "device must be one that torch can use here, got 'toaster'"),
+        (["--dtype", "int8"], "dtype must be one of 'float32', 'bfloat16', 'float16', got 'int8'"),
         (["--device", "meta"], "device must be one that torch can use here, got 'meta'"),
         (["--out", str(NEEDLE.path)], "out must be a folder that can be written, got"),
         (["--relevance", "siglip"], "relevance must go with method kvtp, got method 'framefusion'"),

@@ -48,6 +48,13 @@ def run(
     max_pixels: Annotated[int | None, typer.Option(help="Maximum pixels per frame (default: checkpoint's).")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Maximum answer length (default: checkpoint's).")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device (default: the GPU if there is one).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32).")
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2 (default: the model's)."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow the checkpoint to run its own code.")
     ] = False,
@@ -64,9 +71,7 @@ def run(
     console = Console()
     with _in_one_line(ValueError, TypeError, OSError):
         options = Options(
-            target=Target(
-                model=model, device=device, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code
-            ),
+            target=Target(model, device, dtype, attention, max_new_tokens, trust_remote_code),
             video=video,
             question=question,
             method=method,
@@ -111,6 +116,13 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for records, results and pictures.")] = Path("fftriton-eval"),
     device: Annotated[str | None, typer.Option(help="Torch device (default: the GPU if there is one).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32).")
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2 (default: the model's)."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow the checkpoint to run its own code.")
     ] = False,
@@ -136,9 +148,7 @@ def evaluate(
             samples=samples,
             seed=seed,
             num_frames=tuple(_parse_frames(length) for length in _split(frames)),
-            target=Target(
-                model=model, device=device, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code
-            ),
+            target=Target(model, device, dtype, attention, max_new_tokens, trust_remote_code),
             out=out,
             reference=reference,
         )
