@@ -22,6 +22,7 @@ from fftriton.runtime.processing import (
     smart_resize,
     unknown_words,
 )
+from fftriton.runtime.shipped import ASSETS, MODEL
 from fftriton.runtime.video import Video, read_video
 
 try:
@@ -31,9 +32,7 @@ except ImportError:  # transformers 4
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as their_smart_resize
 
-from fftriton.runtime.shipped import ASSETS
 
-MODEL = ASSETS / "needle-qwen2vl"
 PROCESSOR_CLASSES = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
 QUESTION = "Which digit is on the red box?"
 

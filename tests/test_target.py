@@ -25,7 +25,7 @@ def test_what_is_refused_before_anything_is_loaded(arguments, error, message):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="model must be a folder with, or the hub's name of"):
+    with pytest.raises(ValueError, match="model must be the folder or the hub name of"):
         Target(str(tmp_path)).load_model()
 
 

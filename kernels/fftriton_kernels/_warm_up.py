@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import FLOATS, check_at_least, runs_triton
+from ._dispatch import FLOATS, check_at_least
 from .attention import attention_column_sum
 from .cosine import linked_cosine_similarity
 from .merge import merge_mean, merge_roots
@@ -30,7 +30,7 @@ def warm_up(
 
     Without it Triton compiles each kernel when a prompt first needs it, which takes seconds inside that prompt's
     prefill. Prompts of other lengths, batches and budgets need no further compilation. Triton keeps what it has
-    compiled on disk, so that a second process warms up quickly. Does nothing on a device where PyTorch serves the ops.
+    compiled on disk, so that a second process warms up quickly. Does nothing on a CPU.
 
     Args:
         hidden_size: D of the hidden states.
@@ -49,12 +49,18 @@ def warm_up(
     check_at_least("warm_up", "rotary_axes", rotary_axes, 1)
     if dtype not in FLOATS:
         raise TypeError(f"warm_up: dtype must be {' or '.join(map(str, FLOATS))}, got {dtype}")
-    if not runs_triton(torch.empty(0, device=device)):
-        return
+    if torch.device(device).type == "cuda":
+        run_ops(hidden_size, heads, kv_heads, head_dim, dtype, torch.device(device), rotary_axes)
+
+
+def run_ops(
+    hidden_size: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, axes: int
+) -> None:
+    """Call each op so often that every kernel of it has been launched."""
     for length in _LENGTHS:
         for batch in (1, 2):
-            _merge_and_prune(batch, length, hidden_size, head_dim, dtype, torch.device(device), rotary_axes)
-            _attend(batch, length, heads, kv_heads, head_dim, dtype, torch.device(device))
+            _merge_and_prune(batch, length, hidden_size, head_dim, dtype, device, axes)
+            _attend(batch, length, heads, kv_heads, head_dim, dtype, device)
 
 
 def _merge_and_prune(
