@@ -39,6 +39,19 @@ def check_count(owner: str, name: str, value: Any, least: int) -> None:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
 
 
+def check_bool(owner: str, name: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def check_seed(owner: str, name: str, value: Any) -> None:
+    """Raise unless `value` is an integer from 0 to 2**63 - 1, which torch takes as a seed."""
+    check_count(owner, name, value, 0)
+    if value >= 2**63:
+        raise ValueError(f"{owner}: {name} must be below 2**63, got {value}")
+
+
 def check_choice(owner: str, name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:

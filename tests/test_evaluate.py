@@ -155,6 +155,10 @@ def test_depths():
         ({"budgets": (0.3, 1.5)}, r"budgets must be in \(0, 1\], got 1.5"),
         ({"methods": ("slowv",)}, "method must be one of 'keep-all', .* got 'slowv'"),
         ({"methods": ("fastv:layer",)}, "must be NAME or NAME:PARAMETER=VALUE, .* got 'fastv:layer'"),
+        (
+            {"methods": ("framefusion:budget=0.5",)},
+            "must leave the budget of the last one to budgets, got 'framefusion:",
+        ),
         ({"methods": ("fastv:layer=0",)}, "FastV: layer must be at least 1, got 0"),
         ({"num_frames": (18,)}, "frames must be multiples of 4, got 18"),
         ({"reference": "fastv"}, "reference must be one of 'keep-all', 'framefusion', got 'fastv'"),

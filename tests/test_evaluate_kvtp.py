@@ -1,5 +1,7 @@
 """`fftriton eval` with KVTP: settings that name a predictor, the control, and two methods one after the other."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def test_settings(predictor):
     setting = Setting(f"kvtp:relevance='{predictor}':pruner='tome':temperature=3", 0.2)
     method = setting.method()
     assert (method.budget, method.pruner, method.temperature) == (0.2, "tome", 3)
-    assert method.relevance is setting.relevance is sample_relevance(str(predictor))
+    assert method.relevance is setting.relevances[0] is sample_relevance(str(predictor))
     assert not setting.is_control
     assert Setting(f"kvtp:relevance='{predictor}':question='unrelated'", 0.2).is_control
     chain = Setting("kvtp:pruner='random'+framefusion:similarity_threshold=0.9", 0.16).method()
@@ -40,6 +42,16 @@ def test_settings(predictor):
     assert (first.budget, first.pruner, chain.budget) == (0.4, "random", 0.16)
     assert second.similarity_threshold == 0.9
     assert Setting("uniformframes:budget=0.5+fastv:layer=1", 0.3).method().methods[0].budget == 0.5
+
+
+def test_each_method_of_a_chain_has_its_own_predictor(predictor, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(predictor, other)
+    setting = Setting(f"kvtp:relevance='{predictor}' + kvtp:relevance='{other}'", 0.2)
+    first, second = (method.relevance for method in setting.method().methods)
+    assert (first, second) == (sample_relevance(str(predictor)), sample_relevance(str(other)))
+    assert setting.relevances == [first, second]
+    assert Setting("kvtp:relevance=None", 0.2).relevances == []
 
 
 def test_a_chain_whose_first_budget_only_some_totals_fit():

@@ -173,7 +173,6 @@ def test_texts_that_cannot_be(text, message):
         ("kvtp:pruner=prumerge(neighbors=16)", r"parameters of 'prumerge' .* got 'neighbors' \(did you mean"),
         ("fastv:layer=one", "FastV: layer must be an integer of at least 1, got 'one'"),
         ("fastv:budget=half", r"fastv: budget must be a number in \(0, 1\], got 'half'"),
-        ("chain", "parameters of 'chain': missing a required argument: 'methods'|TypeError|methods must be"),
     ],
 )
 def test_texts_of_another_type(text, message):
@@ -225,15 +224,31 @@ def test_methods_of_other_distributions(monkeypatch):
     assert parse("Loudest:power=1") == Loudest(0.3, 1)
     with pytest.raises(ValueError, match="got 'broken': No module named 'no_such_module'"):
         parse("broken")
+    assert to_text(Loudest(0.3, 1)).startswith("loud-est:")
+    assert parse(to_text(Loudest(0.3, 1))) == Loudest(0.3, 1)
+
+
+@pytest.mark.parametrize("text", ["chain", "chain:methods=[randomtokens,framefusion]"])
+def test_a_chain_is_written_with_plus_signs(text):
+    with pytest.raises(ValueError, match="must have plus signs between the methods of a chain, got 'chain'"):
+        parse(text, 0.05)
+
+
+@pytest.mark.parametrize("text", ["False", "false"])
+def test_booleans_in_any_case(text):
+    assert parse(f"framefusion:cascaded={text}") == FrameFusion(cascaded=False)
+    with pytest.raises(TypeError, match="FrameFusion: cascaded must be True or False, got 'no'"):
+        parse("framefusion:cascaded=no")
 
 
 # ---- the way back
 
 FRACTION = st.floats(0.0, 1.0, exclude_min=True)
 COUNT = st.integers(1, 10**20)
+SEED = st.integers(0, 2**63 - 1)
 PRUNER = st.one_of(
     st.sampled_from(["random", "topk", "prumerge"]),
-    st.builds(fftriton.RandomPruner, COUNT),
+    st.builds(fftriton.RandomPruner, SEED),
     st.builds(TopKPruner, st.sampled_from(["norm", "distinctness"])),
     st.builds(PruMerge, st.sampled_from(["norm", "distinctness"]), COUNT),
     st.builds(HalfPruner, FRACTION),
@@ -248,7 +263,7 @@ LAST = st.one_of(
     st.builds(fftriton.StreamingLLM, FRACTION, COUNT),
 )  # fmt: skip
 FIRST = st.one_of(
-    st.builds(RandomTokens, FRACTION, COUNT),
+    st.builds(RandomTokens, FRACTION, SEED),
     st.builds(UniformFrames, FRACTION),
     st.builds(fftriton.TemporalMerge, FRACTION),
     st.builds(KVTP, FRACTION, st.none(), PRUNER, FRACTION | st.just(math.inf), COUNT, st.booleans()),

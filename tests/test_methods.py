@@ -74,6 +74,17 @@ def test_seed_out_of_range():
     with pytest.raises(TypeError, match=r"RandomTokens: seed must be an integer of at least 0, got 0\.5"):
         fftriton.RandomTokens(0.3, seed=0.5)
 
+    for kind in (fftriton.RandomTokens, fftriton.RandomPruner):
+        with pytest.raises(ValueError, match="seed must be below 2[*][*]63"):
+            kind(seed=2**70)
+
+
+def test_booleans_of_another_type():
+    with pytest.raises(TypeError, match="FrameFusion: cascaded must be True or False, got 'False'"):
+        fftriton.FrameFusion(cascaded="False")
+    with pytest.raises(TypeError, match="KVTP: renumber must be True or False, got 1"):
+        fftriton.KVTP(renumber=1)
+
 
 def kept_before_the_first_layer(method, layouts, length):
     """Positions that stay, of a prompt whose rows tell nothing apart."""

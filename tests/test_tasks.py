@@ -5,7 +5,7 @@ import json
 import linecache
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fftriton.app.cli import app
 from fftriton.evaluate import Plan, evaluate, tasks
 from fftriton.evaluate.digests import digest_of_code, digest_of_method
-from fftriton.methods import parse
+from fftriton.methods import Method, parse, registry
 from fftriton.needle import generate_sample
 from fftriton.needle.task import NeedleTask
 from fftriton.runtime.video import Video
@@ -92,7 +92,8 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch):
 
 def test_tasks_of_other_distributions(monkeypatch):
     point = EntryPoint("colours", f"{__name__}:Colours", "fftriton.tasks")
-    monkeypatch.setattr(tasks, "entry_points", lambda group, name=None: [point] if name in (None, point.name) else [])
+    for module in (tasks, registry):
+        monkeypatch.setattr(module, "entry_points", lambda group: [point])
     assert tasks.task_names() == ["colours", "needle"]
     assert isinstance(tasks.make_task("colours", seed=3), Colours)
     assert tasks.make_task("colours", seed=3).seed == 3
@@ -112,10 +113,51 @@ def test_the_needle_task():
     assert len({task.digest, *(other.digest for other in others)}) == 4
 
 
-@pytest.mark.parametrize("name", ["no_such_module:Task", "json:NoSuchTask"])
+@pytest.mark.parametrize("name", ["no_such_module:Task", "json:NoSuchTask", ".x:Task"])
 def test_tasks_that_cannot_be_imported(name):
-    with pytest.raises(ValueError, match=f"task must be importable as module:Class, got '{name}'"):
+    with pytest.raises(ValueError, match=f"task must be a class that can be imported, got '{name}'"):
         tasks.make_task(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("os:getcwd", "task must be a class, got 'os:getcwd'"), (f"{__name__}:Lacking", "lacks .*'digest', 'sample'")],
+)
+def test_what_is_no_task(name, message):
+    with pytest.raises(TypeError, match=message):
+        Plan(task=name)
+
+
+class Lacking:
+    """Has nothing of a task but its constructor."""
+
+    def __init__(self, split, seed, num_frames):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": 7}, r"sample\(0\) must have this index, got 7"),
+        ({"kind": "shape"}, "kind must be one of .'colour'., got 'shape' in sample 0"),
+    ],
+)
+def test_samples_that_cannot_be(tmp_path, monkeypatch, changes, message):
+    sample = Colours.sample
+    monkeypatch.setattr(Colours, "sample", lambda self, index: replace(sample(self, index), **changes))
+    plan = Plan(methods=("keep-all",), samples=1, task=f"{__name__}:Colours", out=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        evaluate(plan, no_bar)
+
+
+def test_inputs_without_a_video_are_refused(tmp_path, monkeypatch):
+    def text_only(self, sample, processor):
+        return dict(processor.tokenizer("what red", return_tensors="pt"))
+
+    monkeypatch.setattr(Colours, "inputs", text_only)
+    plan = Plan(methods=("framefusion",), samples=1, task=f"{__name__}:Colours", out=tmp_path)
+    with pytest.raises(ValueError, match="the inputs of sample 0 must contain a video"):
+        evaluate(plan, no_bar)
 
 
 METHOD = """
@@ -145,6 +187,18 @@ def test_a_method_whose_code_has_changed_is_asked_again(tmp_path, monkeypatch):
         _, records = evaluate(plan, no_bar)
         keys.append(records[plan.settings[0]][0].key)
     assert keys[0] != keys[1]
+
+
+class Plain(Method):
+    """A method that is no dataclass."""
+
+    def __init__(self, budget=0.3):
+        self.budget = budget
+
+
+def test_methods_that_are_no_dataclasses_have_digests():
+    assert digest_of_method(Plain()) == digest_of_method(Plain())
+    assert digest_of_method(Plain()) != digest_of_method(parse("keep-all"))
 
 
 def test_digests_of_code():

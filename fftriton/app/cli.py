@@ -87,7 +87,7 @@ def run(
             with Bars(progress).open("Loading the model") as on_progress:
                 loaded = options.target.load_model()
                 on_progress(1, 1)
-    with _in_one_line(OSError):
+    with _in_one_line(OSError, ValueError):
         print_run(console, options)
         results = []
         for job in jobs:

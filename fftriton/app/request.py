@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import check_count
-from ..methods import KVTP, Method, parse
+from ..methods import KVTP, Chain, Method, parse
 from ..relevance import load_relevance
 from ..runtime.files import check_out
 from ..runtime.processing import unknown_words
@@ -59,7 +59,7 @@ class Options:
 
     def __post_init__(self) -> None:
         method = self.make_method()
-        if self.relevance is not None and not isinstance(method, KVTP):
+        if self.relevance is not None and not any(isinstance(part, KVTP) for part in _parts(method)):
             raise ValueError(f"relevance must go with method kvtp, got method '{self.method}'")
         check_count("fftriton", "frames", self.frames, 1)
         if self.max_pixels is not None:
@@ -146,6 +146,17 @@ def _methods(options: Options, clips: list[Clip], videos: list[Video], open_bar:
     with open_bar("Scoring the frames") as on_progress:
         for clip, video in zip(clips, videos, strict=True):
             features = predictor.encode(video.frames, progress=False)
-            methods.append(options.make_method(relevance=predictor.bind(features, clip.question)))
+            methods.append(_with_relevance(options.make_method(), predictor.bind(features, clip.question)))
             on_progress(len(methods), len(clips))
     return methods
+
+
+def _parts(method: Method) -> list[Method]:
+    """The methods of a chain, or the one method."""
+    return list(method.methods) if isinstance(method, Chain) else [method]
+
+
+def _with_relevance(method: Method, relevance: Any) -> Method:
+    """The same method, in which KVTP knows how relevant the frames are."""
+    parts = [replace(part, relevance=relevance) if isinstance(part, KVTP) else part for part in _parts(method)]
+    return parts[0] if len(parts) == 1 else Chain(parts)

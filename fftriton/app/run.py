@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hf import Report, reduce
-from ..methods import Method
+from ..methods import Chain, Method
 from ..runtime.answers import TokenClock, generate
 from ..runtime.measure import Cost, time_call, time_generation
 from ..runtime.progress import OnProgress, OpenBar
@@ -101,7 +101,7 @@ def _run(options: Options, model: Any, job: Job, open_bar: OpenBar) -> Result:
     with open_bar("Encoding the frames") as on_progress:
         vision_seconds = _encode(model, inputs, on_progress)
 
-    reduced = Way(type(job.method).__name__, job.method)
+    reduced = Way(_name(job.method), job.method)
     dense = Way("all tokens", None) if options.compare else None
     ways = [way for way in (dense, reduced) if way is not None]
     for way in ways:
@@ -115,6 +115,11 @@ def _run(options: Options, model: Any, job: Job, open_bar: OpenBar) -> Result:
 
     pictures = _draw(options.out, job, reduced, inputs)
     return Result(job, dense, reduced, vision_seconds, pictures)
+
+
+def _name(method: Method) -> str:
+    """As printed: the class, or those of a chain."""
+    return " + ".join(map(_name, method.methods)) if isinstance(method, Chain) else type(method).__name__
 
 
 def _encode(model: Any, inputs: dict[str, Tensor], on_progress: OnProgress) -> float | None:

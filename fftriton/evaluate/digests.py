@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import inspect
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from ..methods import Method
+import fftriton_kernels
 
-_PACKAGES = ("fftriton.methods", "fftriton.layouts", "fftriton.relevance", "fftriton.hf", "fftriton_kernels")
+from ..methods import Method, Pruner
+
+_ROOTS = (Path(__file__).parents[1], Path(fftriton_kernels.__file__).parent)
 
 
 def digest_of_weights(model: nn.Module) -> str:
@@ -34,9 +35,8 @@ def digest_of_method(method: Method) -> str:
 
 @lru_cache
 def digest_of_library() -> str:
-    """Digest of the source code of the packages that methods run in."""
-    roots = [Path(importlib.import_module(name).__path__[0]) for name in _PACKAGES]
-    return _digest(path.read_text(encoding="utf-8") for root in roots for path in sorted(root.rglob("*.py")))
+    """Digest of the source code of fftriton and fftriton_kernels."""
+    return _digest(path.read_text(encoding="utf-8") for root in _ROOTS for path in sorted(root.rglob("*.py")))
 
 
 def digest_of_code(kind: type) -> str:
@@ -69,7 +69,7 @@ def _kinds(part: Any) -> set[type]:
     if isinstance(part, (list, tuple)):
         return set().union(*map(_kinds, part))
     if not dataclasses.is_dataclass(part) or isinstance(part, type):
-        return set()
+        return {type(part)} if isinstance(part, (Method, Pruner)) else set()
     return {type(part)}.union(*(_kinds(getattr(part, field.name)) for field in dataclasses.fields(part)))
 
 

@@ -25,17 +25,18 @@ def write_results(plan: Plan, rows: Sequence[Row], records: Mapping[Setting, Seq
     """
     cells = [cell for setting, own in records.items() for cell in depth_cells(setting, own)]
     names = ("results.csv", "depths.csv", "pareto.png", "depths.png", "layers.png")
-    results, depths, pareto, heat_maps, layers = paths = [plan.out / name for name in names]
+    results, depths, pareto, heat_maps, layers = [plan.out / name for name in names]
     origin, title = describe(plan), _title(plan)
     write_csv(results, rows, origin)
     write_csv(depths, cells, origin)
     if not records:
-        return paths[:2]
+        return [results, depths]
     draw_pareto(pareto, rows, title)
     draw_layers(layers, rows, title)
-    if cells:
-        draw_depths(heat_maps, cells, title)
-    return [path for path in paths if path.exists()]
+    if not cells:
+        return [results, depths, pareto, layers]
+    draw_depths(heat_maps, cells, title)
+    return [results, depths, pareto, heat_maps, layers]
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -39,10 +39,10 @@ class Setting:
             raise TypeError(f"methods: '{self.name}' cannot be made: {error}") from None
 
     @property
-    def relevance(self) -> SampleRelevance | None:
-        """The relevance predictor that is named, or None."""
-        named = [part.parameters["relevance"] for part in read(self.name) if "relevance" in part.parameters]
-        return sample_relevance(named[0]) if named else None
+    def relevances(self) -> list[SampleRelevance]:
+        """The predictors that are named."""
+        named = [part.parameters.get("relevance") for part in read(self.name)]
+        return [sample_relevance(checkpoint) for checkpoint in named if checkpoint is not None]
 
     @property
     def is_control(self) -> bool:
@@ -55,8 +55,8 @@ class Setting:
         if class_of(part) is RandomTokens:
             parameters.setdefault("seed", index)
         check_choice("methods", "question", parameters.pop("question", UNRELATED), (UNRELATED,))
-        if "relevance" in parameters:
-            parameters["relevance"] = self.relevance
+        if parameters.get("relevance") is not None:
+            parameters["relevance"] = sample_relevance(parameters["relevance"])
         return Component(part.name, parameters)
 
     def problem(self, num_layers: int) -> str | None:
@@ -111,6 +111,8 @@ class Plan:
         if self.reference is not None:
             check_choice("eval", "reference", self.reference, self.methods)
         for name in self.methods:
+            if "budget" in read(name)[-1].parameters:
+                raise ValueError(f"eval: methods must leave the budget of the last one to budgets, got '{name}'")
             Setting(name, min(self.budgets)).method()  # a chain whose first budget is fixed cannot meet all budgets
 
     def make_task(self) -> Task:

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from .. import __version__
-from ..hf import Report, reduce
+from ..hf import reduce
 from ..methods import Method
 from ..runtime.answers import TokenClock, generate
 from ..runtime.files import check_out
@@ -30,7 +30,7 @@ from .flops import prefill_flops
 from .plan import Plan, Setting
 from .records import Record, RecordFolder
 from .rows import Row, summarise
-from .tasks import Sample, Task
+from .tasks import Sample, Task, check_sample
 
 _MEMORY_SAMPLES = 3  # samples with peak memory: measuring it takes longer than the answer of a small model
 
@@ -52,10 +52,10 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
         OSError: a record cannot be written.
     """
     check_out(plan.out)
-    process, processes, wait = _processes()
+    process, local_process, processes, wait = _processes()
     target, task = plan.target, plan.make_task()
     if target.device is None and processes > 1 and torch.cuda.is_available():
-        target = replace(target, device=f"cuda:{process}")
+        target = replace(target, device=f"cuda:{local_process}")
     with target.own_threads():
         with open_bar("Loading the model") as on_progress:
             answerer = Answerer(target, task)
@@ -71,7 +71,9 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
             for count, index in enumerate(own, 1):
                 missing = {setting: key for setting, key in keys.items() if (key, index) not in done}
                 if missing:
-                    folder.append(answerer.answer(task.sample(index), missing))
+                    sample = task.sample(index)
+                    check_sample(task, sample, index)
+                    folder.append(answerer.answer(sample, missing))
                 on_progress(count, len(own))
     wait()
     found = folder.read(keys.values())
@@ -135,7 +137,10 @@ class Answerer:
             tokens = generate(self.model, inputs, clock, self._longest)
         peak = None if memory is None else max(0, peak_memory(device) - memory)
         report = reduction.report
-        assert isinstance(report, Report)  # the prompt contains a video
+        if report is None:
+            raise ValueError(
+                f"eval: task: the inputs of sample {sample.index} must contain a video that can be reduced"
+            )
         answer = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         all_tokens = [report.num_tokens] * len(report.tokens_per_layer)
         return Record(
@@ -187,10 +192,10 @@ def _key(origin: dict[str, Any], setting: Setting) -> str:
     """A digest of everything that the answers of this setting depend on, including the source code of the method."""
     method = setting.method()
     everything = origin | {
-        "method": str(method), "name": setting.name, "budget": setting.budget, "code": digest_of_method(method)
+        "name": setting.name, "budget": setting.budget, "code": digest_of_method(method)
     }  # fmt: skip
-    if setting.relevance is not None:
-        everything["relevance"] = setting.relevance.digest
+    if setting.relevances:
+        everything["relevance"] = " ".join(relevance.digest for relevance in setting.relevances)
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -199,13 +204,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _processes() -> tuple[int, int, Callable[[], object]]:
-    """The number of this process, the number of processes, and a function that waits for all of them."""
+def _processes() -> tuple[int, int, int, Callable[[], object]]:
+    """Number of this process, that on its machine, how many there are, and what waits for all of them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, lambda: None
+        return 0, 0, 1, lambda: None
     try:
         from accelerate import PartialState
     except ImportError as error:
-        raise ImportError("several processes need accelerate: pip install 'fftriton[eval]'") from error
+        raise ValueError("eval: several processes need accelerate: pip install 'fftriton[eval]'") from error
     state = PartialState(cpu=not torch.cuda.is_available())
-    return state.process_index, state.num_processes, state.wait_for_everyone
+    return state.process_index, state.local_process_index, state.num_processes, state.wait_for_everyone

@@ -6,18 +6,21 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..methods.registry import entry_point, load
 from ..runtime.processing import Processor
 from ..runtime.video import Video
 
+GROUP = "fftriton.tasks"
 BUILT_IN = {"needle": "fftriton.needle.task:NeedleTask"}
 """The tasks of the package: module and class of each name."""
+
+_MEMBERS = ("split", "kinds", "digest", "sample", "inputs", "score", "unrelated_question")
 
 
 class Sample(Protocol):
@@ -75,39 +78,40 @@ class Task(Protocol):
 
 
 def make_task(name: str, split: str | None = None, seed: int = 0, num_frames: tuple[int, ...] = ()) -> Task:
-    """Make the task with this name.
+    """The task of this name.
 
     Args:
         name: a task of the package, an entry point of the group `fftriton.tasks`, or `module:Class`.
-        split: split of the task; None for its default.
-        seed: selects the samples.
-        num_frames: lengths of the videos, used in turn; empty for the split's own.
+        split: of the task; None for its default.
+        seed: picks the samples.
+        num_frames: lengths of the videos, which take turns; empty for the split's own.
 
     Raises:
-        ValueError: the name is unknown, or the task refuses an argument.
+        TypeError, ValueError: an unknown name, an argument that the task refuses, or a class that is no task.
     """
-    return _find(name)(split, seed, num_frames)
+    point = entry_point(GROUP, name)
+    place = BUILT_IN.get(name) or (point.value if point else name)
+    if ":" not in place:
+        names = ", ".join(map(repr, task_names()))
+        raise ValueError(f"eval: task must be one of {names}, got {name!r}; other tasks are given as module:Class")
+    task_class = load(place, "eval: task", name)
+    if not isinstance(task_class, type):
+        raise TypeError(f"eval: task must be a class, got {name!r}, {task_class!r}")
+    task = task_class(split, seed, num_frames)
+    missing = [member for member in _MEMBERS if not hasattr(task, member)]
+    if missing:
+        raise TypeError(f"eval: task must have the members of fftriton.evaluate.tasks.Task, {name!r} lacks {missing}")
+    return task
+
+
+def check_sample(task: Task, sample: Any, index: int) -> None:
+    """Raise a ValueError unless this can be sample `index` of the task."""
+    if sample.index != index:
+        raise ValueError(f"eval: task: sample({index}) must have this index, got {sample.index}")
+    if sample.kind not in task.kinds:
+        raise ValueError(f"eval: task: kind must be one of {list(task.kinds)}, got {sample.kind!r} in sample {index}")
 
 
 def task_names() -> list[str]:
-    """The names of all installed tasks."""
-    return sorted({*BUILT_IN, *(point.name for point in entry_points(group="fftriton.tasks"))})
-
-
-def _find(name: str) -> Any:
-    if name in BUILT_IN:
-        return _load(BUILT_IN[name])
-    for point in entry_points(group="fftriton.tasks", name=name):
-        return point.load()
-    if ":" in name:
-        try:
-            return _load(name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"eval: task must be importable as module:Class, got '{name}': {error}") from error
-    names = ", ".join(map(repr, task_names()))
-    raise ValueError(f"eval: task must be one of {names}, got {name!r}; other tasks are given as module:Class")
-
-
-def _load(place: str) -> Any:
-    module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    """The names of the tasks that are installed."""
+    return sorted({*BUILT_IN, *(point.name for point in entry_points(group=GROUP))})

@@ -102,7 +102,7 @@ def why_not(decoder: Any, given: DecoderInput) -> str | None:
         return f"the decoder's attention has a sliding window of {config.sliding_window}"
     if other:
         return f"the decoder has layers other than full and linear attention: {', '.join(sorted(other))}"
-    if given.mask is not None and (isinstance(given.mask, dict) or given.mask.ndim != 2):
+    if given.mask is not None and (isinstance(given.mask, dict) or getattr(given.mask, "ndim", None) != 2):
         return "attention_mask is not the two-dimensional padding mask"
     return None
 

@@ -115,16 +115,18 @@ class Prefill(Continuation):
                 tuple(part[own][:, rows] for part in companions),
                 additions=tuple(part[own][:, rows].to(hidden.device) for part in self._additions),
             )  # fmt: skip
-            calls = None
+            state = None
             if videos:
                 own_layouts = [without_padding(layout, places) for layout in layouts] if is_padded else layouts
-                prompt = Prompt(len(self.attends), tokens.length, own_layouts, self.attends, videos[0].number)
-                calls = start(self.method, prompt)
+                prompt = Prompt(
+                    len(self.attends), tokens.length, own_layouts, self.attends, [video.number for video in videos]
+                )
+                state = start(self.method, prompt)
             report = SampleReport(str(self.method), self.method.budget, layouts, tokens.length, count)
             tail = self._tail(layouts, rows)
             later = max(self.later if self.later <= tail else 0, self._answer_length(index, rows, tokens.patch[0]))
             self.samples.append(
-                BatchRow(calls, report, rows, places if is_padded else None, tokens, later, self._stopwatch)
+                BatchRow(state, report, rows, places if is_padded else None, tokens, later, self._stopwatch)
             )
             self.free_tail = min(tail, self.free_tail if index else tail)
 
@@ -195,8 +197,8 @@ class Prefill(Continuation):
                 layer.fixed = max(other.fixed for other in held)
         self._stopwatch.spans.append(("prefill", self._started, self._stopwatch.now()))
         for sample in self.samples:
-            if sample.calls is not None:
-                sample.report.least_budget = sample.calls.least_budget
+            if sample.state is not None:
+                sample.report.least_budget = sample.state.least_budget
         return Report([sample.report for sample in self.samples], self._stopwatch)
 
     def hide_targets(self) -> None:
@@ -212,7 +214,7 @@ class Prefill(Continuation):
 
     def wants_attention(self, index: int) -> bool:
         """Whether the method may ask for the attention scores of this layer."""
-        return any(sample.calls is not None and sample.calls.wants_attention(index) for sample in self.samples)
+        return any(sample.state is not None and sample.state.wants_attention(index) for sample in self.samples)
 
     def expect_one_sequence(self, position_ids: Tensor | None) -> None:
         """Check that positions [1, N], or [4, 1, N] with the text's first, do not start anew as in packed sequences."""
@@ -242,9 +244,9 @@ class Prefill(Continuation):
         layers = [layer for layer in self.cache_layers or () if layer is not None]
         past = layers[0].get_seq_length() if layers else 0
         for sample in self.samples:
-            if sample.calls is not None:
+            if sample.state is not None:
                 sample.past = past
-                window = sample.calls.window(past + sample.tokens.length - sample.later)
+                window = sample.state.window(past + sample.tokens.length - sample.later)
                 if not isinstance(window, Window | type(None)):
                     raise TypeError(
                         f"reduce: {self.method}: window must return a Window or None, got {type(window).__name__}"

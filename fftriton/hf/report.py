@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,13 +60,6 @@ class Stopwatch:
         self.cuda = device.type == "cuda"
         self.device = device
         self.spans: list[tuple[str, object, object]] = []
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
-        start = self.now()
-        yield
-        self.spans.append((name, start, self.now()))
 
     def now(self) -> object:
         """The current moment: a recorded CUDA event on a GPU, otherwise a reading of the clock."""
@@ -143,8 +134,8 @@ class SampleReport:
     @property
     def pruned(self) -> Tensor:
         """[p] int64: the positions that pruning dropped."""
-        dropped = [before[~torch.isin(before, after)] for before, after in self._prunings]
-        return torch.cat(dropped) if dropped else self.kept_positions[0][:0]
+        dropped = [before[~torch.isin(before, after)].cpu() for before, after in self._prunings]  # of any device
+        return torch.cat(dropped) if dropped else self.kept_positions[0][:0].cpu()
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain types (lists, ints, floats, text, None) that `json.dumps` accepts."""

@@ -25,7 +25,7 @@ class BatchRow:
     """One row of the batch: its tokens, without padding, and the state of its method.
 
     Attributes:
-        calls: what answers the calls of the method, or None if the row has no video.
+        state: the state of its method, or None if the row has no video.
         rows: where its tokens stand in the batch's hidden states.
         places: where they stood in the padded prompt, or None if there is no padding.
         later: how many text tokens at the end are continuations of the prompt (candidates of assisted decoding, an
@@ -34,10 +34,10 @@ class BatchRow:
     """
 
     def __init__(
-        self, calls: MethodState | None, report: SampleReport, rows: slice | Tensor, places: Tensor | None,
+        self, state: MethodState | None, report: SampleReport, rows: slice | Tensor, places: Tensor | None,
         tokens: VideoTokens, later: int, stopwatch: Stopwatch,
     ) -> None:  # fmt: skip
-        self.calls, self.report, self.rows, self.places = calls, report, rows, places
+        self.state, self.report, self.rows, self.places = state, report, rows, places
         self.tokens, self.later = tokens, later
         self.past = 0
         self._stopwatch = stopwatch
@@ -58,12 +58,12 @@ class BatchRow:
 
     def ask(self, stage: str, index: int, before: VideoTokens, invariants: Invariants, verify: bool) -> VideoTokens:
         """What the method leaves of the tokens; `before` itself if it changes nothing."""
-        if self.calls is None:
+        if self.state is None:
             return before
         watch, count = self._stopwatch, versions(before)
         start = watch.now()
         with verified() if verify else nullcontext():
-            after = getattr(self.calls, stage)(index, before)
+            after = getattr(self.state, stage)(index, before)
         if count != versions(before):
             raise RuntimeError(
                 f"reduce: {self.report.method}, {stage} of layer {index}: must not write to the tensors it is given"

@@ -30,19 +30,23 @@ class Prompt:
         length: number of tokens, including text and excluding padding.
         layouts: where its videos stand among these tokens.
         attends: whether each layer has attention scores; empty if all layers do.
-        first_video: number of videos in the samples before this one.
+        video_numbers: the number of each video in the batch, counted sample by sample; empty if they are 0, 1, ...
     """
 
     num_layers: int
     length: int
     layouts: Sequence[VideoLayout]
     attends: Sequence[bool] = ()
-    first_video: int = 0
+    video_numbers: Sequence[int] = ()
 
     @cached_property
     def num_video_tokens(self) -> int:
         """Number of video tokens in the prompt, over all its videos."""
         return sum(len(layout.tokens) for layout in self.layouts)
+
+    def number_of(self, video: int) -> int:
+        """The number in the batch of one of the sample's videos."""
+        return self.video_numbers[video] if self.video_numbers else video
 
     def next_attention(self, layer: int) -> int:
         """The first layer, from `layer` on, that has attention scores; num_layers if there is none."""
@@ -218,7 +222,7 @@ class Method:
 
     def begin(self, prompt: Prompt) -> MethodState:
         """The state of one prefill, which answers its calls."""
-        return former_state(self, prompt) or MethodState(self, prompt)
+        return MethodState(self, prompt)
 
 
 class MethodState:
@@ -270,6 +274,8 @@ def start(method: Method, prompt: Prompt) -> MethodState:
     Raises:
         TypeError: `begin` returns something else than a MethodState.
     """
+    if any(callable(getattr(type(method), name, None)) for name in _CALLS):
+        return _FormerState(method, prompt)  # it answers the calls itself
     state = method.begin(prompt)
     if isinstance(state, Method):
         warnings.warn(f"{method}: a `begin` that returns a Method {_FORMER_RULE}", DeprecationWarning, stacklevel=2)
@@ -302,12 +308,6 @@ def wrong_kind(step: Any) -> str | None:
     if not isinstance(step.merge, Merge | None):
         return f"merge must be a Merge or None, got {type(step.merge).__name__}"
     return None
-
-
-def former_state(method: Method, prompt: Prompt) -> MethodState | None:
-    """The state of a method of the former kind, which answers the calls itself; None for any other method."""
-    answers = any(callable(getattr(type(method), name, None)) for name in _CALLS)
-    return _FormerState(method, prompt) if answers else None
 
 
 class _FormerState(MethodState):

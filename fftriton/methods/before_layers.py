@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_budget
-from .base import Method, MethodState, Prompt, Steps, VideoTokens, former_state
+from .base import Method, MethodState, Prompt, Steps, VideoTokens
 
 if TYPE_CHECKING:
     from .chain import Chain
@@ -28,7 +28,7 @@ class BeforeLayers(Method):
         return Chain([self, other]) if isinstance(other, Method) else NotImplemented
 
     def begin(self, prompt: Prompt) -> MethodState:
-        return former_state(self, prompt) or BeforeLayersState(self, prompt)
+        return BeforeLayersState(self, prompt)
 
     def num_kept(self, tokens: VideoTokens) -> int:
         """round(budget * video tokens), at least 1."""

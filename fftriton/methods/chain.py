@@ -121,7 +121,7 @@ class _ChainState(MethodState):
 
     @property
     def last(self) -> MethodState | None:
-        """The state of the last method; None before it has begun."""
+        """The state of the last method; None before it has begun, and if nothing was left for it."""
         return self.states[-1] if len(self.states) == len(self.method.methods) else None
 
     @property
@@ -136,21 +136,21 @@ class _ChainState(MethodState):
 
     def before_attention(self, layer: int, tokens: VideoTokens) -> Steps:
         if layer > 0:
-            assert self.last is not None  # begun before layer 0
-            return self.last.before_attention(layer, tokens)
+            return [] if self.last is None else list_steps(self.last.before_attention(layer, tokens))
         steps = list_steps(self.states[0].before_attention(0, tokens))
         for method in self.method.methods[1:]:
             left = steps[-1] if steps else tokens
             if any(map(wrong_kind, steps)):
                 break  # an error of the caller's
+            if left.num_video == 0:
+                break  # nothing is left for the others
             self.left = left.num_video / self.prompt.num_video_tokens
             self.states.append(start(_scaled(method, 1 / self.left), _prompt_of(left, self.prompt)))
             steps = steps + list_steps(self.states[-1].before_attention(0, left))
         return steps
 
     def after_attention(self, layer: int, tokens: VideoTokens) -> Steps:
-        assert self.last is not None  # begun before layer 0
-        return self.last.after_attention(layer, tokens)
+        return [] if self.last is None else list_steps(self.last.after_attention(layer, tokens))
 
 
 def _parameters(method: Method) -> list[str]:
@@ -166,9 +166,10 @@ def _scaled(method: Method, factor: float) -> Method:
 def _prompt_of(tokens: VideoTokens, prompt: Prompt) -> Prompt:
     """The prompt, with holes where tokens have left it."""
     left = tokens.position[0].cpu()
-    layouts = []
-    for layout in prompt.layouts:
+    layouts, numbers = [], []
+    for video, layout in enumerate(prompt.layouts):
         positions = layout.positions.where(torch.isin(layout.positions, left), -1)
         if bool((positions >= 0).any()):
             layouts.append(VideoLayout(positions, layout.sample))
-    return replace(prompt, layouts=layouts)
+            numbers.append(prompt.number_of(video))
+    return replace(prompt, layouts=layouts, video_numbers=numbers)

@@ -58,6 +58,10 @@ def make(components: Sequence[Component], budget: float) -> Method:
     methods = []
     for number, component in enumerate(components, 1):
         cls, parameters = _resolve(component, Method)
+        if cls is Chain:
+            raise ValueError(
+                f"fftriton: method must have plus signs between the methods of a chain, got '{component.name}'"
+            )
         if number < len(components) and not issubclass(cls, BeforeLayers):
             raise ValueError(
                 f"fftriton: method '{component.name}' cannot come before '{components[number].name}', because it works "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fftriton_kernels import linked_cosine_similarity, merge_roots
 
-from ..checks import check_budget, check_choice, check_count, check_real
+from ..checks import check_bool, check_budget, check_choice, check_count, check_real
 from .base import Method, MethodState, Prompt, Steps, VideoTokens
 
 STAGES = (("merge", "prune"), ("merge",), ("prune",), ("prune", "merge"))
@@ -64,6 +64,7 @@ class FrameFusion(Method):
             check_count("FrameFusion", "importance_queries", self.importance_queries, 1)
         check_choice("FrameFusion", "stages", self.stages, STAGES)
         check_count("FrameFusion", "start_layer", self.start_layer, 0)
+        check_bool("FrameFusion", "cascaded", self.cascaded)
 
     def check(self, num_layers: int) -> None:
         """Raise a ValueError if the layers before `start_layer` already spend the budget."""

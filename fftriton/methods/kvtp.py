@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import check_budget, check_choice, check_count, check_positive
+from ..checks import check_bool, check_budget, check_choice, check_count, check_positive
 from .base import MethodState, Prompt, Steps, VideoTokens
 from .before_layers import BeforeLayers
 from .budgets import frame_budgets
@@ -91,6 +91,7 @@ class KVTP(BeforeLayers):
         check_budget("KVTP", "budget", self.budget)
         check_positive("KVTP", "temperature", self.temperature)
         check_count("KVTP", "min_tokens", self.min_tokens, 0)
+        check_bool("KVTP", "renumber", self.renumber)
         if not isinstance(self.pruner, Pruner):
             check_choice("KVTP", "pruner", self.pruner, tuple(PRUNERS))
         if self.min_tokens == 0 and (self.pruner == "tome" or isinstance(self.pruner, ToMe)):
@@ -148,15 +149,16 @@ class KVTP(BeforeLayers):
         text = tokens.hidden[0, tokens.patch[0] < 0]
         parts = [FrameRows(rows) for rows in frames.rows.split(sizes)]
         scores = []
-        for i, (part, size) in enumerate(zip(parts, sizes, strict=True), start=prompt.first_video):
-            relevance = self.relevance_of(i)
+        for video, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            number = prompt.number_of(video)
+            relevance = self.relevance_of(number)
             if callable(relevance):
                 sample = prompt.layouts[0].sample
-                relevance = relevance(FrameContext(sample, i, part.take(tokens.hidden), part.present, text))
+                relevance = relevance(FrameContext(sample, number, part.take(tokens.hidden), part.present, text))
                 _check_scores(relevance)
             if len(relevance) != size:
                 raise ValueError(
-                    f"KVTP: relevance must hold one score for each of the {size} frames of video {i}, "
+                    f"KVTP: relevance must hold one score for each of the {size} frames of video {number}, "
                     f"got {len(relevance)}"
                 )
             scores.append(relevance.to(tokens.hidden.device, torch.float32))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fftriton_kernels import segmented_topk_keep, topk_keep
 
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, check_seed
 from ..layouts.layout import VideoLayout
 from .base import VideoTokens
 
@@ -116,7 +116,7 @@ class RandomPruner(Pruner):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("RandomPruner", "seed", self.seed, 0)
+        check_seed("RandomPruner", "seed", self.seed)
 
     def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
         generator = torch.Generator().manual_seed(self.seed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_seed
 from .base import Prompt, VideoTokens
 from .before_layers import ScoringMethod
 
@@ -31,7 +31,7 @@ class RandomTokens(ScoringMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("RandomTokens", "seed", self.seed, 0)
+        check_seed("RandomTokens", "seed", self.seed)
 
     def score(self, tokens: VideoTokens, prompt: Prompt) -> Tensor:
         return torch.rand(1, tokens.length, generator=torch.Generator().manual_seed(self.seed))

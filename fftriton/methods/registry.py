@@ -45,12 +45,12 @@ _TABLES = {"Method": METHODS | _CHAIN, "Pruner": PRUNERS}
 
 def names() -> list[str]:
     """The names of all methods: those of the package, then those of other distributions."""
-    return [*METHODS, *sorted({point.name for point in entry_points(group=GROUP)})]
+    return [*METHODS, *sorted({point.name for point in entry_points(group=GROUP)} - METHODS.keys())]
 
 
 def is_known(name: str) -> bool:
     """Whether a method has this name, other than as MODULE:CLASS."""
-    return _path("Method", name) is not None or _entry_point(name) is not None or name in FORMER
+    return _path("Method", name) is not None or entry_point(GROUP, name) is not None or name in FORMER
 
 
 def unfold(name: str, parameters: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -77,19 +77,11 @@ def find(kind: type, name: str) -> type:
     """
     parameter = kind.__name__.lower()
     path = _path(kind.__name__, name)
-    try:
-        if path is not None:
-            found = _load(path)
-        elif kind.__name__ == "Method" and (point := _entry_point(name)) is not None:
-            found = point.load()
-        elif ":" in name:
-            found = _load(name)
-        else:
-            raise ValueError(_unknown(kind, name))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"fftriton: {parameter} must be a class that can be imported, got {name!r}: {error}"
-        ) from error
+    point = entry_point(GROUP, name) if kind.__name__ == "Method" and path is None else None
+    place = path or (point.value if point else name)
+    if ":" not in place:
+        raise ValueError(_unknown(kind, name))
+    found = load(place, f"fftriton: {parameter}", name)
     if not isinstance(found, type) or not issubclass(found, kind):
         raise ValueError(f"fftriton: {parameter} must be a subclass of {kind.__name__}, got {name!r}, {found!r}")
     return found
@@ -104,7 +96,10 @@ def name_of(kind: type, cls: type) -> str:
     own = f"{cls.__module__}:{cls.__qualname__}"
     if "<locals>" in own:
         raise TypeError(f"fftriton: a {kind.__name__.lower()} must be a class that can be imported, got {own}")
-    return next((name for name, path in _TABLES[kind.__name__].items() if path == own), own)
+    places = {path: name for name, path in _TABLES[kind.__name__].items()}
+    if kind.__name__ == "Method":
+        places = {point.value: point.name for point in entry_points(group=GROUP)} | places
+    return places.get(own, own)
 
 
 def closest(word: str, choices: list[str]) -> str:
@@ -130,14 +125,28 @@ def _path(kind: str, name: str) -> str | None:
     return None
 
 
-def _entry_point(name: str) -> EntryPoint | None:
+def entry_point(group: str, name: str) -> EntryPoint | None:
+    """The entry point of this name, in any case and with or without hyphens and underscores."""
     wanted = _normal(name)
-    return next((point for point in entry_points(group=GROUP) if _normal(point.name) == wanted), None)
+    return next((point for point in entry_points(group=group) if _normal(point.name) == wanted), None)
 
 
-def _load(path: str) -> Any:
-    module, _, qualname = path.partition(":")
-    return reduce(getattr, qualname.split("."), importlib.import_module(module))
+def load(place: str, owner: str, given: str) -> Any:
+    """What is at MODULE:NAME.
+
+    Args:
+        place: MODULE:NAME, where NAME may have dots.
+        owner: what the error message starts with.
+        given: the name that it names.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    module, _, qualname = place.partition(":")
+    try:
+        return reduce(getattr, qualname.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two for names such as ".x"
+        raise ValueError(f"{owner} must be a class that can be imported, got {given!r}: {error}") from error
 
 
 def _normal(name: str) -> str:

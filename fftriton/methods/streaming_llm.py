@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..checks import check_budget, check_count
-from .base import Method, MethodState, Prompt, Window, former_state
+from .base import Method, MethodState, Prompt, Window
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StreamingLLM(Method):
         check_count("StreamingLLM", "sinks", self.sinks, 0)
 
     def begin(self, prompt: Prompt) -> MethodState:
-        return former_state(self, prompt) or _StreamingLLMState(self, prompt)
+        return _StreamingLLMState(self, prompt)
 
 
 class _StreamingLLMState(MethodState):

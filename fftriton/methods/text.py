@@ -30,7 +30,7 @@ from .registry import is_known
 _NAME = r"[A-Za-z_][\w.-]*(?::[A-Za-z_][\w.]*)?"
 _WORD = re.compile(r"[A-Za-z_./~][\w./~@%-]*")  # texts that are written without quotes
 _CLOSING = {"(": ")", "[": "]"}
-_CONSTANTS = {"True": True, "False": False, "None": None}
+_CONSTANTS = {"True": True, "False": False, "None": None, "true": True, "false": False, "none": None}
 
 
 def parse(text: str, budget: float = 0.3) -> Method:

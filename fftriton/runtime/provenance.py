@@ -1,4 +1,4 @@
-"""Provenance of results: device, versions, commit, date and command."""
+"""Where results come from: versions, commit, date and command, and the name of a device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def provenance() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": version("transformers") or "",
         "date": today(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }
 
 
@@ -44,10 +44,17 @@ def commit() -> str:
         return ""
 
 
-def device_name(device: str) -> str:
+def _command() -> str:
+    """The command line; `python -m PACKAGE ...` if that is how it was started."""
+    program = Path(sys.argv[0])
+    start = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def device_name(device: str | torch.device) -> str:
     """The GPU's name; or the processor's, and how many threads compute."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     model = re.search(r"^model name\s*: (.+)$", _CPUINFO.read_text(), re.MULTILINE) if _CPUINFO.exists() else None
     threads = torch.get_num_threads()
     return f"{model[1].strip() if model else platform.machine()}, {threads} thread{'s' * (threads > 1)}"

@@ -91,7 +91,7 @@ class Target:
         try:
             device = torch.device(self.device)
             torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without CUDA
             raise ValueError(f"device must be one that torch can use here, got '{self.device}'") from error
         return device
 

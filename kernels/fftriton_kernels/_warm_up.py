@@ -23,7 +23,7 @@ def warm_up(
     head_dim: int,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    device: str | torch.device = "cuda",
+    device: str | torch.device | None = None,
     rotary_axes: int = 1,
 ) -> None:
     """Compile the kernels that merging and pruning need for models of one shape, by running each op on zeros.
@@ -37,20 +37,30 @@ def warm_up(
         heads, kv_heads: attention heads of queries, and of keys and values.
         head_dim: width of a head.
         dtype: of hidden states, queries and keys: fp16, bf16 or fp32.
-        device: where the model runs.
+        device: where the model runs; None for the GPU if there is one.
         rotary_axes: 1, or 3 for models whose rotary embeddings keep an axis for time, height and width (Qwen2-VL).
 
     Raises:
         TypeError, ValueError: an argument that is no such number, dtype or device.
     """
-    for name, value in {"hidden_size": hidden_size, "kv_heads": kv_heads, "head_dim": head_dim}.items():
+    counts = {
+        "hidden_size": hidden_size, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim,
+        "rotary_axes": rotary_axes,
+    }  # fmt: skip
+    for name, value in counts.items():
         check_at_least("warm_up", name, value, 1)
-    check_at_least("warm_up", "heads", heads, 1)
-    check_at_least("warm_up", "rotary_axes", rotary_axes, 1)
+    if heads % kv_heads:
+        raise ValueError(f"warm_up: heads must be a multiple of kv_heads {kv_heads}, got {heads}")
     if dtype not in FLOATS:
         raise TypeError(f"warm_up: dtype must be {' or '.join(map(str, FLOATS))}, got {dtype}")
-    if torch.device(device).type == "cuda":
-        run_ops(hidden_size, heads, kv_heads, head_dim, dtype, torch.device(device), rotary_axes)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"warm_up: device must be one that torch knows, got {device!r}") from error
+    if device.type == "cuda":
+        run_ops(hidden_size, heads, kv_heads, head_dim, dtype, device, rotary_axes)
 
 
 def run_ops(

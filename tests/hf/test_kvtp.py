@@ -1,6 +1,7 @@
 """KVTP in the wrapper: exact counts before the first layer, true positions, and another method behind it."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from models import tiny_qwen2, video_embeddings
 
 import fftriton
 from fftriton import KVTP, FastV, FrameFusion, UniformFrames, frame_budgets
+from fftriton.methods import BeforeLayers
 
 PRUNERS = ["random", "topk", "prumerge", "tome"]
 SCORES = torch.tensor([0.0, 6.0, -1.0, 0.5, 3.0, 0.0, 1.0, 2.0])
@@ -227,6 +229,40 @@ def test_a_chain_reports_both_steps():
     gone = torch.cat([report.pruned, *(step.merged for step in report.merge_steps)]).sort().values
     video = layout[0].tokens
     assert torch.equal(gone, video[~torch.isin(video, report.kept_positions[-1])])
+
+
+@dataclass(frozen=True)
+class WithoutFirstVideo(BeforeLayers):
+    """Drops the first video of the sample."""
+
+    budget: float = 0.5
+
+    def shorten(self, tokens, prompt):
+        gone = torch.isin(tokens.position[0], prompt.layouts[0].tokens)
+        rows = (~gone).nonzero()[:, 0][None]
+        return tokens.keep(rows, tokens.num_video - int(gone.sum()))
+
+
+def test_a_chain_keeps_the_numbers_of_the_videos():
+    """The first of two videos is dropped; what is left is still number 1."""
+    seen = []
+
+    def noting(context):
+        seen.append(context.video)
+        return relevance(context)
+
+    model, inputs, _ = CASES["qwen2_vl"]()
+    logits, report = forward(model, inputs, WithoutFirstVideo() + KVTP(0.2, noting), None)
+    assert seen == [1]
+    assert len(report.layouts) == 2
+    scores = [torch.zeros(len(report.layouts[0].positions)), SCORES.roll(1)[: len(report.layouts[1].positions)]]
+    assert torch.equal(logits, forward(model, inputs, WithoutFirstVideo() + KVTP(0.2, scores), None)[0])
+
+
+def test_a_chain_of_which_the_first_leaves_nothing():
+    model, inputs, layout = qwen2()
+    _, report = forward(model, inputs, KVTP(0.01, min_tokens=0) + FrameFusion(0.01), layout)
+    assert report.vision_tokens_per_layer == [0] * 3
 
 
 def test_a_chain_with_nothing_to_do_first():

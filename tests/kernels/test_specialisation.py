@@ -46,6 +46,8 @@ def test_nothing_is_left_to_compile_after_a_warm_up(counted):
     [
         ({"hidden_size": 0}, ValueError, "warm_up: hidden_size must be at least 1, got 0"),
         ({"heads": 2.0}, TypeError, "warm_up: heads must be an int, got float"),
+        ({"heads": 5}, ValueError, "warm_up: heads must be a multiple of kv_heads 2, got 5"),
+        ({"device": "cudaa"}, ValueError, "warm_up: device must be one that torch knows, got 'cudaa'"),
         ({"dtype": torch.float64}, TypeError, "warm_up: dtype must be torch.float16 or .*, got torch.float64"),
     ],
 )
