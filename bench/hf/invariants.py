@@ -1,9 +1,10 @@
-"""What the checks of a reduction cost: a prefill and a decode step with them, against the same without.
+"""What the checks of a reduction cost, as a fraction of a prefill and of a decode step.
 
     python -m bench.hf.invariants
 
-One random Qwen2 is being reduced; its checks are switched off and on in turn, in an order that changes, so that drift
-hits both alike. The same without them, timed twice, says what is noise.
+One random Qwen2 is being reduced. A stopwatch around each check adds up the time inside it, and the whole call is timed
+as well: a difference between calls with and without checks would be smaller than the noise of the calls. On a GPU the
+stopwatch sees what the host spends, which includes every wait for the device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,13 +22,15 @@ from unittest import mock
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import fftriton
-from bench.hf.decode_overhead import RESULTS, build, in_turn, median_difference, prompt, stepper, write_csv
+from bench.hf.decode_overhead import RESULTS, WARM_UP, build, prompt, stepper, write_csv
 from bench.provenance import provenance
-from fftriton.hf import decoder_hooks, invariants
+from fftriton.hf import decoder_hooks
 from fftriton.hf import rows as batch_rows
+from fftriton.hf.invariants import Invariants
 
 PATCHES, TEXT = 49, 20
 METHODS = {
@@ -35,11 +38,15 @@ METHODS = {
     "fastv": fftriton.FastV(0.5),
     "keep-all": fftriton.KeepAll(),
 }
+CHECKS: tuple[tuple[Any, str], ...] = (
+    (decoder_hooks, "check_lengths"), (decoder_hooks, "check_growth"), (batch_rows, "check_left"),
+    (batch_rows, "versions"), (Invariants, "expect"), (Invariants, "expect_output"), (Invariants, "read"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV file. Times are milliseconds; `checks` is the median of the paired differences."""
+    """One line of the CSV file. Times are medians in milliseconds."""
 
     case: str
     stage: str
@@ -47,11 +54,9 @@ class Row:
     hidden: int
     tokens: int
     runs: int
-    without_p50: float
-    with_p50: float
-    checks: float
-    checks_percent: float
-    noise_percent: float  # the same for two that have none
+    total_p50: float
+    checks_p50: float
+    checks_percent: float  # of the total
     device: str
     torch: str
     triton: str
@@ -60,21 +65,34 @@ class Row:
     date: str
 
 
-def _nothing(*_: Any) -> None:
-    """In place of a check."""
+class Stopwatch:
+    """Adds up the time inside the outermost of nested calls."""
+
+    def __init__(self) -> None:
+        self.milliseconds, self._depth = 0.0, 0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with the time that it takes added up."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    self.milliseconds += (time.perf_counter() - start) * 1000
+
+        return timed
 
 
 @contextmanager
-def unchecked() -> Iterator[None]:
-    """Without checks; what takes their place is as quick as a function can be, unlike a Mock."""
-    first: Callable[[Any], int] = lambda layers: layers[0].get_seq_length() if layers else 0  # noqa: E731
-    with (
-        mock.patch.object(decoder_hooks, "check_lengths", first),
-        mock.patch.object(decoder_hooks, "check_growth", _nothing),
-        mock.patch.object(batch_rows, "check_left", lambda method, stage, layer, before, after, *_: after),
-        mock.patch.object(batch_rows, "versions", _nothing),
-        mock.patch.object(invariants.Invariants, "expect_output", _nothing),
-    ):
+def watched(watch: Stopwatch) -> Iterator[None]:
+    """Put the stopwatch around every check."""
+    with ExitStack() as stack:
+        for owner, name in CHECKS:
+            stack.enter_context(mock.patch.object(owner, name, watch.around(getattr(owner, name))))
         yield
 
 
@@ -90,7 +108,7 @@ def measure(
     rows = []
     with fftriton.reduce(model, METHODS[case], lambda _, given: layout if "inputs_embeds" in given else []):
 
-        def run() -> float:
+        def prefill() -> float:
             start = time.perf_counter()
             model(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1)
             if device == "cuda":
@@ -98,44 +116,43 @@ def measure(
             return (time.perf_counter() - start) * 1000
 
         step, _ = stepper(model, embeddings, device)
-        for stage, call, count in (("prefill", run, runs), ("decode step", step, 10 * runs)):
-            rows.append(compare(case, stage, call, count, layers, hidden, TEXT + video, about))
+        for stage, call, count in (("prefill", prefill, runs), ("decode step", step, 10 * runs)):
+            totals, checks = in_checks(call, count, f"{case}, {stage}")
+            total, check = statistics.median(totals), statistics.median(checks)
+            rows.append(
+                Row(case, stage, layers, hidden, TEXT + video, count, total, check, 100 * check / total, **about)
+            )
     return rows
 
 
-def compare(
-    case: str, stage: str, call: Callable[[], float], runs: int, layers: int, hidden: int, tokens: int, about: Any
-) -> Row:
-    """The call with checks against the call without."""
-
-    def without() -> float:
-        with unchecked():
-            return call()
-
-    plain, checked, control = in_turn([without, call, without], runs, f"{case}, {stage}")
-    middle, checks = statistics.median(plain), median_difference(checked, plain)
-    return Row(
-        case=case, stage=stage, layers=layers, hidden=hidden, tokens=tokens, runs=runs, without_p50=middle,
-        with_p50=statistics.median(checked), checks=checks, checks_percent=100 * checks / middle,
-        noise_percent=100 * median_difference(control, plain) / middle, **about,
-    )  # fmt: skip
+def in_checks(call: Callable[[], float], runs: int, label: str) -> tuple[list[float], list[float]]:
+    """Milliseconds of each call, and those of them inside checks."""
+    totals, checks = [], []
+    for count in track(range(WARM_UP + runs), label, transient=True):
+        watch = Stopwatch()
+        with watched(watch):
+            total = call()
+        if count >= WARM_UP:
+            totals.append(total)
+            checks.append(watch.milliseconds)
+    return totals, checks
 
 
 def table(rows: list[Row]) -> Table:
     """What a reader compares."""
     out = Table("method", "stage", header_style="bold")
-    for heading in ("tokens", "without ms", "with ms", "checks ms", "checks", "noise"):
+    for heading in ("tokens", "total ms", "checks ms", "checks"):
         out.add_column(heading, justify="right")
     for row in rows:
         out.add_row(
-            row.case, row.stage, str(row.tokens), f"{row.without_p50:.3f}", f"{row.with_p50:.3f}",
-            f"{row.checks:+.3f}", f"{row.checks_percent:+.2f} %", f"{row.noise_percent:+.2f} %",
+            row.case, row.stage, str(row.tokens), f"{row.total_p50:.1f}", f"{row.checks_p50:.3f}",
+            f"{row.checks_percent:.2f} %",
         )  # fmt: skip
     return out
 
 
 def main(
-    runs: Annotated[int, typer.Option(min=1, help="Timed prefills; ten times as many decode steps.")] = 20,
+    runs: Annotated[int, typer.Option(min=1, help="Timed prefills; ten times as many decode steps.")] = 10,
     layers: Annotated[int, typer.Option(min=3)] = 28,
     hidden: Annotated[int, typer.Option(min=256, help="A multiple of 256.")] = 512,
     frames: Annotated[int, typer.Option(min=2, help="Of 49 tokens each.")] = 32,
