@@ -34,6 +34,7 @@ setup(
         "fftriton",
         "fftriton.app",
         "fftriton.evaluate",
+        "fftriton.former",
         "fftriton.hf",
         "fftriton.layouts",
         "fftriton.lmms",

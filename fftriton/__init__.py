@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .relevance import ContextFusion, SiglipRelevance
 
 __version__ = "0.1.0"
+__path__.append(f"{__path__[0]}/former")  # modules under their former names, for one more release
 
 __all__ = [
     "KVTP",
