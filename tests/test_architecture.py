@@ -92,9 +92,6 @@ def test_every_package_has_a_level():
 
 def test_there_are_no_loose_modules():
     assert {path.name for path in FFTRITON.glob("*.py")} == LOOSE
-    for name in FORMER:
-        path = FFTRITON / name
-        assert not path.exists() or "DeprecationWarning" in path.read_text()
 
 
 @pytest.mark.parametrize(
