@@ -19,7 +19,7 @@ from .chain import Chain
 from .pruners import Pruner
 from .registry import closest, find, name_of, unfold
 
-KINDS: dict[str, type] = {"method": Method, "pruner": Pruner}
+COMPONENTS: dict[str, type] = {"method": Method, "pruner": Pruner}
 """The classes that a parameter may be an instance of, by the key that names them in a dict."""
 
 _SPECIAL = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # that JSON has no numbers for
@@ -32,7 +32,7 @@ class Component:
     Args:
         name: as in `registry`.
         parameters: numbers, texts, booleans, None, lists and tuples of these, and components.
-        kind: a key of KINDS; None if the parameter that it is for decides.
+        kind: a key of COMPONENTS; None if the parameter that it is for decides.
     """
 
     name: str
@@ -103,8 +103,8 @@ def describe(value: Any, kind: str = "method") -> Component:
         TypeError: something else than a dataclass, or a parameter that is no number, text, boolean, None, method,
             pruner or list of these.
     """
-    if not isinstance(value, KINDS[kind]):
-        raise TypeError(f"fftriton: {kind} must be a {KINDS[kind].__name__}, got {type(value).__name__}")
+    if not isinstance(value, COMPONENTS[kind]):
+        raise TypeError(f"fftriton: {kind} must be a {COMPONENTS[kind].__name__}, got {type(value).__name__}")
     if not is_dataclass(value):
         raise TypeError(f"fftriton: {kind} must be a dataclass to be written, got {type(value).__name__}")
     owner = type(value).__name__
@@ -113,7 +113,7 @@ def describe(value: Any, kind: str = "method") -> Component:
     }
     if {"method", kind} & parameters.keys():
         raise TypeError(f"fftriton: {owner}: a parameter must not be called '{kind}' to be written")
-    return Component(name_of(KINDS[kind], type(value)), parameters, kind)
+    return Component(name_of(COMPONENTS[kind], type(value)), parameters, kind)
 
 
 def class_of(component: Component) -> type:
@@ -168,8 +168,8 @@ def _fit(value: Any, hint: Any) -> Any:
 
 def _kind(component: Component, wanted: list[type]) -> type:
     if component.kind is not None:
-        return KINDS[component.kind]
-    kinds = wanted or list(KINDS.values())
+        return COMPONENTS[component.kind]
+    kinds = wanted or list(COMPONENTS.values())
     for kind in kinds:
         with suppress(ValueError):
             find(kind, component.name)
@@ -182,7 +182,7 @@ def _is_list(origin: Any) -> bool:
 
 
 def _kinds(origin: Any) -> list[type]:
-    return [kind for kind in KINDS.values() if isinstance(origin, type) and issubclass(origin, kind)]
+    return [kind for kind in COMPONENTS.values() if isinstance(origin, type) and issubclass(origin, kind)]
 
 
 def _options(hint: Any) -> list[Any]:
@@ -200,7 +200,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _plain(owner: str, name: str, value: Any) -> Any:
-    for kind, cls in KINDS.items():
+    for kind, cls in COMPONENTS.items():
         if isinstance(value, cls):
             return describe(value, kind)
     if value is None or isinstance(value, bool | str):

@@ -24,7 +24,7 @@ from typing import Any
 
 from .base import Method
 from .chain import Chain
-from .components import KINDS, Component, build, describe, make
+from .components import COMPONENTS, Component, build, describe, make
 from .registry import is_known
 
 _NAME = r"[A-Za-z_][\w.-]*(?::[A-Za-z_][\w.]*)?"
@@ -216,7 +216,7 @@ def _as_json(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        for kind in KINDS:
+        for kind in COMPONENTS:
             if kind in value:
                 name = value[kind]
                 if not isinstance(name, str):
