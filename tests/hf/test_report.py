@@ -32,12 +32,20 @@ def report_of(model, inputs, method=METHOD):
 
 
 @pytest.fixture(scope="module")
-def single():
+def in_pytorch():
+    """As the fixture `interpreter`, which comes later than those of the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fftriton_kernels._dispatch.INTERPRET", False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def single(in_pytorch):
     return report_of(tiny_qwen2_vl(), video_prompt())
 
 
 @pytest.fixture(scope="module")
-def batch():
+def batch(in_pytorch):
     family = FAMILIES["qwen2_vl"]
     samples = [family.inputs(), family.inputs((), image=False, seed=1), family.inputs((6,), image=False, seed=2)]
     return report_of(family.model(), collate(samples, "left"))
