@@ -18,6 +18,19 @@ from .bars import Bars, make_progress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
+# The options of both commands that make up a Target.
+Model = Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")]
+Device = Annotated[str | None, typer.Option(help="Torch device (default: the GPU if there is one).")]
+DType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32).")
+]
+Attention = Annotated[
+    str | None,
+    typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2 (default: the model's)."),
+]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum answer length (default: checkpoint's).")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the checkpoint to run its own code.")]
+
 _FAILED = 2  # exit code: bad input, or a file that cannot be written
 
 
@@ -28,7 +41,7 @@ def main() -> None:
 
 @app.command()
 def run(
-    model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")] = None,
+    model: Model = None,
     video: Annotated[Path | None, typer.Option(help="Video file.")] = None,
     question: Annotated[str | None, typer.Option(help="Question about the video.")] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(names())}.")] = "framefusion",
@@ -46,18 +59,11 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for pictures and report.json.")] = Path("fftriton-out"),
     frames: Annotated[int, typer.Option(help="Number of frames to sample.")] = 16,
     max_pixels: Annotated[int | None, typer.Option(help="Maximum pixels per frame (default: checkpoint's).")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum answer length (default: checkpoint's).")] = None,
-    device: Annotated[str | None, typer.Option(help="Torch device (default: the GPU if there is one).")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32).")
-    ] = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2 (default: the model's)."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow the checkpoint to run its own code.")
-    ] = False,
+    max_new_tokens: MaxNewTokens = None,
+    device: Device = None,
+    dtype: DType = None,
+    attention: Attention = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Ask a model about a video with its vision tokens reduced; print the cost and draw the merged patches.
 
@@ -110,23 +116,16 @@ def evaluate(
         str | None, typer.Option(help="Split of the task; needle: easy (the default), hard, blended, real or long.")
     ] = None,
     frames: Annotated[str, typer.Option(help="Frames per video, separated by commas (default: split's).")] = "",
-    model: Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")] = None,
+    model: Model = None,
     reference: Annotated[
         str | None, typer.Option(help="Method to test the others against (default: the first that is not keep-all).")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for records, results and pictures.")] = Path("fftriton-eval"),
-    device: Annotated[str | None, typer.Option(help="Torch device (default: the GPU if there is one).")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32).")
-    ] = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2 (default: the model's)."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow the checkpoint to run its own code.")
-    ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum answer length (default: checkpoint's).")] = None,
+    device: Device = None,
+    dtype: DType = None,
+    attention: Attention = None,
+    trust_remote_code: TrustRemoteCode = False,
+    max_new_tokens: MaxNewTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the results, as a JSON list.")] = False,
 ) -> None:
     """Measure accuracy and cost of methods, all on the same samples.
