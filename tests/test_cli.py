@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,18 @@ def test_kvtp_takes_its_budgets_from_a_predictor(tmp_path):
     (job,) = prepare(options, lambda _: nullcontext(lambda done, total: None))
     expected = predictor(job.video.frames, job.clip.question)
     torch.testing.assert_close(job.method.relevance.scores, expected)
+
+
+def test_a_predictor_may_be_named_in_the_method(tmp_path):
+    small_siglip(WORDS, side=64, patch=16, width=16, depth=1).save_pretrained(tmp_path / "siglip")
+    named = Options(method=f"kvtp:relevance='{tmp_path / 'siglip'}'", video=NEEDLE.path, out=tmp_path / "out")
+    given = replace(named, method="kvtp", relevance=str(tmp_path / "siglip"))
+    (first,), (second,) = (
+        prepare(options, lambda _: nullcontext(lambda done, total: None)) for options in (named, given)
+    )
+    torch.testing.assert_close(first.method.relevance.scores, second.method.relevance.scores)
+    with pytest.raises(ValueError, match="must be told the question that is asked"):
+        replace(named, method=named.method + ":question=unrelated")
 
 
 def test_dtype_and_attention_are_those_of_the_model(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import check_count
-from ..methods import KVTP, Chain, Method, parse
+from ..evaluate import Setting
+from ..methods import KVTP, Chain, Method
 from ..relevance import load_relevance
 from ..runtime.files import check_out
 from ..runtime.processing import unknown_words
@@ -33,7 +34,8 @@ class Options:
         target: the model.
         video: a video file; None for the shipped clips.
         question: question about the video; None for the clip's own.
-        method: method as text, as for `fftriton.methods.parse`.
+        method: method as text, as for `fftriton.methods.parse`; the parameter `relevance` of kvtp may name the
+            checkpoint of a SigLIP.
         budget: fraction of the vision tokens to keep, in (0, 1].
         relevance: for the method kvtp, the SigLIP checkpoint that scores the frames: a folder, or a name on the
             Hugging Face hub. None gives all frames the same score.
@@ -65,10 +67,12 @@ class Options:
         if self.max_pixels is not None:
             check_count("fftriton", "max_pixels", self.max_pixels, 1)
 
-    def make_method(self, **parameters: Any) -> Method:
+    def make_method(self) -> Method:
         """The method with its budget."""
-        method = parse(self.method, self.budget)
-        return replace(method, **parameters) if parameters else method  # type: ignore[type-var]
+        setting = Setting(self.method, self.budget)
+        if setting.is_control:
+            raise ValueError(f"method must be told the question that is asked, got '{self.method}'")
+        return setting.method()
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ def _encode(target: Target, clip: Clip, video: Video, method: Method) -> Job:
 def _methods(options: Options, clips: list[Clip], videos: list[Video], open_bar: OpenBar) -> list[Method]:
     """The method for each clip, with the relevance of the frames if requested."""
     if options.relevance is None:
-        return [options.make_method() for _ in clips]
+        pairs = zip(clips, videos, strict=True)
+        return [options.make_method().about(video.frames, clip.question) for clip, video in pairs]
     predictor = load_relevance(options.relevance).to(options.target.torch_device())
     methods = []
     with open_bar("Scoring the frames") as on_progress:
