@@ -7,6 +7,7 @@ batch, they stand at the right end of their rows, after padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ class ReducedLayer(DynamicLayer):
         self.permit = Permit()
         self.snapshot: Snapshot | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return {**self.__dict__, "snapshot": None}  # no forward writes to a copy
+
     def _forget(self) -> None:
         self.reduced, self.missing, self.fixed, self.broken = False, 0, 0, False
         self.valid: Tensor | None = None
@@ -76,6 +81,7 @@ class ReducedLayer(DynamicLayer):
         return super().get_seq_length()
 
     def get_seq_length(self, *args: Any) -> int:
+        self._settle()
         return super().get_seq_length() + self.missing
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,6 +139,11 @@ class ReducedLayer(DynamicLayer):
         if self.snapshot is not None:
             self.snapshot.restore()
 
+    def _settle(self) -> None:
+        """The same, unless the forward is still on its way."""
+        if self.snapshot is not None and not self.snapshot.is_running():
+            self.snapshot.restore()
+
     def reset(self) -> None:
         self.recover()
         self.keys = self.values = None  # as in a new layer
@@ -169,9 +180,13 @@ class Snapshot:
     It holds keys and values only of layers that forget some. The layers refer to it until the forward has ended, with
     success or without. What recurrent layers held, and layers that have only now begun to forget, cannot be taken back:
     such a cache is emptied if it was empty before; otherwise it cannot be used until it is reset.
+
+    Args:
+        cache: a DynamicCache, or None.
+        is_running: whether the forward is still on its way.
     """
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, is_running: Callable[[], bool]) -> None:
         layers = [] if cache is None else cache.layers
         for layer in layers:
             if isinstance(layer, ReducedLayer):
@@ -180,7 +195,7 @@ class Snapshot:
         for layer, *_ in self._states:
             layer.snapshot = self
         self._recurrent = [layer for layer in layers if not isinstance(layer, ReducedLayer)]
-        self._open = True
+        self.is_running, self._open = is_running, True
 
     def release(self) -> None:
         """The forward went through."""

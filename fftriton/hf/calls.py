@@ -25,6 +25,7 @@ class Call:
 
     Args:
         level: which of the modules around the decoder was called, 0 for the outermost.
+        frame: a frame that lasts as long as the call.
 
     Attributes:
         shape: [B, N] of the tokens that it was given, or None if no module has been given any.
@@ -39,7 +40,7 @@ class Call:
         snapshot: what they held before.
         expected: how many tokens they are to stand for after it.
         forward: what has been opened for it.
-        frame: the frame in which the decoder runs, once it does.
+        thread: in which it runs.
         outer: the call during which this one came, made by a hook of the user's.
         refused: whether a call that came during this one has just been refused.
         report: what was done to it, once the decoder has ended.
@@ -47,6 +48,7 @@ class Call:
     """
 
     level: int
+    frame: FrameType
     shape: torch.Size | None = None
     videos: list[PlacedVideo] = field(default_factory=list)
     later: int = 0
@@ -59,7 +61,7 @@ class Call:
     snapshot: Snapshot | None = None
     expected: int = 0
     forward: Continuation | None = None
-    frame: FrameType | None = None
+    thread: int = field(default_factory=threading.get_ident)
     outer: Call | None = None
     refused: bool = False
     report: Report | None = None
@@ -70,10 +72,9 @@ class Call:
         """Whether an exception is on its way through it."""
         return sys.exc_info()[1] is not self.handled
 
-    @property
     def is_running(self) -> bool:
-        """Whether the decoder is at work on it: torch runs no hook of ours after a KeyboardInterrupt."""
-        frame: FrameType | None = sys._getframe()
+        """Whether it is still on its way: torch runs no hook of ours after a KeyboardInterrupt."""
+        frame = sys._current_frames().get(self.thread)
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
         return frame is not None
@@ -123,7 +124,7 @@ class Calls:
         Raises:
             RuntimeError: during a call that is being reduced.
         """
-        while (before := self._thread.call) is not None and not before.is_running:
+        while (before := self._thread.call) is not None and not before.is_running():
             self.abandon()  # a KeyboardInterrupt has ended it
         if before is not None and before.forward is not None:
             before.refused = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from .cache import Permit, Snapshot, check_cache
@@ -11,6 +10,7 @@ from .classify import DecoderInput, Kind, Masks, check_visible, classify, is_new
 from .compat import take_deepstack
 from .continuation import Continuation
 from .finder import LayoutFinder, tokens_of
+from .hooks import torchs_frame
 from .intake import Intake
 from .invariants import check_growth, check_lengths
 from .layers import Forward, LayerHooks
@@ -56,11 +56,10 @@ class DecoderHooks:
         source = tokens_of(kwargs)
         if source is None:
             return args, kwargs  # the decoder refuses it
-        frame = sys._getframe(2)  # torch's, which calls hooks and forward; our Hook is in between
-        call = self._intake.arrive(kwargs, source, frame)
+        call = self._intake.arrive(kwargs, source, torchs_frame())
         given = take_input(decoder, source, kwargs, self._cache_name, self._permit)
         if not call.videos and is_new_prompt(given, kwargs):
-            self._intake.note_dense(call)
+            self._intake.note_dense(call.has_vision)
         self._take_snapshot(call, given)
         kind = self._classify(call, given)
         if kind is Kind.ONE_MASK:
@@ -72,7 +71,8 @@ class DecoderHooks:
     def _take_snapshot(self, call: Call, given: DecoderInput) -> None:
         """Note what the KV cache holds, and what it is to hold after the call."""
         reducible = given.reducible
-        call.snapshot, call.layers = Snapshot(given.cache if reducible else None), given.layers or ()
+        call.snapshot = Snapshot(given.cache if reducible else None, call.is_running)
+        call.layers = given.layers or ()
         call.expected = check_lengths(reducible) + given.source.shape[1]
 
     def _classify(self, call: Call, given: DecoderInput) -> Kind:

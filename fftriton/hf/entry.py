@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .cache import Permit
-from .calls import Call, Calls
+from .calls import Calls
 from .classify import reduced_layers
 from .compat import MASKS_WHEN_COMPILED, attention_name, cache_in, past_of
 from .decoder_hooks import DecoderHooks
 from .finder import tokens_of
-from .hooks import Hook, Undo
+from .hooks import Hook, Undo, torchs_frame
 from .intake import Intake
 from .layers import Forward
 
@@ -77,7 +78,7 @@ class EntryHooks:
 
     def _before_module(self, level: int, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         given = self._intake.named(level, args, kwargs)
-        call = self._intake.enter(level, given)
+        call = self._intake.enter(level, given, torchs_frame())
         if call is None:
             return None
         targets = [(name, shift) for name, shift in _LABELS.items() if _are_targets(given.get(name), call.shape)]
@@ -115,14 +116,14 @@ class EntryHooks:
         level = self._level_of(module)
         given = kwargs if level is None else self._intake.named(level, args, kwargs)
         if not hooks_ran and level is not None:
-            self._intake.enter(level, given)
+            self._intake.enter(level, given, sys._getframe(1))
         call, layers, source = self._calls.current, reduced_layers(cache_in(given)), tokens_of(given)
         if call is not None and call.videos:
             return True
         if source is not None and layers and self._decoder_hooks.masks.are_needed(layers, source):
             return True
         if level is not None and source is not None and not layers and (source.shape[1] > 1 or past_of(given) == 0):
-            self._intake.note_dense(call or Call(level))
+            self._intake.note_dense(call is not None and call.has_vision)
         return False
 
     @contextmanager

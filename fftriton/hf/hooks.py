@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 Undo = list[Callable[[], object]]
@@ -30,6 +32,11 @@ class Hook:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         self.__deepcopy__({})
+
+
+def torchs_frame() -> FrameType:
+    """For a function that a Hook calls: the frame of torch's in which the module's hooks and its forward run."""
+    return sys._getframe(3)  # this function, the other, and the Hook
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable], undo: Undo) -> None:

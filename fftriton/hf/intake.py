@@ -51,8 +51,8 @@ class Intake:
             return kwargs
         return {**bound.pop("kwargs", {}), **bound}
 
-    def enter(self, level: int, given: Mapping[str, Any]) -> Call | None:
-        """Note what the module at this level is given.
+    def enter(self, level: int, given: Mapping[str, Any], frame: FrameType) -> Call | None:
+        """Note what the module at this level is given. frame: one that lasts as long as the module's forward.
 
         Returns:
             The call, or None if there is nothing more to note.
@@ -63,7 +63,7 @@ class Intake:
         """
         call = self._calls.current
         if call is None or call.begun or call.level >= level:  # no call of a module around this one is on its way
-            call = self._calls.begin(Call(level))
+            call = self._calls.begin(Call(level, frame))
         tokens, moved = tokens_of(given), False
         if tokens is None:
             call.has_vision = call.has_vision or _has_pixels(given)
@@ -95,7 +95,7 @@ class Intake:
         Args:
             given: the decoder's arguments by name.
             source: the tokens among them.
-            frame: where the decoder runs.
+            frame: one that lasts as long as the decoder's forward.
 
         Raises:
             ValueError: a call that passed by all hooks, or tokens that are not those of the call.
@@ -108,12 +108,12 @@ class Intake:
                     "reduce: prefill_chunk_size must not be given before transformers 5: it passes by all hooks"
                 )
             has_vision = given.get("inputs_embeds") is not None
-            call = self._calls.begin(Call(len(self._modules) - 1, has_vision=has_vision))
+            call = self._calls.begin(Call(len(self._modules) - 1, frame, has_vision=has_vision))
         elif call.shape is None and call.has_vision is not False:
             raise UnknownReleaseError(
                 "a call with images or videos must pass 'input_ids' or 'inputs_embeds' to a module around the decoder"
             )
-        call.begun, call.frame = True, frame
+        call.begun = True
         if call.shape is None or self._finder.is_listed:
             self._look(call, given)
         elif call.videos and call.shape != source.shape[:2]:
@@ -127,12 +127,12 @@ class Intake:
         """Whether hidden states are asked for."""
         return self._decoder.config.output_hidden_states if call.wants_states is None else call.wants_states
 
-    def note_dense(self, call: Call) -> None:
-        """Note that a prompt runs in which no video is known."""
+    def note_dense(self, has_vision: bool | Tensor) -> None:
+        """Note that a prompt runs in which no video is known. has_vision: whether it has pixels or embeddings."""
         if self._finder.depth > 1 or self._finder.prompt_has_video:  # an assistant's, or candidates
             return
         self._latest.set(None)
-        self._notices.note_dense(call.has_vision)
+        self._notices.note_dense(has_vision)
 
     def _look(self, call: Call, given: Mapping[str, Any]) -> None:
         """Look for videos, unless a module further out has found some."""

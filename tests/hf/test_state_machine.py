@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import threading
 import warnings
@@ -220,9 +221,13 @@ class Machine(RuleBasedStateMachine):
             try:
                 return self.model(**inputs, **behind(conversation.cache)).logits
             except RuntimeError as error:
-                if not (self.subject.is_recurrent and "reset it, or take a new one" in str(error)):
-                    raise
+                self.check_refusal(error)
                 return None
+
+    def check_refusal(self, error: RuntimeError) -> None:
+        """A forward may refuse a cache whose recurrent states an error has spoilt, and nothing else."""
+        if not (self.subject.is_recurrent and "reset it, or take a new one" in str(error)):
+            raise error
 
     def fails(self, conversation: Conversation, inputs: dict[str, Any], fault: Fault) -> bool:
         """Run a forward with an error somewhere; False where the place was not reached, and the cache is as before."""
@@ -236,6 +241,8 @@ class Machine(RuleBasedStateMachine):
             except error:
                 conversation.interrupted = self.interrupted = error is ERRORS[2]
                 return True
+            except RuntimeError as refusal:
+                self.check_refusal(refusal)
         conversation.cache = untouched
         return False
 
@@ -360,7 +367,8 @@ class Machine(RuleBasedStateMachine):
                 with torch.no_grad():
                     self.model(**other)
 
-        modules = [module for layer in decoder_of(self.model).layers for module in layer.modules()]
+        inner_modules = [module for layer in decoder_of(self.model).layers for module in layer.modules()]
+        modules = [*inner_modules, *self.model.modules()]
         chosen = place % (len(modules) + 1)
         if chosen == len(modules):
             self.script.probes.append(call)
@@ -667,6 +675,43 @@ def test_one_order_of_calls(name: str, side: str, before: Fault | None) -> None:
         state.leave_and_enter(SCRIPTS[1], 0, 1)
         state.crop(conversation, before, 1, False, 1)
         state.reset(copied, before, 2)
+        state.caches_agree()
+    finally:
+        state.teardown()
+
+
+@pytest.mark.parametrize("kept", ["itself", "a copy", "a pickle"])
+@pytest.mark.parametrize("place", ["first layer", "head"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_interrupted_forward_is_gone_for_whoever_asks(name: str, place: str, kept: str) -> None:
+    """generate asks a cache for its length before any module is called."""
+    state = Machine(subject_of(name, "sdpa"))
+    state.enter(SCRIPTS[0])
+    try:
+        conversation = state.prompt([1], "left", None)
+        owner = state.model.lm_head if place == "head" else decoder_of(state.model).layers[0]
+        number = state.places.index((owner, "forward"))
+        state.settle(conversation, Fault(number, 2, late=True))
+        if kept != "itself":
+            copied = {"a copy": copy.deepcopy, "a pickle": lambda cache: pickle.loads(pickle.dumps(cache))}
+            conversation.cache = copied[kept](conversation.cache)
+        state.go_on_generating(conversation, 1, 2, 2)
+        assert conversation.length > state.subject.samples[1].inputs["input_ids"].shape[1]
+    finally:
+        state.teardown()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_vl"])
+def test_head_may_call_the_model(name: str) -> None:
+    """The decoder is through by then, and what it wrote stays."""
+    state = Machine(subject_of(name, "sdpa"))
+    state.enter(SCRIPTS[0])
+    try:
+        conversation = state.prompt([1], "left", None)
+        modules = [module for layer in decoder_of(state.model).layers for module in layer.modules()]
+        modules += state.model.modules()
+        for decoding in (False, True):
+            state.call_inside(conversation, 1, 2, None, 1, modules.index(state.model.lm_head), decoding)
         state.caches_agree()
     finally:
         state.teardown()
