@@ -18,6 +18,12 @@ from .compat import KNOWN_LAYERS, RecurrentLayer, UnknownReleaseError
 from .window import Windows
 
 
+_NOT_INSIDE = (
+    "the KV cache holds a reduced prompt, which only a model that is being reduced can read: use it inside "
+    "`with fftriton.reduce(...)`"
+)
+
+
 class Permit:
     """Says whether reduced caches can be used now. Copies of a cache share it; a pickle has none.
 
@@ -48,6 +54,7 @@ class ReducedLayer(DynamicLayer):
         permit: a reduced layer can be used while it is active.
         window: tokens outside of it are forgotten as soon as no later token can attend to them; None: nothing is.
         snapshot: that of the forward that is writing here, or was when it was interrupted; None between forwards.
+        beside_recurrent: whether other layers of the cache are recurrent.
     """
 
     keys: Any
@@ -58,6 +65,7 @@ class ReducedLayer(DynamicLayer):
         self._forget()
         self.permit = Permit()
         self.snapshot: Snapshot | None = None
+        self.beside_recurrent = False
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
@@ -84,15 +92,18 @@ class ReducedLayer(DynamicLayer):
         self._settle()
         return super().get_seq_length() + self.missing
 
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+        if (self.reduced or self.fixed) and not self.permit.active:  # recurrent layers change before an update refuses
+            raise RuntimeError(_NOT_INSIDE)
+        return super().get_mask_sizes(*args, **kwargs)
+
     def update(self, *args: Any, **kwargs: Any) -> Any:
         if self.broken:
             raise RuntimeError("the KV cache is from a forward that failed in the middle: reset it, or take a new one")
         is_called = self.permit.active and (self.permit.compiled or self.snapshot is not None)
         if (self.reduced or self.fixed) and not is_called:  # by another model, say
-            raise RuntimeError(
-                "the KV cache holds a reduced prompt, which only a model that is being reduced can read: use it inside "
-                "`with fftriton.reduce(...)`"
-            )
+            self.broken = self.beside_recurrent
+            raise RuntimeError(_NOT_INSIDE)
         keys, values = super().update(*args, **kwargs)
         if self.window is not None:
             self._forget_unseen(self.window)
@@ -250,6 +261,7 @@ def prepare(cache: Any, num_layers: int, permit: Permit) -> list[ReducedLayer | 
     cache.layers = [ReducedLayer.adopt(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     cache.layers += [ReducedLayer() for _ in range(num_layers - len(cache.layers))]
     layers = [layer if isinstance(layer, ReducedLayer) else None for layer in cache.layers]
+    is_recurrent = None in layers
     for layer in filter(None, layers):
-        layer.permit = permit
+        layer.permit, layer.beside_recurrent = permit, is_recurrent
     return layers

@@ -23,7 +23,8 @@ KNOWN_LAYERS = frozenset(kind for kind in vars(cache_utils).values() if isinstan
 """The classes that the layers of a KV cache may have in this release."""
 
 _LAYER_METHODS = (
-    "update", "get_seq_length", "crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices",
+    "update", "get_seq_length", "get_mask_sizes", "crop", "reset", "reorder_cache", "batch_repeat_interleave",
+    "batch_select_indices",
 )  # fmt: skip
 
 CACHE = ("cache", "past_key_values")

@@ -359,41 +359,61 @@ class Machine(RuleBasedStateMachine):
             inputs, valid, patch = self.subject.batch([number], "left")
             inputs.pop("attention_mask")
         other = {"input_ids": more_text(seed, 1, 1)} if decoding else self.subject.batch([inner], "left")[0]
-        after, busy = self.after(conversation, inputs, valid, patch), []
-
-        def call(*_: Any) -> None:
-            if not busy:
-                busy.append(True)
-                with torch.no_grad():
-                    self.model(**other)
-
-        inner_modules = [module for layer in decoder_of(self.model).layers for module in layer.modules()]
-        modules = [*inner_modules, *self.model.modules()]
-        chosen = place % (len(modules) + 1)
-        if chosen == len(modules):
-            self.script.probes.append(call)
-        else:
-            hook = modules[chosen].register_forward_hook(call)
-        refused = False
-        try:
-            logits = self.run(conversation, inputs)
-        except RuntimeError as error:
-            if "must not call the model" not in str(error):
-                raise
-            refused = True
-        finally:
-            if chosen == len(modules):
-                self.script.probes.clear()
-            else:
-                hook.remove()
-        if refused:
+        chosen, was_refused = place % (len(self.callers(self.model)) + 1), False
+        with self.calling(self.model, chosen, other):
+            try:
+                logits = self.run(conversation, inputs)
+            except RuntimeError as error:
+                if "must not call the model" not in str(error):
+                    raise
+                was_refused = True
+        if was_refused:
             conversation.check_lengths()
             logits = self.run(conversation, inputs)
+            after = self.after(conversation, inputs, valid, patch)
+        else:  # a call moves what an M-RoPE model keeps, of the plain model, too
+            with self.calling(self.subject.untouched, chosen, other):
+                after = self.after(conversation, inputs, valid, patch)
         if logits is None:
             self.start_again(conversation)
             return
         self.adopt(conversation, after)
         check_forward(self.subject, conversation, logits, False, conversation.cache)
+
+    @staticmethod
+    def callers(model: Any) -> list[Any]:
+        """The modules whose hooks may call the model, those of the layers twice as often."""
+        return [*(module for layer in decoder_of(model).layers for module in layer.modules()), *model.modules()]
+
+    @contextmanager
+    def calling(self, model: Any, chosen: int, inputs: dict[str, Any]) -> Iterator[None]:
+        """Let a module's hook call the model once or, behind the last module, the method of a reduced one."""
+        busy, modules = [], self.callers(model)
+
+        def call(*_: Any) -> None:
+            if not busy:
+                busy.append(True)
+                self.subject.is_seen = False
+                try:
+                    with torch.no_grad():
+                        model(**inputs)
+                finally:
+                    self.subject.is_seen = True
+
+        if chosen < len(modules):
+            handle = modules[chosen].register_forward_hook(call)
+            try:
+                yield
+            finally:
+                handle.remove()
+        elif model is self.model:
+            self.script.probes.append(call)
+            try:
+                yield
+            finally:
+                self.script.probes.clear()
+        else:
+            yield
 
     @rule()
     def enter_twice(self) -> None:
@@ -708,10 +728,24 @@ def test_head_may_call_the_model(name: str) -> None:
     state.enter(SCRIPTS[0])
     try:
         conversation = state.prompt([1], "left", None)
-        modules = [module for layer in decoder_of(state.model).layers for module in layer.modules()]
-        modules += state.model.modules()
+        modules = state.callers(state.model)
         for decoding in (False, True):
             state.call_inside(conversation, 1, 2, None, 1, modules.index(state.model.lm_head), decoding)
         state.caches_agree()
+    finally:
+        state.teardown()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5"])
+def test_refusal_outside_changes_nothing(name: str) -> None:
+    """Recurrent layers change their states before the first attention layer is reached."""
+    state = Machine(subject_of(name, "sdpa"))
+    state.enter(SCRIPTS[0])
+    try:
+        conversation = state.prompt([1], "left", None)
+        assert conversation.reduced
+        state.leave_and_enter(SCRIPTS[0], 0, 0)
+        state.go_on(conversation, 2)
+        assert conversation.length > state.subject.samples[1].inputs["input_ids"].shape[1]
     finally:
         state.teardown()

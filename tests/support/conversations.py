@@ -99,6 +99,7 @@ class Subject:
         self._known: dict[float, list[fftriton.VideoLayout]] = {}
         self.samples = self._embedded() if name == "qwen2" else self._with_pixels()
         self.is_recurrent = not all(hasattr(layer, "self_attn") for layer in self.decoder.layers)
+        self.is_seen = True  # whether `see` takes notice of a call
         self.has_axes = hasattr(self._inner(self.model), "rope_deltas")
 
     @staticmethod
@@ -161,11 +162,18 @@ class Subject:
     def see(self, run: Callable[[Any, DynamicCache], Any], conversation: Conversation) -> Turn:
         """What the decoder of the untouched copy gets in run(model, cache), and the copy's cache behind it."""
         cache, calls = copy.deepcopy(conversation.dense), []
+
+        def note_input(_: Any, args: tuple, given: dict[str, Any]) -> None:
+            if self.is_seen:
+                calls.append(dict(given))
+
+        def note_positions(_: Any, args: tuple, given: dict[str, Any]) -> None:
+            if self.is_seen:
+                calls[-1].update(rotary=given.get("position_ids", args[-1]))
+
         hooks = [
-            self.decoder.register_forward_pre_hook(lambda _, args, given: calls.append(dict(given)), with_kwargs=True),
-            self.decoder.rotary_emb.register_forward_pre_hook(
-                lambda _, args, kwargs: calls[-1].update(rotary=kwargs.get("position_ids", args[-1])), with_kwargs=True
-            ),
+            self.decoder.register_forward_pre_hook(note_input, with_kwargs=True),
+            self.decoder.rotary_emb.register_forward_pre_hook(note_positions, with_kwargs=True),
         ]
         try:
             with torch.no_grad(), self.with_deltas(conversation):
