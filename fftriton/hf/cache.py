@@ -17,7 +17,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from .compat import KNOWN_LAYERS, RecurrentLayer, UnknownReleaseError
 from .window import Windows
 
-
 _NOT_INSIDE = (
     "the KV cache holds a reduced prompt, which only a model that is being reduced can read: use it inside "
     "`with fftriton.reduce(...)`"

@@ -1,7 +1,9 @@
 """The Triton kernels of attention_column_sum: row norms, column sums over them, and both for few queries.
 
-A row of a tile is a (query, head of the group) pair; pairs run over the heads of a group first. attention.py has the
-formula and launches them.
+A row of a tile is a (query, head of the group) pair; pairs run over the heads of a group first. Norms and scores are
+kept in that order, so that a tile of them is contiguous. Exponentials are of base 2, for which there is an instruction:
+a score is multiplied by scale2 = scale * log2(e). The norm of a row is two numbers, its softmax exp2(score - shift) *
+weight: one alone would lose the precision of large scores. attention.py has the formula and launches them.
 """
 
 from __future__ import annotations
@@ -36,9 +38,13 @@ def _sequence(cu_q_ptr, cu_k_ptr, pid_b, Nq, Nk):
 
 @triton.jit
 def _load_rows(row_ptrs, mask, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    # [rows, BLOCK_D], zeros where masked and beyond D
+    # [rows, BLOCK_D], zeros where masked and beyond D; mask None: every row is there
     offs_d = tl.arange(0, BLOCK_D)
-    if BLOCK_D == D:
+    if mask is None and BLOCK_D == D:
+        x = tl.load(row_ptrs[:, None] + offs_d.to(tl.int64)[None, :] * stride_d)
+    elif mask is None:
+        x = tl.load(row_ptrs[:, None] + offs_d.to(tl.int64)[None, :] * stride_d, (offs_d < D)[None, :], other=0.0)
+    elif BLOCK_D == D:
         x = tl.load(row_ptrs[:, None] + offs_d.to(tl.int64)[None, :] * stride_d, mask=mask[:, None], other=0.0)
     else:
         mask_d = mask[:, None] & (offs_d < D)[None, :]
@@ -49,41 +55,53 @@ def _load_rows(row_ptrs, mask, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
+def _by_lane(score, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, RUN: tl.constexpr):
+    # [ROWS, _, LANES, RUN]: of the threads that share a row of a matrix unit's accumulators each holds one lane, so
+    # that sums over the other two axes exchange nothing between threads
+    return tl.reshape(score, (ROWS, COLUMNS // (LANES * RUN), LANES, RUN))
+
+
+@triton.jit
 def _finite(peak):
     # what a log-sum-exp subtracts: an infinite peak would make NaNs of -inf - -inf
     return tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
 
 
 @triton.jit
-def _softmax_total(total):
-    # a score of +inf makes the sum of exponentials infinite, and the softmax of the row NaN
-    return tl.where(total == float("inf"), float("nan"), total)
+def _store_norms(shift_ptrs, weight_ptrs, peak, total, mask, whole):
+    # from the highest score of rows and their sums of exp2(score - peak), which stay as they are unless rows are whole.
+    # A row that saw nothing has the weight 0; a score of +inf makes the softmax of its row NaN
+    if whole:
+        peak = tl.where(peak == float("-inf"), float("inf"), peak)
+        total = tl.where(total == 0.0, 0.0, tl.where(total == float("inf"), float("nan"), 1.0 / total))
+    tl.store(shift_ptrs, peak, mask=mask)
+    tl.store(weight_ptrs, total, mask=mask)
 
 
 @triton.jit
-def _load_norms(peak_ptr, total_ptr, offset, mask):
-    # a row of the softmax is exp(score - shift) * weight: 0 where masked and where the row saw nothing
-    shift = tl.load(peak_ptr + offset, mask=mask, other=float("inf"))
-    shift = tl.where(shift == float("-inf"), float("inf"), shift)
-    if total_ptr is None:
+def _load_norms(shift_ptr, weight_ptr, pair, mask):
+    # of whole rows; weight_ptr None: shifts are log-sum-exps, -inf of rows that saw nothing
+    shift = tl.load(shift_ptr + pair, mask=mask, other=float("inf"))
+    if weight_ptr is None:
+        shift = tl.where(shift == float("-inf"), float("inf"), shift)
         weight = tl.zeros_like(shift) + 1.0
     else:
-        total = tl.load(total_ptr + offset, mask=mask, other=1.0)
-        weight = tl.where(total == 0.0, 0.0, 1.0 / total)
+        weight = tl.load(weight_ptr + pair, mask=mask, other=0.0)
     return shift, weight
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _row_norm_kernel(
     q_ptr, k_ptr,                                  # q [B, H, Nq, d], k [B, Hkv, Nk, d]
-    peak_ptr, total_ptr,                           # each [shares, B, H, Nq] fp32: max score, sum of exp(score - max)
+    shift_ptr, weight_ptr,                         # each [shares, B, Hkv, pairs] fp32
     cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_ps, stride_pb, stride_ph, stride_pn,
-    scale, Nq, Nk, kv_heads, span,
+    stride_ps, stride_pb, stride_ph,
+    scale2, Nq, Nk, kv_heads, span,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, RUN: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     # grid (tiles of pairs, shares * Hkv, B): one program takes BLOCK_M pairs over `span` keys; long rows start first
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -105,40 +123,44 @@ def _row_norm_kernel(
         end = tl.minimum(end, last_query + Nk - Nq + 1)
         whole = tl.minimum(whole, (first // GROUP + Nk - Nq + 1) // BLOCK_N * BLOCK_N)
     whole = tl.maximum(whole, begin)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    peaks = tl.full((BLOCK_M, LANES), float("-inf"), tl.float32)  # of the keys of a lane each
+    totals = tl.zeros((BLOCK_M, LANES), tl.float32)
+    last_key = tl.zeros((BLOCK_M,), tl.int32) + Nk - 1  # that a pair sees
+    if CAUSAL:
+        last_key -= Nq - 1 - pair // GROUP
+    row_offsets = tl.arange(0, BLOCK_N).to(tl.int64) * stride_kn
     for MASKED in tl.static_range(2):
         for start in range(whole if MASKED else begin, end if MASKED else whole, BLOCK_N):
             offs_n = start + tl.arange(0, BLOCK_N)
-            k = _load_rows(k_ptr + offs_n.to(tl.int64) * stride_kn, offs_n < Nk, stride_kd, D, BLOCK_D)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
+            mask_n = offs_n < Nk if MASKED else None
+            k = _load_rows(k_ptr + tl.cast(start, tl.int64) * stride_kn + row_offsets, mask_n, stride_kd, D, BLOCK_D)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             if MASKED:
-                score = tl.where((offs_n < Nk)[None, :], score, float("-inf"))
-                if CAUSAL:
-                    seen = offs_n[None, :] <= (pair // GROUP + Nk - Nq)[:, None]
-                    score = tl.where(seen, score, float("-inf"))
-            higher = tl.maximum(peak, tl.max(score, 1))
+                score = tl.where(offs_n[None, :] <= last_key[:, None], score, float("-inf"))
+            score = _by_lane(score, BLOCK_M, BLOCK_N, LANES, RUN)
+            higher = tl.maximum(peaks, tl.max(tl.max(score, 3), 1) * scale2)
             shift = _finite(higher)
-            total = total * tl.exp(peak - shift) + tl.sum(tl.exp(score - shift[:, None]), 1)
-            peak = higher
-    offset = share.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * GROUP * stride_ph + q_start * stride_pn
-    offset += _pair_offsets(stride_ph, stride_pn, pair, GROUP)
-    tl.store(peak_ptr + offset, peak, mask=mask_m)
-    tl.store(total_ptr + offset, _softmax_total(total), mask=mask_m)
+            score = tl.exp2(score * scale2 - shift[:, None, :, None])
+            totals = totals * tl.exp2(peaks - shift) + tl.sum(tl.sum(score, 3), 1)
+            peaks = higher
+    peak = tl.max(peaks, 1)
+    total = tl.sum(totals * tl.exp2(peaks - _finite(peak)[:, None]), 1)
+    offset = share.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * stride_ph + q_start * GROUP + pair
+    _store_norms(shift_ptr + offset, weight_ptr + offset, peak, total, mask_m, tl.num_programs(1) == kv_heads)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _column_sum_kernel(
     q_ptr, k_ptr,                                  # q [B, H, Nq, d], k [B, Hkv, Nk, d]
-    peak_ptr, total_ptr, partial_ptr,              # peak, total [B, H, Nq] fp32, partial [B, Hkv * shares, C] fp32
+    shift_ptr, weight_ptr, partial_ptr,            # shift, weight [B, Hkv, pairs], partial [B, Hkv * shares, C], fp32
     cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_pb, stride_ph, stride_pn,
+    stride_pb, stride_ph,
     stride_sb, stride_ss, stride_sn,
-    scale, Nq, Nk, begin, end, shares,
+    scale2, Nq, Nk, begin, end, shares,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     # grid (key blocks, Hkv * shares, B): one program holds BLOCK_N keys and streams its share of the pairs past them
     pid_s = tl.program_id(1).to(tl.int64)
@@ -151,7 +173,7 @@ def _column_sum_kernel(
     k_ptr += pid_b * stride_kb + pid_h * stride_kh + k_start * stride_kn
     k = _load_rows(k_ptr + offs_n.to(tl.int64) * stride_kn, offs_n < end, stride_kd, D, BLOCK_D)
     q_ptr += pid_b * stride_qb + pid_h * GROUP * stride_qh + q_start * stride_qn
-    first_norm = pid_b * stride_pb + pid_h * GROUP * stride_ph + q_start * stride_pn
+    first_norm = pid_b * stride_pb + pid_h * stride_ph + q_start * GROUP
 
     tiles = tl.where(first_key < end, tl.cdiv(Nq * GROUP, BLOCK_M), 0)
     first = 0  # tile that sees the first key
@@ -163,33 +185,34 @@ def _column_sum_kernel(
     first += share * (tl.program_id(1) % shares)
     last = tl.minimum(first + share, tiles)
     whole = tl.minimum(tl.maximum(whole, first), last)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    totals = tl.zeros((BLOCK_N, LANES), tl.float32)
+    first_pair = tl.maximum(offs_n - (Nk - Nq), 0) * GROUP  # that sees a key, where causal
     for MASKED in tl.static_range(1 if CAUSAL else 0, -1, -1):
         for tile in range(first if MASKED else whole, whole if MASKED else last):
             pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            mask_m = pair < Nq * GROUP
-            pair = tl.minimum(pair, Nq * GROUP - 1)  # the last one again, of weight 0: zeros times Inf would be NaN
-            q = _load_rows(q_ptr + _pair_offsets(stride_qh, stride_qn, pair, GROUP), pair >= 0, stride_qd, D, BLOCK_D)
-            offset = first_norm + _pair_offsets(stride_ph, stride_pn, pair, GROUP)
-            shift, weight = _load_norms(peak_ptr, total_ptr, offset, mask_m)
-            score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - shift[None, :]
+            own = tl.minimum(pair, Nq * GROUP - 1)  # the last one again, of weight 0: zeros times Inf would be NaN
+            q = _load_rows(q_ptr + _pair_offsets(stride_qh, stride_qn, own, GROUP), None, stride_qd, D, BLOCK_D)
+            score = tl.dot(k, tl.trans(q), input_precision="ieee")
+            shift, weight = _load_norms(shift_ptr, weight_ptr, first_norm + pair, pair < Nq * GROUP)
+            score = score * scale2 - shift[None, :]
             if MASKED:
-                score = tl.where(offs_n[:, None] <= (pair // GROUP + Nk - Nq)[None, :], score, float("-inf"))
-            total += tl.sum(tl.exp(score) * weight[None, :], 1)
+                score = tl.where(pair[None, :] >= first_pair[:, None], score, float("-inf"))
+            totals += tl.sum(tl.sum(_by_lane(tl.exp2(score) * weight[None, :], BLOCK_N, BLOCK_M, LANES, RUN), 3), 1)
+    total = tl.sum(totals, 1)
     partial_ptr += pid_b * stride_sb + pid_s * stride_ss + k_start * stride_sn
     tl.store(partial_ptr + (offs_n - begin).to(tl.int64) * stride_sn, total, mask=offs_n < end)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _score_kernel(
-    q_ptr, k_ptr, score_ptr,                       # q [B, H, Nq, d], k [B, Hkv, Nk, d], score [B, H, Nq, C] fp32
-    peak_ptr, total_ptr,                           # each [key blocks, B, H, Nq] fp32
+    q_ptr, k_ptr, score_ptr,                       # q [B, H, Nq, d], k [B, Hkv, Nk, d], score [B, Hkv * pairs, C] fp32
+    shift_ptr, weight_ptr,                         # each [key blocks, B, Hkv * pairs] fp32
     cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_sb, stride_sh, stride_sm, stride_sn,
-    stride_ps, stride_pb, stride_ph, stride_pn,
-    scale, Nq, Nk, begin, end,
+    stride_sb, stride_sr, stride_sn,
+    stride_ps, stride_pb,
+    scale2, Nq, Nk, begin, end,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -199,6 +222,7 @@ def _score_kernel(
     pid_b = tl.program_id(2).to(tl.int64)
     pair = tl.arange(0, BLOCK_M)
     stored = pair < Nq * GROUP  # what a shorter sequence has not is -inf
+    row = pid_h * Nq * GROUP + pair
     q_start, k_start, Nq, Nk = _sequence(cu_q_ptr, cu_k_ptr, pid_b, Nq, Nk)
     end = tl.minimum(end, Nk)
     mask_m = pair < Nq * GROUP
@@ -207,29 +231,25 @@ def _score_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k_ptr += pid_b * stride_kb + pid_h * stride_kh + k_start * stride_kn
     k = _load_rows(k_ptr + offs_n.to(tl.int64) * stride_kn, offs_n < Nk, stride_kd, D, BLOCK_D)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2  # [BLOCK_M, BLOCK_N]
     score = tl.where(mask_m[:, None] & (offs_n < Nk)[None, :], score, float("-inf"))
     if CAUSAL:
         score = tl.where(offs_n[None, :] <= (pair // GROUP + Nk - Nq)[:, None], score, float("-inf"))
     peak = tl.max(score, 1)
-    total = tl.sum(tl.exp(score - _finite(peak)[:, None]), 1)
-    offset = pid_n.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * GROUP * stride_ph
-    offset += _pair_offsets(stride_ph, stride_pn, pair, GROUP)
-    tl.store(peak_ptr + offset, peak, mask=stored)
-    tl.store(total_ptr + offset, _softmax_total(total), mask=stored)
-    score_ptr += pid_b * stride_sb + pid_h * GROUP * stride_sh
-    score_ptr += (k_start + offs_n - begin).to(tl.int64)[None, :] * stride_sn
-    score_ptrs = score_ptr + _pair_offsets(stride_sh, stride_sm, pair, GROUP)[:, None]
+    total = tl.sum(tl.exp2(score - _finite(peak)[:, None]), 1)
+    offset = pid_n.to(tl.int64) * stride_ps + pid_b * stride_pb + row
+    _store_norms(shift_ptr + offset, weight_ptr + offset, peak, total, stored, tl.num_programs(0) == 1)
+    score_ptr += pid_b * stride_sb + (k_start + offs_n - begin).to(tl.int64)[None, :] * stride_sn
     asked = (offs_n >= begin) & (offs_n < end)
-    tl.store(score_ptrs, score, mask=stored[:, None] & asked[None, :])
+    tl.store(score_ptr + row[:, None] * stride_sr, score, mask=stored[:, None] & asked[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _score_sum_kernel(
-    score_ptr, peak_ptr, total_ptr, out_ptr,       # score [B, rows, C], peak, total [B, rows], out [B, C], all fp32
+    score_ptr, shift_ptr, weight_ptr, out_ptr,     # score [B, rows, C], shift, weight [B, rows], out [B, C], all fp32
     cu_k_ptr,                                      # [B + 1], None where no sequences are packed
     stride_sb, stride_sr, stride_sn,
-    stride_pb, stride_pr,
+    stride_pb,
     stride_ob, stride_on,
     rows, C,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -242,20 +262,17 @@ def _score_sum_kernel(
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        offset = pid_b * stride_pb + row.to(tl.int64) * stride_pr
-        shift, weight = _load_norms(peak_ptr, total_ptr, offset, row < rows)
+        shift, weight = _load_norms(shift_ptr, weight_ptr, pid_b * stride_pb + row, row < rows)
         mask = (row < rows)[:, None] & (offs_c < C)[None, :]
         score = tl.load(score_ptr + row.to(tl.int64)[:, None] * stride_sr, mask=mask, other=0.0)
-        total += tl.sum(tl.exp(score - shift[:, None]) * weight[:, None], 0)
+        total += tl.sum(tl.exp2(score - shift[:, None]) * weight[:, None], 0)
     tl.store(out_ptr + pid_b * stride_ob + (k_start + offs_c).to(tl.int64) * stride_on, total, mask=offs_c < C)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _add_norms_kernel(
     peaks_ptr, totals_ptr,                         # each [shares, rows] fp32
-    peak_ptr, total_ptr,                           # each [rows] fp32
-    stride_ss, stride_sr,
-    stride_pr,
+    shift_ptr, weight_ptr,                         # each [rows] fp32
     shares, rows,
     BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -266,12 +283,11 @@ def _add_norms_kernel(
     for start in range(0, shares, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         mask = (offs_s < shares)[:, None] & (row < rows)[None, :]
-        offset = offs_s.to(tl.int64)[:, None] * stride_ss + row[None, :] * stride_sr
+        offset = offs_s.to(tl.int64)[:, None] * rows + row[None, :]
         peaks = tl.load(peaks_ptr + offset, mask=mask, other=float("-inf"))
         totals = tl.load(totals_ptr + offset, mask=mask, other=0.0)
         higher = tl.maximum(peak, tl.max(peaks, 0))
         shift = _finite(higher)
-        total = total * tl.exp(peak - shift) + tl.sum(totals * tl.exp(peaks - shift[None, :]), 0)
+        total = total * tl.exp2(peak - shift) + tl.sum(totals * tl.exp2(peaks - shift[None, :]), 0)
         peak = higher
-    tl.store(peak_ptr + row * stride_pr, peak, mask=row < rows)
-    tl.store(total_ptr + row * stride_pr, total, mask=row < rows)
+    _store_norms(shift_ptr + row, weight_ptr + row, peak, total, row < rows, True)

@@ -96,6 +96,18 @@ def lookup(op: str, x: Tensor, width: int) -> Tile:
     return tuned or next(tile for bytes_, most, tile in _rows(family, op) if bytes_ == size and width <= most)
 
 
+def lanes(x: Tensor, columns: int) -> dict[str, int]:
+    """How the matrix units of x's device spread a row of `columns` sums over threads, those of other warps included.
+
+    Returns:
+        LANES: how many threads share a row. RUN: how many neighbours a thread holds.
+    """
+    family = _device(x.device)[1]
+    if family.startswith("sm10"):  # tcgen05, two groups of warps
+        return {"LANES": 2, "RUN": columns // 2}
+    return {"LANES": 4 if family == "sm90" else 8, "RUN": 2}  # wgmma gives whole rows to a warp, mma.sync half ones
+
+
 def candidates(op: str, size: int) -> tuple[Tile, ...]:
     """The tiles that `tune` tries, and the only ones that a cache file may hold."""
     if op == "attention" and size == 4:

@@ -36,19 +36,24 @@ from ._dispatch import (
     check_float,
     check_same_device,
     check_shape,
-    is_finite,
     runs_triton,
 )
 from ._ops import add_op_namespace_prefix
 from ._packed import check_bounds, check_max_seqlen
-from ._tiles import lookup
+from ._tiles import lanes, lookup
 
 _MOST_WIDTH = 256  # of a head: a whole row stays on chip
 _MOST_PAIRS = 2**30  # of a query and a head of a group, which are counted in 32 bits
 _FEW_QUERIES = 8  # whose scores, where one tile holds all pairs, are kept rather than computed twice
 _ENOUGH_PROGRAMS = 1024  # to fill a GPU and even out a causal mask; with fewer, programs share a row or a column
 _LEAST_KEYS = 256  # of a share of a row
+_LOG2_E = 1.4426950408889634
 _LEAST_TILES = 8  # of a share of a column
+
+
+_Norms = tuple[
+    Tensor, Tensor
+]  # a row of the softmax is exp2(score - shift) * weight: shift, weight [B, Hkv, pairs] fp32
 
 
 class _Packed(NamedTuple):
@@ -144,7 +149,7 @@ def attention_column_sum(
         q: [B, H, Nq, d] fp16, bf16 or fp32, any strides, d from 1 to 256. Packed: [Tq, H, d].
         k: [B, Hkv, Nk, d] of q's dtype, any strides. H is a multiple of Hkv; query head h reads key head
             h // (H / Hkv). Packed: [Tk, Hkv, d].
-        scale: positive factor on the scores; 1 / sqrt(d) if None.
+        scale: positive factor on the scores, at most 2**127; 1 / sqrt(d) if None.
         causal: if True, each query sees only the keys up to its own position, so Nq <= Nk. If False, every query sees
             every key. Packed: a sequence may have more queries than keys; its first queries then see nothing.
         lse: [B, H, Nq] fp32, any strides: natural log-sum-exp of the scaled scores of each of the Nq rows, as flash
@@ -207,8 +212,8 @@ def attention_column_sum(
     if scale is None:
         scale = width**-0.5
     check_float(op, "scale", scale)
-    if not (is_finite(scale) and scale > 0):
-        raise ValueError(f"{op}: scale must be positive and finite in fp32, got {scale}")
+    if not 0 < scale <= 2**127:  # finite in fp32 also when multiplied by log2(e)
+        raise ValueError(f"{op}: scale must be positive and at most 2**127, got {scale}")
     if num_queries is not None:
         check_at_least(op, "num_queries", num_queries, 1)
     if lse is not None:
@@ -278,13 +283,15 @@ def _column_sum(
         return q.new_zeros(1 if packed else len(q), k.shape[2] if packed else end - begin, dtype=torch.float32)
     one_tile = queries * (q.shape[1] // k.shape[1]) <= lookup("attention", q, q.shape[3]).streamed
     with torch.cuda.device_of(q):
-        if lse is not None:
-            total = _streamed_sum(q, k, lse, None, scale, causal, begin, end, packed)
-        elif queries <= _FEW_QUERIES and one_tile:
-            total = _kept_score_sum(q, k, scale, causal, begin, end, packed)
+        if lse is None and queries <= _FEW_QUERIES and one_tile:
+            total = _kept_score_sum(q, k, scale * _LOG2_E, causal, begin, end, packed)
         else:
-            norms = _row_norms(q, k, scale, causal, packed)
-            total = _streamed_sum(q, k, *norms, scale, causal, begin, end, packed)
+            norms: tuple[Tensor, Tensor | None]
+            if lse is None:
+                norms = _row_norms(q, k, scale * _LOG2_E, causal, packed)
+            else:
+                norms = _in_pairs(lse, k.shape[1]), None
+            total = _streamed_sum(q, k, norms, scale * _LOG2_E, causal, begin, end, packed)
     return total / q.shape[1]
 
 
@@ -295,8 +302,16 @@ def _sizes(q: Tensor, k: Tensor, packed: _Packed | None) -> tuple[int, int, tupl
     return packed.queries, packed.keys, packed[:2]
 
 
-def _row_norms(q: Tensor, k: Tensor, scale: float, causal: bool, packed: _Packed | None) -> tuple[Tensor, Tensor]:
-    """Each row's highest score and sum of exp(score - highest), [B, H, Nq] fp32. Many programs share few rows."""
+def _in_pairs(lse: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, Nq] natural log-sum-exps -> [B, Hkv, pairs] of base 2."""
+    batch, heads, rows = lse.shape
+    out = lse.new_empty(batch, kv_heads, rows, heads // kv_heads)
+    torch.mul(lse.unflatten(1, (kv_heads, -1)).transpose(2, 3), _LOG2_E, out=out)
+    return out.flatten(2)
+
+
+def _row_norms(q: Tensor, k: Tensor, scale2: float, causal: bool, packed: _Packed | None) -> _Norms:
+    """The norm of each row. Many programs share few rows."""
     batch, heads, rows, width = q.shape
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
@@ -306,43 +321,44 @@ def _row_norms(q: Tensor, k: Tensor, scale: float, causal: bool, packed: _Packed
     tiles = triton.cdiv(pairs, block_m)
     shares = _shares(tiles * kv_heads * batch, triton.cdiv(keys, _LEAST_KEYS))
     span = triton.cdiv(triton.cdiv(keys, shares), block_n) * block_n
-    peak, total = _new_norms(q, shares, 1 if packed else batch, heads, rows)
-    strides = peak.expand(-1, batch, -1, -1).stride()
+    shift, weight = _new_norms(q, shares, 1 if packed else batch, kv_heads, rows * heads // kv_heads)
     _row_norm_kernel[(tiles, shares * kv_heads, batch)](
-        q, k, peak, total, *bounds, *q.stride(), *k.stride(), *strides,
-        scale, queries, keys, kv_heads, span, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
-        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+        q, k, shift, weight, *bounds, *q.stride(), *k.stride(), *shift.expand(-1, batch, -1, -1).stride()[:3],
+        scale2, queries, keys, kv_heads, span, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
+        BLOCK_M=block_m, BLOCK_N=block_n, **lanes(q, block_n), CAUSAL=causal,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    peak, total = _added_norms(peak, total)
-    return peak.expand(batch, -1, -1), total.expand(batch, -1, -1)
+    shift, weight = _added_norms(shift, weight)
+    return shift.expand(batch, -1, -1), weight.expand(batch, -1, -1)
 
 
-def _added_norms(peaks: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms [shares, ...] of parts of the rows -> [...] of the whole rows."""
-    if peaks.shape[0] == 1:
+def _added_norms(peaks: Tensor, totals: Tensor) -> _Norms:
+    """Norms [shares, ...] of parts of the rows, contiguous -> [...] of the whole rows."""
+    if len(peaks) == 1:
         return peaks[0], totals[0]
-    flat = peaks.flatten(1)
-    peak, total = torch.empty_like(peaks[0]), torch.empty_like(peaks[0])
-    _add_norms_kernel[(triton.cdiv(peak.numel(), 16),)](
-        flat, totals, peak, total, *flat.stride(), 1, *flat.shape, BLOCK_S=64, BLOCK_R=16,
+    shift, weight = torch.empty_like(peaks[0]), torch.empty_like(peaks[0])
+    _add_norms_kernel[(triton.cdiv(shift.numel(), 16),)](
+        peaks, totals, shift, weight, len(peaks), shift.numel(), BLOCK_S=64, BLOCK_R=16,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return peak, total
+    return shift, weight
 
 
 def _streamed_sum(
     q: Tensor,
     k: Tensor,
-    peak: Tensor,
-    total: Tensor | None,
-    scale: float,
+    norms: tuple[Tensor, Tensor | None],
+    scale2: float,
     causal: bool,
     begin: int,
     end: int,
     packed: _Packed | None,
 ) -> Tensor:
-    """[B, C]: both sums, for any number of queries. Norms as `_row_norms` gives them, or a log-sum-exp and None."""
+    """[B, C]: the sums over heads and queries, for any number of queries.
+
+    norms: those of whole rows, or log-sum-exps of base 2 and None.
+    """
+    shift, weight = norms
     batch, heads, _, width = q.shape
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
@@ -353,19 +369,21 @@ def _streamed_sum(
     shares = _shares(key_blocks * kv_heads * batch, triton.cdiv(pairs, block_m * _LEAST_TILES))
     partial = _new_sums(q, k, packed, kv_heads * shares, columns=end - begin)
     _column_sum_kernel[(key_blocks, kv_heads * shares, batch)](
-        q, k, peak, total, partial, *bounds, *q.stride(), *k.stride(), *peak.stride(),
+        q, k, shift, weight, partial, *bounds, *q.stride(), *k.stride(), *shift.stride()[:2],
         *partial.expand(batch, -1, -1).stride(),
-        scale, queries, keys, begin, end, shares, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
-        BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+        scale2, queries, keys, begin, end, shares, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
+        BLOCK_M=block_m, BLOCK_N=block_n, **lanes(q, block_m), CAUSAL=causal,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     out = partial.sum(1)
     if causal:  # a row that is NaN is so where it is masked, too, in torch.softmax
-        spoiled = (peak if total is None else total).isnan()
-        out.masked_fill_(
-            _spoiled_keys(spoiled[0].any(0), len(out[0]), packed) if packed else spoiled.flatten(1).any(1)[:, None],
-            float("nan"),
-        )
+        spoiled = (shift if weight is None else weight).isnan()
+        if packed:
+            of_query = spoiled[0].view(kv_heads, -1, heads // kv_heads).transpose(0, 1).flatten(1).any(1)
+            spoiled = _spoiled_keys(of_query, len(out[0]), packed)
+        else:
+            spoiled = spoiled.flatten(1).any(1)[:, None]
+        out.masked_fill_(spoiled, float("nan"))
     return out
 
 
@@ -379,8 +397,8 @@ def _spoiled_keys(spoiled: Tensor, keys: int, packed: _Packed) -> Tensor:
     return inside & (before[ends] > before[begins])[sequence.clamp(0, len(ends) - 1)]
 
 
-def _new_norms(q: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
-    """Peaks and totals. Not one tensor cut in two: a size could leave the second half unaligned, for another kernel."""
+def _new_norms(q: Tensor, *sizes: int) -> _Norms:
+    """Not one tensor cut in two: a size could leave the second half unaligned, for another kernel."""
     return q.new_empty(sizes, dtype=torch.float32), q.new_empty(sizes, dtype=torch.float32)
 
 
@@ -392,9 +410,9 @@ def _new_sums(q: Tensor, k: Tensor, packed: _Packed | None, *sizes: int, columns
 
 
 def _kept_score_sum(
-    q: Tensor, k: Tensor, scale: float, causal: bool, begin: int, end: int, packed: _Packed | None
+    q: Tensor, k: Tensor, scale2: float, causal: bool, begin: int, end: int, packed: _Packed | None
 ) -> Tensor:
-    """[B, C]: both sums for few queries, whose scores are kept between the passes so that K is read once."""
+    """[B, C]: the same for few queries, whose scores are kept between the passes so that K is read once."""
     batch, heads, _, width = q.shape
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
@@ -402,20 +420,18 @@ def _kept_score_sum(
     block_n = tile.still
     key_blocks = triton.cdiv(keys, block_n)
     columns = k.shape[2] if packed else end - begin
-    score = q.new_empty(1 if packed else batch, heads, queries, columns, dtype=torch.float32)
-    score = score.expand(batch, -1, -1, -1)
-    peak, total = _new_norms(q, key_blocks, batch, heads, queries)
+    score = q.new_empty(1 if packed else batch, heads * queries, columns, dtype=torch.float32).expand(batch, -1, -1)
+    shift, weight = _new_norms(q, key_blocks, batch, heads * queries)
     _score_kernel[(key_blocks, kv_heads, batch)](
-        q, k, score, peak, total, *bounds, *q.stride(), *k.stride(), *score.stride(), *peak.stride(),
-        scale, queries, keys, begin, end, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
+        q, k, score, shift, weight, *bounds, *q.stride(), *k.stride(), *score.stride(), *shift.stride()[:2],
+        scale2, queries, keys, begin, end, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
         BLOCK_M=block(queries * (heads // kv_heads)), BLOCK_N=block_n, CAUSAL=causal,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     out = _new_sums(q, k, packed, columns=end - begin)
-    score = score.flatten(1, 2)
-    peak, total = (norm.flatten(1) for norm in _added_norms(peak, total))
+    shift, weight = _added_norms(shift, weight)
     _score_sum_kernel[(triton.cdiv(end - begin, 128), batch)](
-        score, peak, total, out, bounds[1], *score.stride(), *peak.stride(), *out.expand(batch, -1).stride(),
+        score, shift, weight, out, bounds[1], *score.stride(), shift.stride(0), *out.expand(batch, -1).stride(),
         score.shape[1], end - begin, BLOCK_R=16, BLOCK_C=128, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out

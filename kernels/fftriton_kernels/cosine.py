@@ -38,12 +38,26 @@ _FRAMES_A_PROGRAM = 8
 
 
 @triton.jit
-def _scaled(x):
+def _sums_of_two(a, b, BLOCK_D: tl.constexpr):
+    # at once, so that threads wait for each other once; eight neighbours, which one thread holds, come first
+    return tl.split(tl.sum(tl.sum(tl.reshape(tl.join(a, b), (BLOCK_D // 8, 8, 2)), 1), 0))
+
+
+@triton.jit
+def _sums_of_four(a, b, c, d, BLOCK_D: tl.constexpr):
+    rows = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK_D // 8, 8, 2, 2))
+    first, second = tl.split(tl.sum(tl.sum(rows, 1), 0))
+    sum_a, sum_b = tl.split(first)
+    sum_c, sum_d = tl.split(second)
+    return sum_a, sum_b, sum_c, sum_d
+
+
+@triton.jit
+def _factor(peak):
     # the power of two that brings the largest entry into [1, 2); NaN and Inf survive and are caught by the norm
-    peak = tl.max(tl.abs(x), 0)
     exponent = ((peak.to(tl.uint32, bitcast=True) >> 23) & 0xFF).to(tl.int32)
     biased = tl.minimum(tl.maximum(254 - exponent, 1), 254)
-    return x * (biased.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+    return (biased.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -61,24 +75,27 @@ def _strided_cosine_kernel(
     N, P,
     D: tl.constexpr, BLOCK_D: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
-    # grid (P * ceil(frames / FRAMES), B): one program walks one patch over FRAMES frames, keeping the row before
-    pid_p = tl.program_id(0).to(tl.int64) % P
-    t = pid_p + tl.program_id(0).to(tl.int64) // P * FRAMES * P
+    # grid (P * ceil(frames / FRAMES), B): one program walks one patch over FRAMES frames, from the frame before them;
+    # each row is on its way while the one before is reduced. A row that does not exist is 0, and so has no cosine
+    t = tl.program_id(0).to(tl.int64) % P + (tl.program_id(0).to(tl.int64) // P * FRAMES - 1) * P
     pid_b = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     x_ptr += pid_b * stride_xb + offs_d * stride_xd
-    before = tl.maximum(t - P, pid_p)
-    earlier = _scaled(tl.load(x_ptr + before * stride_xn, mask=offs_d < D, other=0.0).to(tl.float32))
-    earlier_square = tl.sum(earlier * earlier, 0)
-    for _ in range(FRAMES):
-        x = _scaled(tl.load(x_ptr + t * stride_xn, mask=offs_d < tl.where(t < N, D, 0), other=0.0).to(tl.float32))
-        square = tl.sum(x * x, 0)
-        similarity = tl.where(t < P, _NO_LINK, _cosine(tl.sum(x * earlier, 0), square, earlier_square))
-        if t < N:  # no mask: Triton 3.2's interpreter ignores that of a scalar
-            tl.store(out_ptr + pid_b * stride_ob + t * stride_on, similarity)
+    loaded = tl.load(x_ptr + t * stride_xn, mask=offs_d < tl.where(t >= 0, D, 0), other=0.0)
+    earlier = tl.zeros((BLOCK_D,), tl.float32)
+    earlier_square = 0.0
+    for frame in range(FRAMES + 1):
+        ahead = t + P
+        wanted = (frame < FRAMES) & (ahead < N)
+        x = loaded.to(tl.float32)
+        loaded = tl.load(x_ptr + ahead * stride_xn, mask=offs_d < tl.where(wanted, D, 0), other=0.0)
+        x *= _factor(tl.max(tl.abs(x), 0))
+        square, dot = _sums_of_two(x * x, x * earlier, BLOCK_D)
+        if (frame > 0) & (t < N):  # no mask: Triton 3.2's interpreter ignores that of a scalar
+            tl.store(out_ptr + pid_b * stride_ob + t * stride_on, _cosine(dot, square, earlier_square))
         earlier = x
         earlier_square = square
-        t += P
+        t = ahead
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -90,18 +107,23 @@ def _linked_cosine_kernel(
     N,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # grid (N, B): one program owns one output element
+    # grid (N, B): one program owns one output element; its own row is on its way before the partner is known
     pid_n = tl.program_id(0).to(tl.int64)
     pid_b = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     x_ptr += pid_b * stride_xb + offs_d * stride_xd
+    x = tl.load(x_ptr + pid_n * stride_xn, mask=offs_d < D, other=0.0)
     partner = tl.load(predecessor_ptr + pid_b * stride_pb + pid_n * stride_pn).to(tl.int64)
     linked = (partner >= 0) & (partner < N)
-    mask_d = offs_d < tl.where(linked, D, 0)  # without a partner nothing is read: the norms are 0, so NO_LINK
-    x = _scaled(tl.load(x_ptr + pid_n * stride_xn, mask=mask_d, other=0.0).to(tl.float32))
-    y = _scaled(tl.load(x_ptr + tl.where(linked, partner, 0) * stride_xn, mask=mask_d, other=0.0).to(tl.float32))
-    similarity = _cosine(tl.sum(x * y, 0), tl.sum(x * x, 0), tl.sum(y * y, 0))
-    tl.store(out_ptr + pid_b * stride_ob + pid_n * stride_on, similarity)
+    mask_d = offs_d < tl.where(linked, D, 0)  # the norm of no partner is 0, so NO_LINK
+    y = tl.load(x_ptr + tl.where(linked, partner, 0) * stride_xn, mask=mask_d, other=0.0)
+    x = x.to(tl.float32)
+    y = y.to(tl.float32)
+    x_peak, y_peak = tl.split(tl.max(tl.join(tl.abs(x), tl.abs(y)), 0))
+    x *= _factor(x_peak)
+    y *= _factor(y_peak)
+    dot, square, partner_square, _ = _sums_of_four(x * y, x * x, y * y, y * y, BLOCK_D)
+    tl.store(out_ptr + pid_b * stride_ob + pid_n * stride_on, _cosine(dot, square, partner_square))
 
 
 @torch.library.custom_op(add_op_namespace_prefix("strided_cosine_similarity"), mutates_args=())

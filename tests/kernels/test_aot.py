@@ -135,6 +135,39 @@ def test_what_counts_as_a_float_atomic(instruction, found):
     assert bool(re.search(pattern, instruction)) == found
 
 
+@pytest.fixture
+def hopper(output):
+    """The launches compiled for an H100, disassembled."""
+    rows = [row for row in output[1:] if row["target"] == "cuda:90"]
+    if "loops" not in rows[0]:
+        pytest.skip("no cuobjdump")
+    return rows
+
+
+@pytest.mark.parametrize(("kernel", "most"), [("_row_norm_kernel", 417), ("_column_sum_kernel", 729)])
+def test_column_sum_is_not_bound_by_instruction_issue(hopper, kernel, most):
+    """Instructions of a thread for 128 x 64 scores, which cost the matrix units 512 cycles; four warps issue one each
+    in a cycle. Three programs an SM hide what the others wait for."""
+    if VERSION < (3, 6):
+        pytest.skip("older compilers need more instructions")
+    found = [row for row in hopper if row["kernel"] == kernel and row["constants"].get("D") == "128"]
+    found = [row for row in found if {row["constants"]["BLOCK_M"], row["constants"]["BLOCK_N"]} == {"128", "64"}]
+    assert found
+    for row in found:
+        unmasked = min(row["loops"])
+        assert unmasked * row["warps"] / 4 <= most, described([row])
+        threads = 32 * row["warps"]
+        assert 65536 // (-(-row["registers"] // 8) * 8 * threads) >= 3, described([row])
+        assert 227 * 1024 // (row["shared"] + 1024) >= 3, described([row])
+
+
+@pytest.mark.parametrize("kernel", ["_strided_cosine_kernel", "_linked_cosine_kernel"])
+def test_cosine_waits_for_its_threads_at_most_six_times(hopper, kernel):
+    found = [row for row in hopper if row["kernel"] == kernel]
+    assert found
+    assert max(row["barriers"] for row in found) <= 6, described(found)
+
+
 def test_no_float_atomics(rows):
     atomic = [row for row in rows if row["float_atomics"]]
     assert not atomic, described(atomic)  # sums would depend on the order of programs

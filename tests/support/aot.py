@@ -31,6 +31,7 @@ POINTERS = {
 }  # fmt: skip
 EVERY_VARIANT = ("cuda:80", "hip:gfx942")  # the others get what their tiles decide about: a compilation takes a while
 WRITTEN = 64  # what every kernel is taken to have written, so that sizes read back from the device are plausible
+DISASSEMBLED = 90  # the compute capability whose instructions are counted
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MATRIX = r"\b(wgmma|tcgen05\.mma|mma\.sync|v_mfma|v_wmma)"
 WIDE_LOAD = r"ld\.global[\w.:]*\.v(?:4\.\w32|2\.\w64)|cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], (?:0x10|16)\b"
@@ -169,18 +170,40 @@ def compiled(kernel, types, options, target):
     if "amdgcn" in code.asm:
         spilled = re.findall(r"vgpr_spill_count:\s*(\d+)", text)
         return row | {"spilled": sum(map(int, spilled))}
-    return row | (resources(code.asm["cubin"]) if CUOBJDUMP.exists() else {})
+    if not CUOBJDUMP.exists():
+        return row
+    cubin = code.asm["cubin"]
+    warps = {"warps": code.metadata.num_warps}
+    return row | warps | resources(cubin) | (instructions(cubin) if target.arch == DISASSEMBLED else {})
 
 
 def resources(cubin):
     """Registers and spilled bytes of a thread, as the assembler reports them."""
+    text = dump(cubin, "--dump-resource-usage")
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups())
+    return {"registers": registers, "spilled": stack + local}
+
+
+def instructions(cubin):
+    """How many instructions each loop of a kernel has, by their place in it, and how many barriers the whole."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z]\S*)([^;]*);", dump(cubin, "-sass"))
+    places = [int(place, 16) for place, *_ in lines]
+    loops = []
+    for place, (_, name, operands) in zip(places, lines, strict=True):
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        begin = place if target is None else int(target[1], 16)
+        if begin < place:
+            loops.append(sum(begin <= other <= place for other in places))
+    return {"loops": loops, "barriers": sum(name.startswith("BAR.SYNC") for _, name, _ in lines)}
+
+
+def dump(cubin, what):
+    """What cuobjdump says about a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups())
-    return {"registers": registers, "spilled": stack + local}
+        command = [str(CUOBJDUMP), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def gpu_target(name):
