@@ -6,7 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import fftriton
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("fftriton", "kernels", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
@@ -90,19 +92,41 @@ def test_transformers_is_not_confused_by_the_folder_kernels():
     assert_runs("import transformers; from transformers import Qwen2ForCausalLM, pipeline", ROOT)
 
 
+def installed(source, folder):
+    """Build the wheel of a distribution below `folder`, and install it there without its dependencies."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheels, site = folder / "wheels", folder / "site"
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, "."], cwd=source, check=True
+    )
+    (wheel,) = wheels.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], cwd=folder, check=True)
+    return site
+
+
+def test_the_kernels_install_by_themselves(tmp_path):
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    site = installed(tmp_path / "kernels", tmp_path)
+    code = """
+import fftriton_kernels
+from pathlib import Path
+print(Path(fftriton_kernels.__file__).parents[1], fftriton_kernels.__version__)
+"""
+    assert assert_runs(code, tmp_path, PYTHONPATH=str(site)).split() == [str(site), fftriton.__version__]
+    (metadata,) = distributions(path=[str(site)])
+    assert (metadata.name, metadata.version) == ("fftriton-kernels", fftriton.__version__)
+    assert {Requirement(line).name for line in metadata.requires} == {"torch", "triton"}
+    information = f"fftriton_kernels-{fftriton.__version__}.dist-info"
+    assert {path.parts[0] for path in metadata.files} == {"fftriton_kernels", information}
+
+
 def test_a_wheel_works_from_another_directory(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheels, site = tmp_path / "wheels", tmp_path / "site"
-    subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, "."], cwd=source, check=True
-    )
-    (wheel,) = wheels.glob("fftriton-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], cwd=tmp_path, check=True)
+    site = installed(source, tmp_path)
     code = """
 import fftriton, fftriton_kernels
 from pathlib import Path

@@ -14,6 +14,8 @@ from .cosine import linked_cosine_similarity, strided_cosine_similarity
 from .merge import merge_mean, merge_roots
 from .select import gather_rows, segmented_topk_keep, topk_keep
 
+__version__ = "0.1.0"
+
 __all__ = [
     "NO_LINK",
     "Merged",

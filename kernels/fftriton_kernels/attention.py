@@ -51,11 +51,6 @@ _LOG2_E = 1.4426950408889634
 _LEAST_TILES = 8  # of a share of a column
 
 
-_Norms = tuple[
-    Tensor, Tensor
-]  # a row of the softmax is exp2(score - shift) * weight: shift, weight [B, Hkv, pairs] fp32
-
-
 class _Packed(NamedTuple):
     """Sequences one after the other: where each begins and ends, and the most queries and keys that one has."""
 
@@ -310,8 +305,11 @@ def _in_pairs(lse: Tensor, kv_heads: int) -> Tensor:
     return out.flatten(2)
 
 
-def _row_norms(q: Tensor, k: Tensor, scale2: float, causal: bool, packed: _Packed | None) -> _Norms:
-    """The norm of each row. Many programs share few rows."""
+def _row_norms(q: Tensor, k: Tensor, scale2: float, causal: bool, packed: _Packed | None) -> tuple[Tensor, Tensor]:
+    """shift, weight [B, Hkv, pairs] fp32: a row of the softmax is exp2(score - shift) * weight.
+
+    Many programs share few rows.
+    """
     batch, heads, rows, width = q.shape
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
@@ -332,7 +330,7 @@ def _row_norms(q: Tensor, k: Tensor, scale2: float, causal: bool, packed: _Packe
     return shift.expand(batch, -1, -1), weight.expand(batch, -1, -1)
 
 
-def _added_norms(peaks: Tensor, totals: Tensor) -> _Norms:
+def _added_norms(peaks: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     """Norms [shares, ...] of parts of the rows, contiguous -> [...] of the whole rows."""
     if len(peaks) == 1:
         return peaks[0], totals[0]
@@ -397,7 +395,7 @@ def _spoiled_keys(spoiled: Tensor, keys: int, packed: _Packed) -> Tensor:
     return inside & (before[ends] > before[begins])[sequence.clamp(0, len(ends) - 1)]
 
 
-def _new_norms(q: Tensor, *sizes: int) -> _Norms:
+def _new_norms(q: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
     """Not one tensor cut in two: a size could leave the second half unaligned, for another kernel."""
     return q.new_empty(sizes, dtype=torch.float32), q.new_empty(sizes, dtype=torch.float32)
 
