@@ -204,7 +204,12 @@ class Snapshot:
         self._states = [(layer, layer.rows, _notes(layer)) for layer in layers if isinstance(layer, ReducedLayer)]
         for layer, *_ in self._states:
             layer.snapshot = self
-        self._recurrent = [layer for layer in layers if not isinstance(layer, ReducedLayer)]
+        self._was_empty = all(rows == 0 for _, rows, _ in self._states)
+        self._recurrent = [
+            (layer, _without_states(layer) if self._was_empty else None)
+            for layer in layers
+            if not isinstance(layer, ReducedLayer)
+        ]
         self.is_running, self._open = is_running, True
 
     def release(self) -> None:
@@ -218,17 +223,20 @@ class Snapshot:
         if not self._open:
             return
         self.release()
-        was_empty = all(rows == 0 for _, rows, _ in self._states)
         forgotten = any(layer.window is not None and notes["window"] is None for layer, _, notes in self._states)
-        broken = not was_empty and (forgotten or bool(self._recurrent))
+        broken = not self._was_empty and (forgotten or bool(self._recurrent))
         for layer, rows, notes in self._states:
             if rows == 0:
                 layer.reset()
             elif layer.rows > rows:
                 layer.keys, layer.values = layer.keys[..., :rows, :], layer.values[..., :rows, :]
             layer.__dict__.update(notes, broken=broken)
-        for recurrent in self._recurrent:
-            recurrent.reset()
+        for recurrent, before in self._recurrent:
+            if before is None:
+                recurrent.reset()
+            else:  # a reset keeps the size of the batch
+                recurrent.__dict__.clear()
+                recurrent.__dict__.update(before)
 
 
 def _notes(layer: ReducedLayer) -> dict[str, Any]:
@@ -236,6 +244,13 @@ def _notes(layer: ReducedLayer) -> dict[str, Any]:
         ("keys", "values") if layer.window is not None else ()
     )
     return {name: getattr(layer, name) for name in names}
+
+
+def _without_states(layer: Any) -> dict[str, Any] | None:
+    """A copy of what a recurrent layer holds, or None if it has states."""
+    notes = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+    values = [part for value in notes.values() for part in (value.values() if isinstance(value, dict) else [value])]
+    return None if any(isinstance(part, Tensor) for part in values) else notes
 
 
 def check_cache(cache: Any) -> None:

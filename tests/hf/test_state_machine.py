@@ -22,7 +22,6 @@ from by_hand import SPECIAL, decoder_of
 from conversations import (
     ERRORS,
     SCRIPTS,
-    TOLERANCE,
     Conversation,
     Fault,
     Script,
@@ -439,6 +438,9 @@ class Machine(RuleBasedStateMachine):
                 continue
             after = self.after(conversation, inputs, valid, torch.full_like(ids, -1))
             logits = self.run(conversation, inputs)
+            if logits is None:
+                self.start_again(conversation)
+                continue
             self.adopt(conversation, after)
             check_forward(self.subject, conversation, logits, False, conversation.cache)
         inputs, _, _ = self.subject.batch([number], "left")
@@ -466,7 +468,7 @@ class Machine(RuleBasedStateMachine):
             self.check_generated(after, torch.stack(out.logits, 1), tokens)
             return
         chosen = self.by_hand(after, tokens).log_softmax(-1).gather(2, tokens[..., None])
-        assert abs(chosen.mean() - out.sequences_scores[0]) < TOLERANCE
+        assert abs(chosen.mean() - out.sequences_scores[0]) < self.subject.tolerance
 
     @torch.no_grad()
     def plain_beams_are_right(self, inputs: dict[str, Any], steps: int) -> bool:
@@ -481,7 +483,7 @@ class Machine(RuleBasedStateMachine):
         ids = torch.cat([inputs["input_ids"], tokens[:, :-1]], 1)
         whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         chosen = self.subject.untouched(**whole).logits[:, -steps:].log_softmax(-1).gather(2, tokens[..., None])
-        return bool(abs(chosen.mean() - out.sequences_scores[0]) < TOLERANCE)
+        return bool(abs(chosen.mean() - out.sequences_scores[0]) < self.subject.tolerance)
 
     @rule(conversation=conversations, seed=seeds, count=counts, steps=st.integers(1, 3))
     def go_on_generating(self, conversation: Conversation, seed: int, count: int, steps: int) -> None:
@@ -497,9 +499,14 @@ class Machine(RuleBasedStateMachine):
             "output_logits": True, "return_dict_in_generate": True,
         }  # fmt: skip
         turn = self.subject.see(lambda model, cache: model.generate(**arguments, **behind(cache)), conversation)
-        with self.subject.with_deltas(conversation):
-            out = self.model.generate(**arguments, **behind(conversation.cache))
         self.interrupted = False
+        with self.subject.with_deltas(conversation):
+            try:
+                out = self.model.generate(**arguments, **behind(conversation.cache))
+            except RuntimeError as error:
+                self.check_refusal(error)
+                self.start_again(conversation)
+                return
         tokens = out.sequences[:, -steps:]
         said = torch.cat([question, tokens[:, :-1]], 1)
         turn.embeddings = self.subject.decoder.embed_tokens(said).detach()
@@ -507,7 +514,7 @@ class Machine(RuleBasedStateMachine):
         after = conversation.behind(turn, torch.ones_like(said).bool(), nothing, said, self.script)
         self.adopt(conversation, after)
         expected = expected_of(self.subject, conversation, 0).logits[-steps:]
-        assert (torch.cat(out.logits) - expected).abs().max() < TOLERANCE
+        assert (torch.cat(out.logits) - expected).abs().max() < self.subject.tolerance
         conversation.check_lengths()
 
     def by_hand(self, after: Conversation, tokens: torch.Tensor) -> torch.Tensor:
@@ -526,10 +533,10 @@ class Machine(RuleBasedStateMachine):
 
     def check_generated(self, after: Conversation, logits: torch.Tensor, tokens: torch.Tensor) -> None:
         expected = self.by_hand(after, tokens)
-        assert (logits - expected).abs().max() < TOLERANCE
+        assert (logits - expected).abs().max() < self.subject.tolerance
         expected[..., SPECIAL] = -torch.inf
         chosen = expected.gather(2, tokens[..., None])[..., 0]
-        assert (expected.amax(-1) - chosen).max() < TOLERANCE
+        assert (expected.amax(-1) - chosen).max() < self.subject.tolerance
 
     # ---- threads
 
@@ -747,5 +754,20 @@ def test_refusal_outside_changes_nothing(name: str) -> None:
         state.leave_and_enter(SCRIPTS[0], 0, 0)
         state.go_on(conversation, 2)
         assert conversation.length > state.subject.samples[1].inputs["input_ids"].shape[1]
+    finally:
+        state.teardown()
+
+
+@pytest.mark.parametrize("error", [0, 2], ids=["exception", "interrupt"])
+def test_failed_prompt_leaves_a_cache_for_any_batch(error: int) -> None:
+    """Recurrent states keep the size of their batch when they are reset."""
+    state = Machine(subject_of("qwen3_5", "sdpa"))
+    state.enter(SCRIPTS[0])
+    try:
+        number = state.places.index((state.model.lm_head, "forward"))
+        conversation = state.prompt([1, 2], "left", Fault(number, error, repeated=False))
+        assert conversation.length == 0
+        state.say(conversation, 1, 0, False, None)
+        assert conversation.batch == 1
     finally:
         state.teardown()

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 import fftriton
 
 TOLERANCE = 1e-4
+OF_RECURRENT = 3e-3  # rounding alone: single tokens were 6e-4 off, their neighbours 1e-6; mistakes were above 1
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Subject:
         self._known: dict[float, list[fftriton.VideoLayout]] = {}
         self.samples = self._embedded() if name == "qwen2" else self._with_pixels()
         self.is_recurrent = not all(hasattr(layer, "self_attn") for layer in self.decoder.layers)
+        self.tolerance = OF_RECURRENT if self.is_recurrent else TOLERANCE
         self.is_seen = True  # whether `see` takes notice of a call
         self.has_axes = hasattr(self._inner(self.model), "rope_deltas")
 
@@ -448,7 +450,7 @@ def check_forward(
     every = [expected_of(subject, conversation, row) for row in range(conversation.batch)]
     for row, expected in enumerate(every):
         error = (logits[row, expected.places] - expected.logits).abs().max()
-        assert error < TOLERANCE, f"sample {row} is {error:.2g} off what comes out by hand"
+        assert error < subject.tolerance, f"sample {row} is {error:.2g} off what comes out by hand"
     if cache is not None:
         conversation.check_lengths()
         for number, layer in enumerate(cache.layers):
