@@ -767,7 +767,8 @@ def test_failed_prompt_leaves_a_cache_for_any_batch(error: int) -> None:
         number = state.places.index((state.model.lm_head, "forward"))
         conversation = state.prompt([1, 2], "left", Fault(number, error, repeated=False))
         assert conversation.length == 0
-        state.say(conversation, 1, 0, False, None)
-        assert conversation.batch == 1
+        for count in (3, 1):
+            state.say(conversation, count, 0, False, None)
+        assert (conversation.batch, conversation.length) == (1, 4)
     finally:
         state.teardown()
