@@ -10,13 +10,16 @@ CONSTRAINTS ?= --constraint $(LOCK)
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: demo test test-oldest test-newest fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
+.PHONY: demo test test-night test-oldest test-newest fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
 
 test: $(INSTALLED)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
 	$(BIN)/pytest --numprocesses auto
+
+test-night: $(INSTALLED)  ## the slow tests that `make test` leaves to the workflow's nightly run
+	$(BIN)/pytest --numprocesses auto -m night
 
 test-oldest: test-transformers-4.57 test-triton-3.2  ## both of the following with the oldest supported release
 

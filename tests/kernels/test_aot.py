@@ -21,6 +21,7 @@ AOT = Path(__file__).parents[1] / "support" / "aot.py"
 TARGETS = {  # KiB of shared memory that a block can have
     "cuda:80": 163, "hip:gfx942": 64, "cuda:86": 99, "cuda:89": 99, "cuda:90": 227, "cuda:100": 227, "cuda:120": 99,
 }  # fmt: skip
+AT_NIGHT = ("cuda:86", "cuda:89")  # whose instructions are nearly those of 80
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 if VERSION < (3, 3):  # knows no Blackwell, and brings no linker for AMD
     TARGETS = {name: TARGETS[name] for name in ("cuda:80", "cuda:86", "cuda:89", "cuda:90")}
@@ -38,26 +39,28 @@ def interpreter():
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory):
+def output(tmp_path_factory, request):
     """What aot.py prints: the names of all kernels, then a row for each compiled launch and target."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # that of all workers
     with FileLock(folder / "aot.lock"):  # the first worker compiles, the others wait
         file = folder / "aot.json"
         if not file.exists():
-            file.write_text(json.dumps(compile_everything(tmp_path_factory.mktemp("triton"))))
+            wanted = {item.callspec.params["rows"] for item in request.session.items if "rows" in item.fixturenames}
+            targets = [name for name in TARGETS if name in wanted | {"cuda:90"}]  # which the fixture hopper asks for
+            file.write_text(json.dumps(compile_for(targets, tmp_path_factory.mktemp("triton"))))
         return json.loads(file.read_text())
 
 
-def compile_everything(cache):
+def compile_for(targets, cache):
     """The lines of aot.py, from a process for each core."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, str(AOT)]
-    jobs = min(os.cpu_count() or 1, len(TARGETS))  # a process each, for some of the targets
-    parts = [list(TARGETS)[job::jobs] for job in range(jobs)]
+    jobs = min(os.cpu_count() or 1, len(targets))  # a process each, for some of the targets
+    parts = [targets[job::jobs] for job in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
         run = partial(subprocess.run, env=environment, capture_output=True, text=True)
         done = list(pool.map(run, [command + part for part in parts]))
@@ -67,7 +70,7 @@ def compile_everything(cache):
     return [lines[0][0], *(row for part in lines for row in part[1:])]
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.night] * (name in AT_NIGHT)) for name in TARGETS])
 def rows(request, output):
     """The launches compiled for one target."""
     return [row for row in output[1:] if row["target"] == request.param]
