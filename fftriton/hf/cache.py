@@ -28,7 +28,7 @@ class Permit:
 
     Attributes:
         active: whether a model is being reduced.
-        compiled: whether its compiled code runs, which takes no snapshot.
+        compiled: whether its compiled code runs, which takes no snapshot itself.
     """
 
     def __init__(self) -> None:
@@ -150,8 +150,8 @@ class ReducedLayer(DynamicLayer):
             self.snapshot.restore()
 
     def _settle(self) -> None:
-        """The same, unless the forward is still on its way."""
-        if self.snapshot is not None and not self.snapshot.is_running():
+        """The same, unless the forward is still on its way, as it is in compiled code."""
+        if self.snapshot is not None and not self.permit.compiled and not self.snapshot.is_running():
             self.snapshot.restore()
 
     def reset(self) -> None:
