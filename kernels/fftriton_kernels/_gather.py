@@ -40,12 +40,6 @@ class _Layout(NamedTuple):
     stride_inner: int
 
 
-@triton.jit
-def _copy_rows(tensor_ptr, out_ptr, offset, offs_out, mask, taken):
-    # zeros where nothing is taken
-    tl.store(out_ptr + offs_out, tl.load(tensor_ptr + offset, mask=taken, other=0), mask=mask)
-
-
 @triton.jit(do_not_specialize=VARYING)
 def _gather_kernel(
     index_ptr,                                     # index [B, K]
@@ -71,14 +65,15 @@ def _gather_kernel(
     offs_out = (pid_b * K + offs_k) * WIDTH + offs_w
     mask = (offs_k < K) & (offs_w < WIDTH)
     taken = (row >= 0) & (row < N) & (offs_w < WIDTH)
-    if which == 0:
-        _copy_rows(tensor0_ptr, out0_ptr, offset, offs_out, mask, taken)
-    elif which == 1:
-        _copy_rows(tensor1_ptr, out1_ptr, offset, offs_out, mask, taken)
-    elif which == 2:
-        _copy_rows(tensor2_ptr, out2_ptr, offset, offs_out, mask, taken)
-    else:
-        _copy_rows(tensor3_ptr, out3_ptr, offset, offs_out, mask, taken)
+    tensor_ptr, out_ptr = tensor0_ptr, out0_ptr
+    if which == 1:
+        tensor_ptr, out_ptr = tensor1_ptr, out1_ptr
+    if which == 2:
+        tensor_ptr, out_ptr = tensor2_ptr, out2_ptr
+    if which == 3:
+        tensor_ptr, out_ptr = tensor3_ptr, out3_ptr
+    # zeros where nothing is taken
+    tl.store(out_ptr + offs_out, tl.load(tensor_ptr + offset, mask=taken, other=0), mask=mask)
 
 
 def _layout(tensor: Tensor) -> _Layout | None:

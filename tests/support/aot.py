@@ -73,6 +73,7 @@ def call_every_variant():
     similarity, x = torch.zeros(1, N), torch.zeros(1, N, 3584, dtype=torch.bfloat16)
     links, bounds = torch.zeros(1, N, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
     ops.merge_mean(x, links, (), 210)
+    ops.gather_rows(links, *(torch.zeros(1, N, width, dtype=torch.int64) for width in (1, 2, 4, 8, 16)))
     ops.merge_roots(similarity, 210, 0.6)
     ops.merge_roots(similarity, 210, 0.6, 300)
     ops.merge_roots(similarity, 210, 0.6, bounds)
