@@ -119,14 +119,14 @@ class _FrameFusionState(MethodState):
         affordable = self.unspent / layers_left  # video tokens per layer from here on
         excess = tokens.num_video - affordable
         similarity = linked_cosine_similarity(tokens.hidden, tokens.predecessor)
-        similar = int((similarity >= self.method.similarity_threshold).sum())
         limit = max(0, math.floor(excess + _ROUNDING))
         merged = tokens.merge_groups(
             merge_roots(similarity, tokens.predecessor, self.method.similarity_threshold, max_merges=limit)
         )
+        similar = tokens.num_video - merged.num_video  # pairs, or as many of them as may merge
         if layers_left == self.prompt.num_layers:
-            self.full = tokens.num_video - similar
-        if similar >= excess - _ROUNDING:  # enough similar pairs: the budget is met by merging alone
+            self.full = affordable if similar == limit else merged.num_video
+        if similar == limit:  # enough similar pairs: the budget is met by merging alone
             self.stages = []
             return merged
         prunes = "prune" in self.stages

@@ -68,14 +68,30 @@ def _finite(peak):
 
 
 @triton.jit
-def _store_norms(shift_ptrs, weight_ptrs, peak, total, mask, whole):
-    # from the highest score of rows and their sums of exp2(score - peak), which stay as they are unless rows are whole.
-    # A row that saw nothing has the weight 0; a score of +inf makes the softmax of its row NaN
-    if whole:
-        peak = tl.where(peak == float("-inf"), float("inf"), peak)
-        total = tl.where(total == 0.0, 0.0, tl.where(total == float("inf"), float("nan"), 1.0 / total))
-    tl.store(shift_ptrs, peak, mask=mask)
-    tl.store(weight_ptrs, total, mask=mask)
+def _whole(peak, total):
+    # the norms of whole rows from their highest scores and their sums of exp2(score - peak). A row that saw nothing has
+    # the weight 0; a score of +inf makes the softmax of its row NaN
+    shift = tl.where(peak == float("-inf"), float("inf"), peak)
+    weight = tl.where(total == float("inf"), float("nan"), 1.0 / tl.where(total == 0.0, 1.0, total))
+    return shift, tl.where(total == 0.0, 0.0, weight)
+
+
+@triton.jit
+def _added(peaks_ptr, totals_ptr, stride_ps, row, mask, shares, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr):
+    # highest scores and sums of whole rows from those of their shares, in order
+    peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, shares, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        mask_s = (offs_s < shares)[:, None] & mask[None, :]
+        offset = offs_s.to(tl.int64)[:, None] * stride_ps + row[None, :]
+        peaks = tl.load(peaks_ptr + offset, mask=mask_s, other=float("-inf"))
+        totals = tl.load(totals_ptr + offset, mask=mask_s, other=0.0)
+        higher = tl.maximum(peak, tl.max(peaks, 0))
+        shift = _finite(higher)
+        total = total * tl.exp2(peak - shift) + tl.sum(totals * tl.exp2(peaks - shift[None, :]), 0)
+        peak = higher
+    return peak, total
 
 
 @triton.jit
@@ -93,7 +109,7 @@ def _load_norms(shift_ptr, weight_ptr, pair, mask):
 @triton.jit(do_not_specialize=VARYING)
 def _row_norm_kernel(
     q_ptr, k_ptr,                                  # q [B, H, Nq, d], k [B, Hkv, Nk, d]
-    shift_ptr, weight_ptr,                         # each [shares, B, Hkv, pairs] fp32
+    shift_ptr, weight_ptr,                         # each [shares, B, Hkv, pairs] fp32; of shares: peaks and totals
     cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -145,8 +161,11 @@ def _row_norm_kernel(
             peaks = higher
     peak = tl.max(peaks, 1)
     total = tl.sum(totals * tl.exp2(peaks - _finite(peak)[:, None]), 1)
+    if tl.num_programs(1) == kv_heads:  # the rows are whole
+        peak, total = _whole(peak, total)
     offset = share.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * stride_ph + q_start * GROUP + pair
-    _store_norms(shift_ptr + offset, weight_ptr + offset, peak, total, mask_m, tl.num_programs(1) == kv_heads)
+    tl.store(shift_ptr + offset, peak, mask=mask_m)
+    tl.store(weight_ptr + offset, total, mask=mask_m)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -206,7 +225,7 @@ def _column_sum_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def _score_kernel(
     q_ptr, k_ptr, score_ptr,                       # q [B, H, Nq, d], k [B, Hkv, Nk, d], score [B, Hkv * pairs, C] fp32
-    shift_ptr, weight_ptr,                         # each [key blocks, B, Hkv * pairs] fp32
+    peaks_ptr, totals_ptr,                         # each [key blocks, B, Hkv * pairs] fp32
     cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -238,7 +257,8 @@ def _score_kernel(
     peak = tl.max(score, 1)
     total = tl.sum(tl.exp2(score - _finite(peak)[:, None]), 1)
     offset = pid_n.to(tl.int64) * stride_ps + pid_b * stride_pb + row
-    _store_norms(shift_ptr + offset, weight_ptr + offset, peak, total, stored, tl.num_programs(0) == 1)
+    tl.store(peaks_ptr + offset, peak, mask=stored)
+    tl.store(totals_ptr + offset, total, mask=stored)
     score_ptr += pid_b * stride_sb + (k_start + offs_n - begin).to(tl.int64)[None, :] * stride_sn
     asked = (offs_n >= begin) & (offs_n < end)
     tl.store(score_ptr + row[:, None] * stride_sr, score, mask=stored[:, None] & asked[None, :])
@@ -246,15 +266,15 @@ def _score_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _score_sum_kernel(
-    score_ptr, shift_ptr, weight_ptr, out_ptr,     # score [B, rows, C], shift, weight [B, rows], out [B, C], all fp32
+    score_ptr, peaks_ptr, totals_ptr, out_ptr,     # score [B, rows, C], peaks, totals [shares, B, rows], out [B, C]
     cu_k_ptr,                                      # [B + 1], None where no sequences are packed
     stride_sb, stride_sr, stride_sn,
-    stride_pb,
+    stride_ps, stride_pb,
     stride_ob, stride_on,
-    rows, C,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    shares, rows, heads, C,
+    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # grid (blocks of columns, B): one program adds up its columns, rows in order
+    # grid (blocks of columns, B): one program adds up its columns, rows in order, and divides by the heads
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     pid_b = tl.program_id(1).to(tl.int64)
     _, k_start, _, C = _sequence(cu_k_ptr, cu_k_ptr, pid_b, C, C)
@@ -262,11 +282,16 @@ def _score_sum_kernel(
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        shift, weight = _load_norms(shift_ptr, weight_ptr, pid_b * stride_pb + row, row < rows)
-        mask = (row < rows)[:, None] & (offs_c < C)[None, :]
+        mask_r = row < rows
+        peak, weight = _added(
+            peaks_ptr, totals_ptr, stride_ps, pid_b * stride_pb + row, mask_r, shares, BLOCK_S, BLOCK_R
+        )
+        shift, weight = _whole(peak, weight)
+        mask = mask_r[:, None] & (offs_c < C)[None, :]
         score = tl.load(score_ptr + row.to(tl.int64)[:, None] * stride_sr, mask=mask, other=0.0)
         total += tl.sum(tl.exp2(score - shift[:, None]) * weight[:, None], 0)
-    tl.store(out_ptr + pid_b * stride_ob + (k_start + offs_c).to(tl.int64) * stride_on, total, mask=offs_c < C)
+    mean = tl.div_rn(total, tl.zeros((BLOCK_C,), tl.float32) + heads.to(tl.float32))
+    tl.store(out_ptr + pid_b * stride_ob + (k_start + offs_c).to(tl.int64) * stride_on, mean, mask=offs_c < C)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -276,18 +301,9 @@ def _add_norms_kernel(
     shares, rows,
     BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # grid (blocks of rows): the norms of whole rows from those of their shares, in order
+    # grid (blocks of rows): the norms of whole rows
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(0, shares, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        mask = (offs_s < shares)[:, None] & (row < rows)[None, :]
-        offset = offs_s.to(tl.int64)[:, None] * rows + row[None, :]
-        peaks = tl.load(peaks_ptr + offset, mask=mask, other=float("-inf"))
-        totals = tl.load(totals_ptr + offset, mask=mask, other=0.0)
-        higher = tl.maximum(peak, tl.max(peaks, 0))
-        shift = _finite(higher)
-        total = total * tl.exp2(peak - shift) + tl.sum(totals * tl.exp2(peaks - shift[None, :]), 0)
-        peak = higher
-    _store_norms(shift_ptr + row, weight_ptr + row, peak, total, row < rows, True)
+    peak, total = _added(peaks_ptr, totals_ptr, rows, row, row < rows, shares, BLOCK_S, BLOCK_R)
+    shift, weight = _whole(peak, total)
+    tl.store(shift_ptr + row, shift, mask=row < rows)
+    tl.store(weight_ptr + row, weight, mask=row < rows)

@@ -210,6 +210,15 @@ def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity:
     return Groups(kept, lengths, links, row, starts, sizes.contiguous(), members)
 
 
+def merge_mean(
+    x: Tensor, roots: Tensor, predecessor: int | Tensor | None, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the operator of `merge_mean` returns."""
+    groups = group_rows(roots, predecessor, capacity)
+    from_last = torch.where(groups.row >= 0, groups.kept.shape[1] - groups.row, 0)
+    return group_mean(x, groups), groups.kept, groups.lengths, groups.predecessor, from_last, groups.sizes
+
+
 def group_mean(x: Tensor, groups: Groups) -> Tensor:
     """x [B, N, D] -> [B, M, D]: the mean of each row's members, added up in ascending order; zeros for padding."""
     (mean,) = gather_rows(groups.kept, x)  # a group of one is copied bit for bit
@@ -334,14 +343,18 @@ def topk_keep(
     *,
     cu_seqlens: Tensor | None = None,
     capacity: int | None = None,
-) -> Tensor:
-    """scores [B, N] -> [B, K] int64: every non-candidate and the k best candidates, ascending, -1 for padding."""
+) -> tuple[Tensor, Tensor]:
+    """scores [B, N] -> [B, K] int64: every non-candidate and the k best candidates, ascending, -1 for padding; lengths.
+
+    Packed, scores [T] -> [K], [1].
+    """
     candidates = torch.ones_like(scores, dtype=torch.bool) if candidates is None else candidates
     if cu_seqlens is None:
-        return compact(_highest(scores, candidates, k) | ~candidates, capacity)[0]
+        return compact(_highest(scores, candidates, k) | ~candidates, capacity)[:2]
     scores, candidates = scores[None], candidates[None]
     others = ~candidates & (_per_row(1, scores, cu_seqlens) == 1)  # those of no sequence are not kept
-    return compact(_highest(scores, candidates, k, cu_seqlens) | others, capacity)[0][0]
+    kept, lengths, _ = compact(_highest(scores, candidates, k, cu_seqlens) | others, capacity)
+    return kept[0], lengths
 
 
 def segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor, capacity: int | None = None) -> Tensor:

@@ -2,16 +2,17 @@
 
     out_i[b, k] = tensor_i[b, index[b, k]],   zeros where index[b, k] is -1
 
-Bound by DRAM bandwidth: each taken row is read once and written once. Tensors are copied as raw integers of their
-element size, so every dtype keeps its bits; up to four that agree in element size, trailing shape and strides (the
-cosines and sines of a rotary embedding, say) share a launch.
+Bound by DRAM bandwidth: each taken row is read once and written once. Tensors are copied as raw integers, the widest
+that their sizes and strides allow, so every dtype keeps its bits. Up to six of one such width share a launch, whatever
+their rows look like: hidden states, positions, the cosines and sines of a rotary embedding.
 Reference: reference.gather_rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -19,137 +20,163 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _cpu, reference
-from ._dispatch import check_below, runs_triton
-from ._ops import add_op_namespace_prefix
+from ._dispatch import cdiv, check_below, runs_triton
+from ._operators import needs_gradient, operator
 from ._specialisation import VARYING
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_TILE = 1024  # elements a program
+_UNITS = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # by bytes
+_KNOWN = {  # to Triton, as what pointers point to
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8,
+}  # fmt: skip
+_TOGETHER = 6  # tensors a launch
+_BLOCK_K = 32  # rows a program
+_BLOCK_BYTES = 256  # of a row a program
+_POINTERS = [f"{kind}{i}_ptr" for i in range(_TOGETHER) for kind in ("tensor", "out")]
+_VARIED = ("stride_b", "stride_n", "stride_o", "INNER", "WIDTH", "first")
+_SIZES = [f"{name}{i}" for i in range(_TOGETHER) for name in _VARIED]
 
 
-class _Layout(NamedTuple):
-    """How the elements of a row lie in memory: OUTER runs of INNER elements."""
-
-    bits: torch.dtype
-    rows: int
-    outer: int
-    inner: int
-    stride_b: int
-    stride_n: int
-    stride_outer: int
-    stride_inner: int
-
-
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=[*VARYING, *_SIZES], do_not_specialize_on_alignment=_POINTERS)
 def _gather_kernel(
     index_ptr,                                     # index [B, K]
-    tensor0_ptr, tensor1_ptr, tensor2_ptr, tensor3_ptr,  # each [B, N, OUTER, INNER], one layout for all
-    out0_ptr, out1_ptr, out2_ptr, out3_ptr,        # each [B, K, WIDTH] contiguous, WIDTH = OUTER * INNER
+    # tensors [B, N, WIDTH], outs [B, K, WIDTH] contiguous; first: the first chunk of a row that belongs to a tensor
+    tensor0_ptr, out0_ptr, stride_b0, stride_n0, stride_o0, INNER0, WIDTH0, first0,
+    tensor1_ptr, out1_ptr, stride_b1, stride_n1, stride_o1, INNER1, WIDTH1, first1,
+    tensor2_ptr, out2_ptr, stride_b2, stride_n2, stride_o2, INNER2, WIDTH2, first2,
+    tensor3_ptr, out3_ptr, stride_b3, stride_n3, stride_o3, INNER3, WIDTH3, first3,
+    tensor4_ptr, out4_ptr, stride_b4, stride_n4, stride_o4, INNER4, WIDTH4, first4,
+    tensor5_ptr, out5_ptr, stride_b5, stride_n5, stride_o5, INNER5, WIDTH5, first5,
     stride_ib, stride_ik,
-    stride_tb, stride_tn, stride_outer, stride_inner,
-    N, K, WIDTH, INNER,
-    NESTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    N, K, chunks,
+    UNIT: tl.constexpr, NESTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    # grid (ceil(K / BLOCK_K), tensors * ceil(WIDTH / BLOCK_W), B): one program copies a tile of one tensor
-    chunks = tl.cdiv(WIDTH, BLOCK_W)
-    which = tl.program_id(1) // chunks
-    pid_b = tl.program_id(2).to(tl.int64)
-    offs_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
-    offs_w = (tl.program_id(1) % chunks) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    # grid (chunks of all tensors * ceil(K / BLOCK_K), B): one program copies a tile of one tensor. Its arguments are
+    # selected, not branched to: the layout pass of Triton 3.6 fails where branches share offsets
+    unit = tl.pointer_type(UNIT)
+    chunk = tl.program_id(0) % chunks
+    tensor_ptr, out_ptr, stride_b, stride_n = tensor0_ptr.to(unit), out0_ptr.to(unit), stride_b0, stride_n0
+    stride_o, INNER, WIDTH, first = stride_o0, INNER0, WIDTH0, first0
+    if chunk >= first1:
+        tensor_ptr, out_ptr, stride_b, stride_n = tensor1_ptr.to(unit), out1_ptr.to(unit), stride_b1, stride_n1
+        stride_o, INNER, WIDTH, first = stride_o1, INNER1, WIDTH1, first1
+    if chunk >= first2:
+        tensor_ptr, out_ptr, stride_b, stride_n = tensor2_ptr.to(unit), out2_ptr.to(unit), stride_b2, stride_n2
+        stride_o, INNER, WIDTH, first = stride_o2, INNER2, WIDTH2, first2
+    if chunk >= first3:
+        tensor_ptr, out_ptr, stride_b, stride_n = tensor3_ptr.to(unit), out3_ptr.to(unit), stride_b3, stride_n3
+        stride_o, INNER, WIDTH, first = stride_o3, INNER3, WIDTH3, first3
+    if chunk >= first4:
+        tensor_ptr, out_ptr, stride_b, stride_n = tensor4_ptr.to(unit), out4_ptr.to(unit), stride_b4, stride_n4
+        stride_o, INNER, WIDTH, first = stride_o4, INNER4, WIDTH4, first4
+    if chunk >= first5:
+        tensor_ptr, out_ptr, stride_b, stride_n = tensor5_ptr.to(unit), out5_ptr.to(unit), stride_b5, stride_n5
+        stride_o, INNER, WIDTH, first = stride_o5, INNER5, WIDTH5, first5
+    pid_b = tl.program_id(1).to(tl.int64)
+    offs_k = (tl.program_id(0) // chunks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
+    offs_w = (chunk - first) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     row = tl.load(index_ptr + pid_b * stride_ib + offs_k * stride_ik, mask=offs_k < K, other=-1).to(tl.int64)
     if NESTED:
-        place = (offs_w // INNER).to(tl.int64) * stride_outer + (offs_w % INNER).to(tl.int64) * stride_inner
+        place = (offs_w // INNER).to(tl.int64) * stride_o + offs_w % INNER
     else:
-        place = offs_w.to(tl.int64) * stride_inner
-    offset = pid_b * stride_tb + row * stride_tn + place
-    offs_out = (pid_b * K + offs_k) * WIDTH + offs_w
-    mask = (offs_k < K) & (offs_w < WIDTH)
+        place = offs_w.to(tl.int64)
     taken = (row >= 0) & (row < N) & (offs_w < WIDTH)
-    tensor_ptr, out_ptr = tensor0_ptr, out0_ptr
-    if which == 1:
-        tensor_ptr, out_ptr = tensor1_ptr, out1_ptr
-    if which == 2:
-        tensor_ptr, out_ptr = tensor2_ptr, out2_ptr
-    if which == 3:
-        tensor_ptr, out_ptr = tensor3_ptr, out3_ptr
+    rows = tl.load(tensor_ptr + pid_b * stride_b + row * stride_n + place, mask=taken, other=0)
     # zeros where nothing is taken
-    tl.store(out_ptr + offs_out, tl.load(tensor_ptr + offset, mask=taken, other=0), mask=mask)
+    tl.store(out_ptr + (pid_b * K + offs_k) * WIDTH + offs_w, rows, mask=(offs_k < K) & (offs_w < WIDTH))
 
 
-def _layout(tensor: Tensor) -> _Layout | None:
-    """The layout of a tensor's rows; None where the trailing dimensions are more than two runs or elements too wide."""
-    runs: list[tuple[int, int]] = []  # (size, stride), innermost last
-    for size, stride in zip(tensor.shape[2:], tensor.stride()[2:], strict=True):
-        if runs and runs[-1][1] == size * stride:
-            runs[-1] = (runs[-1][0] * size, stride)
-        elif size != 1:
-            runs.append((size, stride))
-    if len(runs) > 2 or tensor.element_size() not in _BITS:
-        return None
-    (outer, stride_outer), (inner, stride_inner) = [(1, 0)] * (2 - len(runs)) + runs
-    bits = _BITS[tensor.element_size()]
-    return _Layout(bits, tensor.shape[1], outer, inner, tensor.stride(0), tensor.stride(1), stride_outer, stride_inner)
+def _layout(tensor: Tensor) -> tuple[int, tuple[int, ...]] | None:
+    """Bytes of a unit, and in units: stride_b, stride_n, stride_o, INNER, WIDTH.
+
+    None where rows are not one or two runs of neighbours.
+    """
+    shape, strides, size = tensor.shape, tensor.stride(), tensor.element_size()
+    if len(shape) == 2:
+        apart, inner, width = 0, 1, 1
+    elif len(shape) == 3 and strides[2] == 1:
+        apart, inner, width = 0, shape[2], shape[2]
+    else:
+        runs: list[tuple[int, int]] = []  # (size, stride), innermost last
+        for count, stride in zip(shape[2:], strides[2:], strict=True):
+            if runs and runs[-1][1] == count * stride:
+                runs[-1] = (runs[-1][0] * count, stride)
+            elif count != 1:
+                runs.append((count, stride))
+        if len(runs) > 2 or (runs and runs[-1][1] != 1):
+            return None
+        (outer, apart), (inner, _) = [(1, 0)] * (2 - len(runs)) + runs
+        width = outer * inner
+    in_bytes = [size * count for count in (strides[0], strides[1], apart, inner, width)]
+    unit = math.gcd(8, tensor.data_ptr(), *in_bytes)
+    return unit, tuple(count // unit for count in in_bytes)
 
 
-def _launch(index: Tensor, tensors: list[Tensor], outs: list[Tensor], layout: _Layout) -> None:
+def _launch(index: Tensor, copies: list[tuple[Tensor, Tensor, tuple[int, ...]]], unit: int) -> None:
+    """Copy the rows of up to six tensors: (tensor, out, layout)."""
     batch, rows = index.shape
-    width = layout.outer * layout.inner
-    block_w = min(triton.next_power_of_2(width), _TILE)
-    block_k = _TILE // block_w
-    padded = [*tensors, *tensors[:1] * (4 - len(tensors))], [*outs, *outs[:1] * (4 - len(outs))]
-    grid = (triton.cdiv(rows, block_k), len(tensors) * triton.cdiv(width, block_w), batch)
+    block_w = _BLOCK_BYTES // unit
+    arguments: list[object] = []
+    chunks, nested = 0, False
+    for tensor, out, layout in copies:
+        if tensor.dtype not in _KNOWN:
+            tensor, out = triton.reinterpret(tensor, _UNITS[unit]), triton.reinterpret(out, _UNITS[unit])
+        arguments += [tensor, out, *layout, chunks]
+        chunks += cdiv(layout[-1], block_w)
+        nested |= layout[-2] != layout[-1]
+    for _ in range(_TOGETHER - len(copies)):
+        arguments += [*arguments[:7], chunks]  # where no program is
     with torch.cuda.device_of(index):
-        _gather_kernel[grid](
-            index, *(part.view(layout.bits) for group in padded for part in group), *index.stride(),
-            layout.stride_b, layout.stride_n, layout.stride_outer, layout.stride_inner, layout.rows, rows, width,
-            layout.inner,
-            NESTED=layout.outer > 1, BLOCK_K=block_k, BLOCK_W=block_w, num_warps=4, enable_fp_fusion=True,
+        _gather_kernel[(chunks * cdiv(rows, _BLOCK_K), batch)](
+            index, *arguments, *index.stride(), copies[0][0].shape[1], rows, chunks,
+            UNIT=_UNITS[unit], NESTED=nested, BLOCK_K=_BLOCK_K, BLOCK_W=block_w, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("gather_rows"), mutates_args=(), schema="(Tensor index, Tensor[] tensors) -> Tensor[]"
-)
-def gather(index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _fake_rows(index, tensors):
+    return [tensor.new_empty(*index.shape, *tensor.shape[2:]) for tensor in tensors]
+
+
+@operator("gather_rows", "(Tensor index, Tensor[] tensors) -> Tensor[]", fake=_fake_rows)
+def _gather_rows(index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """index [B, K] int32 or int64 (-1: a row of zeros), tensors [B, N, ...] of any dtype -> [B, K, ...] contiguous.
 
-    Tensors whose trailing dimensions do not collapse to two strided ones, or whose elements are wider than 8 bytes,
-    take the PyTorch path.
+    Tensors whose rows are not one or two runs of neighbours take the PyTorch path.
     """
     for tensor in tensors:
         check_below("gather_rows", "kept", index, "N", tensor.shape[1])
     if not runs_triton(index):
         return [out.contiguous() for out in _cpu.gather_rows(index, *tensors)]
     outs = [tensor.new_empty(*index.shape, *tensor.shape[2:]) for tensor in tensors]
-    alike: dict[_Layout, list[int]] = {}
-    for i, (tensor, out) in enumerate(zip(tensors, outs, strict=True)):
-        layout = _layout(tensor)
-        if layout is None:
+    alike: dict[int, list[tuple[Tensor, Tensor, tuple[int, ...]]]] = {}  # by unit
+    for tensor, out in zip(tensors, outs, strict=True):
+        found = _layout(tensor)
+        if found is None:
             out.copy_(reference.gather_rows(index, tensor)[0])
         elif out.numel():
-            alike.setdefault(layout, []).append(i)
-    for layout, places in alike.items():
-        for i in range(0, len(places), 4):
-            group = places[i : i + 4]
-            _launch(index, [tensors[j] for j in group], [outs[j] for j in group], layout)
+            alike.setdefault(found[0], []).append((tensor, out, found[1]))
+    for unit, copies in alike.items():
+        for i in range(0, len(copies), _TOGETHER):
+            _launch(index, copies[i : i + _TOGETHER], unit)
     return outs
 
 
-@gather.register_fake
-def _(index, tensors):
-    return [tensor.new_empty(*index.shape, *tensor.shape[2:]) for tensor in tensors]
+class _Gather(torch.autograd.Function):
+    """The operator with its gradients."""
 
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(index)
+        ctx.lengths = [tensor.shape[1] for tensor in tensors]
+        out = tuple(_gather_rows(index, tensors))
+        ctx.mark_non_differentiable(*(rows for rows in out if not rows.is_floating_point() and not rows.is_complex()))
+        return out
 
-def _setup_context(ctx, inputs, output):
-    index, tensors = inputs
-    ctx.save_for_backward(index)
-    ctx.lengths = [tensor.shape[1] for tensor in tensors]
-
-
-def _backward(ctx, grads):
-    (index,) = ctx.saved_tensors
-    wanted = zip(grads, ctx.lengths, ctx.needs_input_grad[1], strict=True)
-    return None, [_scatter_rows(index, grad, length) if needs else None for grad, length, needs in wanted]
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        wanted = zip(grads, ctx.lengths, ctx.needs_input_grad[1:], strict=True)
+        return None, *(_scatter_rows(index, grad, length) if needs else None for grad, length, needs in wanted)
 
 
 def _scatter_rows(index: Tensor, grad: Tensor, length: int) -> Tensor:
@@ -162,4 +189,8 @@ def _scatter_rows(index: Tensor, grad: Tensor, length: int) -> Tensor:
     return out[:-1].unflatten(0, (batch, length))
 
 
-gather.register_autograd(_backward, setup_context=_setup_context)
+def gather(index: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows of each tensor [B, N, ...] at index [B, K], [B, K, ...] contiguous; differentiable."""
+    if needs_gradient(*tensors):
+        return _Gather.apply(index, *tensors)
+    return _gather_rows(index, tensors)

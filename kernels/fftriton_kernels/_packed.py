@@ -58,13 +58,6 @@ def check_capacity(op: str, capacity: int | None) -> None:
         check_rows(op, "capacity", capacity)
 
 
-def longest(cu_seqlens: Tensor, max_seqlen: int | None, total: int) -> int:
-    """The length of the longest sequence; without max_seqlen the host waits for it."""
-    if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-    return max(min(max_seqlen, total), 0)
-
-
 def sequence_of(cu_seqlens: Tensor, length: int) -> Tensor:
     """[T] int64: the sequence of each packed token; -1 before the first, S after the last."""
     position = torch.arange(length, device=cu_seqlens.device)

@@ -7,6 +7,7 @@ them.
 
 VARYING = [
     "N", "M", "K", "k", "P", "E", "S", "C", "Nq", "Nk", "blocks", "batch", "capacity", "distance", "rows", "shares",
-    "begin", "end", "span", "num_nodes", "stride_k", "stride_pb", "stride_rb", "stride_sb", "stride_ob", "stride_gb",
-    "stride_cb", "stride_ib", "stride_ps", "stride_ph", "stride_ss", "stride_sr", "stride_pr", "stride_sh", "stride_sm",
+    "heads", "chunks", "begin", "end", "span", "num_nodes", "stride_k", "stride_pb", "stride_rb", "stride_sb",
+    "stride_ob", "stride_gb", "stride_cb", "stride_ib", "stride_ps", "stride_ph", "stride_ss", "stride_sr", "stride_pr",
+    "stride_sh", "stride_sm",
 ]  # fmt: skip

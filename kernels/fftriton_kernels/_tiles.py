@@ -25,6 +25,8 @@ import triton.testing
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from ._dispatch import block
+
 _FORMAT = 2  # of the cache file
 _ANY = 1 << 62  # a width that covers every other
 
@@ -84,16 +86,24 @@ _TRIAL: ContextVar[_Trial | None] = ContextVar("fftriton_trial", default=None)
 
 def lookup(op: str, x: Tensor, width: int) -> Tile:
     """The tile for rows of `width` elements like those of x: forced by a trial, tuned, or from the table."""
-    name, family = _device(x.device)
-    size = x.element_size()
-    key = f"{name}|triton {triton.__version__}|{op}|{size}|{triton.next_power_of_2(width)}"
     trial = _TRIAL.get()
-    if trial is not None:
-        trial.asked[key] = candidates(op, size)
-        if key in trial.forced:
-            return trial.forced[key]
-    tuned = _tuned().get(key) if name else None
+    if trial is None:
+        return _settled(op, x.device, x.element_size(), width)
+    key = _key(op, x.device, x.element_size(), width)
+    trial.asked[key] = candidates(op, x.element_size())
+    return trial.forced.get(key) or _settled(op, x.device, x.element_size(), width)
+
+
+@cache
+def _settled(op: str, device: torch.device, size: int, width: int) -> Tile:
+    """The tile outside a trial, which costs time to find."""
+    name, family = _device(device)
+    tuned = _tuned().get(_key(op, device, size, width)) if name else None
     return tuned or next(tile for bytes_, most, tile in _rows(family, op) if bytes_ == size and width <= most)
+
+
+def _key(op: str, device: torch.device, size: int, width: int) -> str:
+    return f"{_device(device)[0]}|triton {triton.__version__}|{op}|{size}|{block(width, 1)}"
 
 
 def lanes(x: Tensor, columns: int) -> dict[str, int]:
@@ -240,3 +250,4 @@ def _save(tiles: dict[str, Tile]) -> None:
         json.dump(content, file, indent=1)
     os.replace(file.name, path)
     _tuned.cache_clear()
+    _settled.cache_clear()

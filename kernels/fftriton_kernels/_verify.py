@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reference
 from ._ops import add_op_namespace_prefix
-from ._types import Groups
 
 _NAMESPACE = add_op_namespace_prefix("").partition("::")[0]
 
@@ -61,21 +60,19 @@ class _Formula(NamedTuple):
     expected: Callable[..., Any]  # takes the operator's arguments by name
     outputs: tuple[str, ...] = ("result",)  # what it returns, in its order
     size: Callable[..., Tensor] | None = (
-        None  # of floating point results: what the roundings of their sums are relative to
+        None  # what the roundings of a floating point result, the first, are relative to
     )
 
 
 def _check(operator: str, arguments: dict[str, Any], out: Any) -> None:
     """Raise unless `out` is what the operator's formula gives for its arguments."""
     formula = _FORMULAS[operator]
-    expected = formula.expected(**arguments)
-    if formula.size is None:
-        outs, wanted = ([x] if isinstance(x, Tensor) else list(x) for x in (out, expected))
-        faults = [unequal(*pair) for pair in zip(outs, wanted, strict=True)]
-    else:
+    outs, expected = _listed(out), _listed(formula.expected(**arguments))
+    faults = [unequal(*pair) for pair in zip(outs, expected, strict=True)]
+    if formula.size is not None:
         exact = {name: _doubled(value) for name, value in arguments.items()}
-        truth = formula.expected(**exact)
-        faults = [too_far(out, expected, truth, formula.size(truth, **exact))]
+        truth = _listed(formula.expected(**exact))[0]
+        faults[0] = too_far(outs[0], expected[0], truth, formula.size(truth, **exact))
     for number, fault in enumerate(faults):
         if fault:
             name = formula.outputs[number] if formula.outputs else f"tensors[{number}]"
@@ -83,6 +80,10 @@ def _check(operator: str, arguments: dict[str, Any], out: Any) -> None:
             raise VerificationError(
                 f"{formula.op}: {name} is not what the reference gives: {fault}; {operator} of {given}"
             )
+
+
+def _listed(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out)
 
 
 def unequal(out: Tensor, expected: Tensor) -> str:
@@ -149,17 +150,19 @@ def _merge_roots(
     return reference.merge_roots(predecessor=links, max_merges=bound if bounds is None else bounds, **arguments)
 
 
-def _group_rows(roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None) -> Groups:
-    return reference.group_rows(roots, stride or None if predecessor is None else predecessor, capacity)
+def _merge_mean(
+    x: Tensor, roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None
+) -> tuple[Tensor, ...]:
+    groups = reference.group_rows(roots, stride or None if predecessor is None else predecessor, capacity)
+    from_last = torch.where(groups.row >= 0, groups.kept.shape[1] - groups.row, 0)
+    mean = reference.group_mean(x, groups)
+    return mean, groups.kept, groups.lengths, groups.predecessor, from_last, groups.sizes
 
 
-def _group_mean(x: Tensor, kept: Tensor, row: Tensor, starts: Tensor, sizes: Tensor, members: Tensor) -> Tensor:
-    return reference.group_mean(x, Groups(kept, kept, kept, row, starts, sizes, members))
-
-
-def _topk_keep(bound: int, bounds: Tensor | None, **arguments: Any) -> Tensor:
+def _topk_keep(bound: int, bounds: Tensor | None, **arguments: Any) -> tuple[Tensor, Tensor]:
     kept = reference.topk_keep(k=bound if bounds is None else bounds, **arguments)
-    return kept[0] if isinstance(kept, tuple) else kept
+    kept = kept[0] if isinstance(kept, tuple) else kept
+    return kept, (kept >= 0).sum(-1).view(kept.shape[:-1] or 1)
 
 
 def _segmented_topk_keep(**arguments: Any) -> Tensor:
@@ -176,8 +179,8 @@ def _cosine_size(truth: Tensor, x: Tensor, **_: Any) -> Tensor:
     return torch.full_like(truth, _levels(x.shape[2]))
 
 
-def _mean_size(truth: Tensor, x: Tensor, **groups: Tensor) -> Tensor:
-    return _group_mean(x.abs(), **groups) * _levels(x.shape[1])
+def _mean_size(truth: Tensor, x: Tensor, **groups: Any) -> Tensor:
+    return _merge_mean(x.abs(), **groups)[0] * _levels(x.shape[1])
 
 
 def _score_size(truth: Tensor, q: Tensor, k: Tensor, scale: float, **_: Any) -> Tensor:
@@ -196,8 +199,9 @@ _FORMULAS = {
     ),
     "merge_roots": _Formula("merge_roots", _merge_roots, ("roots",)),
     "connected_components": _Formula("connected_components", reference.connected_components, ("labels",)),
-    "group_rows": _Formula("merge_mean", _group_rows, Groups._fields),
-    "group_mean": _Formula("merge_mean", _group_mean, ("x",), size=_mean_size),
+    "merge_mean": _Formula(
+        "merge_mean", _merge_mean, ("x", "kept", "lengths", "predecessor", "from_last", "sizes"), size=_mean_size
+    ),
     "gather_rows": _Formula("gather_rows", lambda index, tensors: reference.gather_rows(index, *tensors), ()),
     "attention_column_sum": _Formula(
         "attention_column_sum",
@@ -205,6 +209,6 @@ _FORMULAS = {
         size=_score_size,
     ),
     "attention_column_sum_packed": _Formula("attention_column_sum", reference.attention_column_sum, size=_score_size),
-    "topk_keep": _Formula("topk_keep", _topk_keep, ("kept",)),
+    "topk_keep": _Formula("topk_keep", _topk_keep, ("kept", "lengths")),
     "segmented_topk_keep": _Formula("segmented_topk_keep", _segmented_topk_keep, ("kept",)),
 }

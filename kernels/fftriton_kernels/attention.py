@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from . import _cpu
@@ -31,6 +30,7 @@ from ._dispatch import (
     FLOATS,
     INDICES,
     block,
+    cdiv,
     check_at_least,
     check_dtype,
     check_float,
@@ -38,7 +38,7 @@ from ._dispatch import (
     check_shape,
     runs_triton,
 )
-from ._ops import add_op_namespace_prefix
+from ._operators import operator, without_gradient
 from ._packed import check_bounds, check_max_seqlen
 from ._tiles import lanes, lookup
 
@@ -60,7 +60,11 @@ class _Packed(NamedTuple):
     keys: int
 
 
-@torch.library.custom_op(add_op_namespace_prefix("attention_column_sum"), mutates_args=())
+def _fake_sums(q, k, scale, causal, lse, num_queries, begin, end):
+    return q.new_empty(q.shape[0], end - begin, dtype=torch.float32)
+
+
+@operator("attention_column_sum", fake=_fake_sums)
 def _attention_column_sum(
     q: Tensor, k: Tensor, scale: float, causal: bool, lse: Tensor | None, num_queries: int, begin: int, end: int
 ) -> Tensor:
@@ -74,12 +78,11 @@ def _attention_column_sum(
     return _column_sum(q[:, :, first:], k, scale, causal, lse, begin, end, None)
 
 
-@_attention_column_sum.register_fake
-def _(q, k, scale, causal, lse, num_queries, begin, end):
-    return q.new_empty(q.shape[0], end - begin, dtype=torch.float32)
+def _fake_packed_sums(q, k, *_):
+    return k.new_empty(k.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("attention_column_sum_packed"), mutates_args=())
+@operator("attention_column_sum_packed", fake=_fake_packed_sums)
 def _attention_column_sum_packed(
     q: Tensor,
     k: Tensor,
@@ -111,11 +114,6 @@ def _attention_column_sum_packed(
     q, k = (x.transpose(0, 1).expand(sequences, -1, -1, -1) for x in (q, k))
     lse = None if lse is None else lse.expand(sequences, -1, -1)
     return _column_sum(q, k, scale, causal, lse, 0, max_seqlen_k, packed)[0]
-
-
-@_attention_column_sum_packed.register_fake
-def _(q, k, scale, causal, lse, num_queries, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    return k.new_empty(k.shape[0], dtype=torch.float32)
 
 
 def attention_column_sum(
@@ -218,8 +216,19 @@ def attention_column_sum(
         if lse is not None:
             check_shape(op, "lse", lse, H=heads, Tq=queries)
         num_queries = None if num_queries is None else min(num_queries, queries)
-        return _attention_column_sum_packed(
-            q, k, float(scale), causal, lse, num_queries, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return without_gradient(
+            op,
+            _attention_column_sum_packed,
+            q,
+            k,
+            float(scale),
+            causal,
+            lse,
+            num_queries,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
         )
     if lse is not None:
         check_shape(op, "lse", lse, B=batch, H=heads, Nq=queries)
@@ -230,7 +239,7 @@ def attention_column_sum(
     begin, end = (0, keys) if columns is None else columns
     if not 0 <= begin <= end <= keys:
         raise ValueError(f"{op}: columns (a, b) must be 0 <= a <= b <= Nk={keys}, got ({begin}, {end})")
-    return _attention_column_sum(q, k, float(scale), causal, lse, num_queries, begin, end)
+    return without_gradient(op, _attention_column_sum, q, k, float(scale), causal, lse, num_queries, begin, end)
 
 
 def _check_sequences(op: str, cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> None:
@@ -279,14 +288,13 @@ def _column_sum(
     one_tile = queries * (q.shape[1] // k.shape[1]) <= lookup("attention", q, q.shape[3]).streamed
     with torch.cuda.device_of(q):
         if lse is None and queries <= _FEW_QUERIES and one_tile:
-            total = _kept_score_sum(q, k, scale * _LOG2_E, causal, begin, end, packed)
+            return _kept_score_mean(q, k, scale * _LOG2_E, causal, begin, end, packed)
+        norms: tuple[Tensor, Tensor | None]
+        if lse is None:
+            norms = _row_norms(q, k, scale * _LOG2_E, causal, packed)
         else:
-            norms: tuple[Tensor, Tensor | None]
-            if lse is None:
-                norms = _row_norms(q, k, scale * _LOG2_E, causal, packed)
-            else:
-                norms = _in_pairs(lse, k.shape[1]), None
-            total = _streamed_sum(q, k, norms, scale * _LOG2_E, causal, begin, end, packed)
+            norms = _in_pairs(lse, k.shape[1]), None
+        total = _streamed_sum(q, k, norms, scale * _LOG2_E, causal, begin, end, packed)
     return total / q.shape[1]
 
 
@@ -316,9 +324,9 @@ def _row_norms(q: Tensor, k: Tensor, scale2: float, causal: bool, packed: _Packe
     tile = lookup("attention", q, width)
     pairs = queries * (heads // kv_heads)
     block_m, block_n = min(tile.still, block(pairs)), tile.streamed  # pairs stay, keys stream past
-    tiles = triton.cdiv(pairs, block_m)
-    shares = _shares(tiles * kv_heads * batch, triton.cdiv(keys, _LEAST_KEYS))
-    span = triton.cdiv(triton.cdiv(keys, shares), block_n) * block_n
+    tiles = cdiv(pairs, block_m)
+    shares = _shares(tiles * kv_heads * batch, cdiv(keys, _LEAST_KEYS))
+    span = cdiv(cdiv(keys, shares), block_n) * block_n
     shift, weight = _new_norms(q, shares, 1 if packed else batch, kv_heads, rows * heads // kv_heads)
     _row_norm_kernel[(tiles, shares * kv_heads, batch)](
         q, k, shift, weight, *bounds, *q.stride(), *k.stride(), *shift.expand(-1, batch, -1, -1).stride()[:3],
@@ -335,7 +343,7 @@ def _added_norms(peaks: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     if len(peaks) == 1:
         return peaks[0], totals[0]
     shift, weight = torch.empty_like(peaks[0]), torch.empty_like(peaks[0])
-    _add_norms_kernel[(triton.cdiv(shift.numel(), 16),)](
+    _add_norms_kernel[(cdiv(shift.numel(), 16),)](
         peaks, totals, shift, weight, len(peaks), shift.numel(), BLOCK_S=64, BLOCK_R=16,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -363,8 +371,8 @@ def _streamed_sum(
     tile = lookup("attention", q, width)
     pairs = queries * (heads // kv_heads)
     block_m, block_n = min(tile.streamed, block(pairs)), tile.still  # keys stay, pairs stream past
-    key_blocks = triton.cdiv(end - begin, block_n)
-    shares = _shares(key_blocks * kv_heads * batch, triton.cdiv(pairs, block_m * _LEAST_TILES))
+    key_blocks = cdiv(end - begin, block_n)
+    shares = _shares(key_blocks * kv_heads * batch, cdiv(pairs, block_m * _LEAST_TILES))
     partial = _new_sums(q, k, packed, kv_heads * shares, columns=end - begin)
     _column_sum_kernel[(key_blocks, kv_heads * shares, batch)](
         q, k, shift, weight, partial, *bounds, *q.stride(), *k.stride(), *shift.stride()[:2],
@@ -407,34 +415,34 @@ def _new_sums(q: Tensor, k: Tensor, packed: _Packed | None, *sizes: int, columns
     return q.new_zeros(1, *sizes, k.shape[2], dtype=torch.float32)
 
 
-def _kept_score_sum(
+def _kept_score_mean(
     q: Tensor, k: Tensor, scale2: float, causal: bool, begin: int, end: int, packed: _Packed | None
 ) -> Tensor:
-    """[B, C]: the same for few queries, whose scores are kept between the passes so that K is read once."""
+    """[B, C]: the sums divided by the heads, for few queries, whose scores are kept so that K is read once."""
     batch, heads, _, width = q.shape
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
     tile = lookup("attention", q, width)
     block_n = tile.still
-    key_blocks = triton.cdiv(keys, block_n)
+    key_blocks = cdiv(keys, block_n)
     columns = k.shape[2] if packed else end - begin
     score = q.new_empty(1 if packed else batch, heads * queries, columns, dtype=torch.float32).expand(batch, -1, -1)
-    shift, weight = _new_norms(q, key_blocks, batch, heads * queries)
+    peaks, totals = _new_norms(q, key_blocks, batch, heads * queries)
     _score_kernel[(key_blocks, kv_heads, batch)](
-        q, k, score, shift, weight, *bounds, *q.stride(), *k.stride(), *score.stride(), *shift.stride()[:2],
+        q, k, score, peaks, totals, *bounds, *q.stride(), *k.stride(), *score.stride(), *peaks.stride()[:2],
         scale2, queries, keys, begin, end, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
         BLOCK_M=block(queries * (heads // kv_heads)), BLOCK_N=block_n, CAUSAL=causal,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     out = _new_sums(q, k, packed, columns=end - begin)
-    shift, weight = _added_norms(shift, weight)
-    _score_sum_kernel[(triton.cdiv(end - begin, 128), batch)](
-        score, shift, weight, out, bounds[1], *score.stride(), shift.stride(0), *out.expand(batch, -1).stride(),
-        score.shape[1], end - begin, BLOCK_R=16, BLOCK_C=128, num_warps=4, enable_fp_fusion=True,
+    _score_sum_kernel[(cdiv(end - begin, 128), batch)](
+        score, peaks, totals, out, bounds[1], *score.stride(), *peaks.stride()[:2], *out.expand(batch, -1).stride(),
+        key_blocks, score.shape[1], heads, end - begin,
+        BLOCK_S=64, BLOCK_R=16, BLOCK_C=128, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
 def _shares(programs: int, most: int) -> int:
     """Over how many programs each of `programs` pieces of work is spread, a power of two."""
-    return min(triton.next_power_of_2(triton.cdiv(_ENOUGH_PROGRAMS, programs)), triton.next_power_of_2(most))
+    return min(block(cdiv(_ENOUGH_PROGRAMS, programs), 1), block(most, 1))

@@ -19,8 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _cpu
-from ._dispatch import INDICES, check_dtype, check_rows, check_shape, runs_triton
-from ._ops import add_op_namespace_prefix
+from ._dispatch import (
+    INDICES,
+    cdiv,
+    check_dtype,
+    check_rows,
+    check_shape,
+    runs_triton,
+)
+from ._operators import operator
 from ._specialisation import VARYING
 
 BLOCK = 256  # edges or nodes a program
@@ -73,7 +80,11 @@ def _flatten_kernel(parents_ptr, num_nodes, BLOCK_N: tl.constexpr):
     tl.store(parents_ptr + offs_n, _find(parents_ptr, offs_n, offs_n < num_nodes), mask=offs_n < num_nodes)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("connected_components"), mutates_args=())
+def _labels(edges, num_nodes):
+    return edges.new_empty(num_nodes, dtype=torch.int64)
+
+
+@operator("connected_components", fake=_labels)
 def _connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     if not runs_triton(edges):
         return _cpu.connected_components(edges, num_nodes)
@@ -81,16 +92,11 @@ def _connected_components(edges: Tensor, num_nodes: int) -> Tensor:
     if edges.numel() and num_nodes:
         count = edges.shape[0]
         with torch.cuda.device_of(edges):
-            _hook_kernel[(triton.cdiv(count, BLOCK),)](
+            _hook_kernel[(cdiv(count, BLOCK),)](
                 edges, parents, *edges.stride(), count, num_nodes, BLOCK_E=BLOCK, enable_fp_fusion=True
             )
-            _flatten_kernel[(triton.cdiv(num_nodes, BLOCK),)](parents, num_nodes, BLOCK_N=BLOCK, enable_fp_fusion=True)
+            _flatten_kernel[(cdiv(num_nodes, BLOCK),)](parents, num_nodes, BLOCK_N=BLOCK, enable_fp_fusion=True)
     return parents
-
-
-@_connected_components.register_fake
-def _(edges, num_nodes):
-    return edges.new_empty(num_nodes, dtype=torch.int64)
 
 
 def connected_components(edges: Tensor, num_nodes: int) -> Tensor:

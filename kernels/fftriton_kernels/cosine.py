@@ -20,6 +20,7 @@ from ._dispatch import (
     FLOATS,
     INDICES,
     block,
+    cdiv,
     check_below,
     check_dtype,
     check_same_device,
@@ -27,7 +28,7 @@ from ._dispatch import (
     check_stride,
     runs_triton,
 )
-from ._ops import add_op_namespace_prefix
+from ._operators import operator, without_gradient
 from ._packed import any_rows, check_cu_seqlens, rows_of, strided_predecessor
 from ._specialisation import VARYING
 from ._tiles import lookup
@@ -126,14 +127,18 @@ def _linked_cosine_kernel(
     tl.store(out_ptr + pid_b * stride_ob + pid_n * stride_on, _cosine(dot, square, partner_square))
 
 
-@torch.library.custom_op(add_op_namespace_prefix("strided_cosine_similarity"), mutates_args=())
+def _per_token(x, _):
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@operator("strided_cosine_similarity", fake=_per_token)
 def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
     batch, length, width = x.shape
     if not runs_triton(x):
         return _cpu.strided_cosine_similarity(x, stride)
     out = x.new_empty(batch, length, dtype=torch.float32)
     if out.numel():
-        segments = triton.cdiv(triton.cdiv(length, stride), _FRAMES_A_PROGRAM)
+        segments = cdiv(cdiv(length, stride), _FRAMES_A_PROGRAM)
         with torch.cuda.device_of(x):
             _strided_cosine_kernel[(stride * segments, batch)](
                 x, out, *x.stride(), *out.stride(), length, stride,
@@ -143,7 +148,7 @@ def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("linked_cosine_similarity"), mutates_args=())
+@operator("linked_cosine_similarity", fake=_per_token)
 def _linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
     batch, length, width = x.shape
     check_below("linked_cosine_similarity", "predecessor", predecessor, "N", length)
@@ -157,12 +162,6 @@ def _linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
                 D=width, BLOCK_D=block(width), num_warps=lookup("cosine", x, width).num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
-
-
-@_strided_cosine_similarity.register_fake
-@_linked_cosine_similarity.register_fake
-def _(x, _):
-    return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
 def strided_cosine_similarity(x: Tensor, stride: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -193,9 +192,9 @@ def strided_cosine_similarity(x: Tensor, stride: int, *, cu_seqlens: Tensor | No
     check_cu_seqlens(op, cu_seqlens, "x", x)
     stride = check_stride(op, "stride", stride, x.shape[-2])
     if cu_seqlens is None:
-        return _strided_cosine_similarity(x, stride)
+        return without_gradient(op, _strided_cosine_similarity, x, stride)
     links = strided_predecessor(1, x.shape[0], stride, x.device, cu_seqlens)
-    return _strided_cosine_similarity(x[None], stride).masked_fill(links < 0, NO_LINK)[0]
+    return without_gradient(op, _strided_cosine_similarity, x[None], stride).masked_fill(links < 0, NO_LINK)[0]
 
 
 def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -227,5 +226,5 @@ def linked_cosine_similarity(x: Tensor, predecessor: Tensor, *, cu_seqlens: Tens
     check_shape(op, "predecessor", predecessor, **rows_of(x, packed))
     check_same_device(op, x=x, predecessor=predecessor)
     if packed:
-        return _linked_cosine_similarity(x[None], predecessor[None])[0]
-    return _linked_cosine_similarity(x, predecessor)
+        return without_gradient(op, _linked_cosine_similarity, x[None], predecessor[None])[0]
+    return without_gradient(op, _linked_cosine_similarity, x, predecessor)

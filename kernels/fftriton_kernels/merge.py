@@ -15,6 +15,7 @@ Source: FrameFusion, arXiv:2501.01986, section 3.3; ToMe, arXiv:2210.09461, for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +28,7 @@ from ._dispatch import (
     INDICES,
     INTERPRET,
     block,
+    cdiv,
     check_at_least,
     check_dtype,
     check_float,
@@ -37,8 +39,8 @@ from ._dispatch import (
     runs_triton,
 )
 from ._gather import gather
-from ._groups import group_rows
-from ._ops import add_op_namespace_prefix
+from ._groups import rank_groups
+from ._operators import needs_gradient, operator
 from ._packed import (
     any_rows,
     check_capacity,
@@ -48,10 +50,10 @@ from ._packed import (
     rows_of,
     strided_predecessor,
 )
-from ._radix import admitted, load_keys, sort_key, tally
+from ._radix import admitted, load_keys, row_strides, sort_key
 from ._specialisation import VARYING
 from ._tiles import lookup
-from ._types import NO_LINK, Groups, Merged
+from ._types import NO_LINK, Merged
 
 _NO_LINK = tl.constexpr(NO_LINK)
 BLOCK = 1024  # tokens a program
@@ -75,47 +77,44 @@ def _joins(similarity, partner, offs_n, threshold):
 
 @triton.jit(do_not_specialize=VARYING)
 def _join_keys_kernel(
-    similarity_ptr, predecessor_ptr, keys_ptr, tallies_ptr,  # similarity, predecessor, keys [B, N]
-    cu_seqlens_ptr,
+    similarity_ptr, predecessor_ptr, keys_ptr,     # similarity, predecessor, keys [B, N]
     stride_sb, stride_sn,
     stride_pb, stride_pn,
-    threshold, distance, N, blocks, batch,
-    STRIDED: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    threshold, distance, N,
+    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # grid (blocks, B): the first pass of the select among the pairs that reach the threshold
-    pid_n = tl.program_id(0)
+    # grid (blocks, B): how the pairs that reach the threshold rank, 0 for all others
     pid_b = tl.program_id(1).to(tl.int64)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    base, begin, length = _radix.span(cu_seqlens_ptr, pid_b, N, PACKED)
-    token = begin + offs_n
-    mask = offs_n < length
-    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, token, mask, STRIDED)
-    similarity = tl.load(similarity_ptr + pid_b * stride_sb + token * stride_sn, mask=mask, other=_NO_LINK)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    mask = offs_n < N
+    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, offs_n, mask, STRIDED)
+    similarity = tl.load(similarity_ptr + pid_b * stride_sb + offs_n * stride_sn, mask=mask, other=_NO_LINK)
     similarity = similarity.to(tl.float32)
-    key = sort_key(similarity, _joins(similarity, partner, token, threshold))
-    tl.store(keys_ptr + base + offs_n, key.to(tl.int32, bitcast=True), mask=mask)
-    tally(key, 0, tallies_ptr, pid_b, pid_n, blocks, batch, 0)
+    key = sort_key(similarity, _joins(similarity, partner, offs_n, threshold))
+    tl.store(keys_ptr + pid_b * N + offs_n, key.to(tl.int32, bitcast=True), mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _admit_kernel(
-    keys_ptr, tallies_ptr, state_ptr, predecessor_ptr, roots_ptr,  # keys, predecessor, roots [B, N]
-    cu_seqlens_ptr,
+    keys_ptr, predecessor_ptr, k_ptr, cu_seqlens_ptr, roots_ptr,  # keys, predecessor, roots [B, N], k [B]
     stride_pb, stride_pn,
-    distance, N, blocks, batch,
-    STRIDED: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    k, stride_k, distance, N,
+    STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # grid (blocks, B): the link of each token, its partner where the select took the pair
-    pid_n = tl.program_id(0)
-    pid_b = tl.program_id(1).to(tl.int64)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    least, ties, earlier = _radix.threshold(tallies_ptr, state_ptr, pid_b, pid_n, blocks, batch, CHUNK)
-    base, begin, length = _radix.span(cu_seqlens_ptr, pid_b, N, PACKED)
-    token = begin + offs_n
-    mask = offs_n < length
-    partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, token, mask, STRIDED)
-    joins = admitted(load_keys(keys_ptr, base, offs_n, length), least, ties, earlier)
-    tl.store(roots_ptr + base + offs_n, tl.where(joins, partner, token), mask=mask)
+    # grid (B,): the link of each token, its partner where the pair is among the k best
+    pid_b = tl.program_id(0).to(tl.int64)
+    base, begin, length = _radix.span(cu_seqlens_ptr, pid_b, N)
+    keys_ptr += base
+    k = _radix.count(k_ptr, k, stride_k, pid_b, length)
+    least, ties, _ = _radix.threshold(keys_ptr, 1, None, 0, length, k, BLOCK_N)
+    equal = 0
+    for start in range(0, length, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        mask = offs_n < length
+        joins, equal = admitted(load_keys(keys_ptr, 1, None, 0, offs_n, mask), least, ties, equal)
+        token = begin + offs_n
+        partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, token, mask, STRIDED)
+        tl.store(roots_ptr + base + offs_n, tl.where(joins, partner, token), mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -165,28 +164,38 @@ def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def _mean_kernel(
-    x_ptr, out_ptr,                                # x [B, N, D], out [B, M, D]
-    kept_ptr, starts_ptr, sizes_ptr, members_ptr,  # kept, starts, sizes [B, M], members [B, N]
+    x_ptr,                                         # x [B, N, D]
+    rooted_ptr, linked_ptr, starts_ptr, counts_ptr, totals_ptr, members_ptr,  # groups by rank: `_groups.Ranked`
+    out_ptr, kept_ptr, links_ptr, sizes_ptr,       # out [B, M, D], the others [B, M] int64
     stride_xb, stride_xn, stride_xd,
     N, M,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr, INTERPRETED: tl.constexpr,
+    LINKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    # grid (M, ceil(D / BLOCK_D), B): one program owns a stretch of one output row
+    # grid (M, ceil(D / BLOCK_D), B): one program owns a stretch of one output row; rows stand at the right end
     pid_b = tl.program_id(2).to(tl.int64)
     row = pid_b * M + tl.program_id(0)
+    rank = tl.load(totals_ptr + pid_b) - M + tl.program_id(0)
+    group = pid_b * N + tl.maximum(rank, 0)
+    size = tl.where(rank < 0, 0, tl.load(counts_ptr + group))
+    root = tl.where(rank < 0, -1, tl.load(rooted_ptr + group))
+    begin = tl.load(starts_ptr + group)
+    if tl.program_id(1) == 0:
+        tl.store(kept_ptr + row, root.to(tl.int64))
+        tl.store(sizes_ptr + row, size.to(tl.int64))
+        if LINKS:
+            link = tl.where(rank < 0, 0, tl.load(linked_ptr + group))
+            tl.store(links_ptr + row, tl.where((link > 0) & (link <= M), M - link, -1).to(tl.int64))
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     x_ptr += pid_b * stride_xb + offs_d * stride_xd
     out_ptr += row * D + offs_d
-    size = tl.load(sizes_ptr + row)
     if size == 1:  # no arithmetic: bit for bit
-        position = tl.load(kept_ptr + row)
-        tl.store(out_ptr, tl.load(x_ptr + position * stride_xn, mask=offs_d < D, other=0), mask=offs_d < D)
+        tl.store(out_ptr, tl.load(x_ptr + root.to(tl.int64) * stride_xn, mask=offs_d < D, other=0), mask=offs_d < D)
     else:
-        members_ptr += pid_b * N + tl.load(starts_ptr + row)
+        members_ptr += pid_b * N + begin
         total = tl.zeros((BLOCK_D,), tl.float32)
         for first in range(0, size, MEMBERS):
             for step in tl.static_range(MEMBERS):
-                member = tl.load(members_ptr + tl.minimum(first + step, size - 1))
+                member = tl.load(members_ptr + tl.minimum(first + step, size - 1)).to(tl.int64)
                 mask_d = offs_d < tl.where(first + step < size, D, 0)
                 total += tl.load(x_ptr + member * stride_xn, mask=mask_d, other=0.0).to(tl.float32)
         mean = tl.div_rn(total, tl.zeros((BLOCK_D,), tl.float32) + tl.maximum(size, 1).to(tl.float32))
@@ -200,7 +209,6 @@ def _launch_roots(
     threshold: float,
     max_merges: int | Tensor | None,
     cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
 ) -> Tensor:
     """Roots of similarity [B, N], or [T] packed; neither is empty."""
     length = similarity.shape[-1]
@@ -213,8 +221,8 @@ def _launch_roots(
     else:
         roots = similarity.new_empty(similarity.shape, dtype=torch.int64)
     partner = roots if predecessor is None else predecessor
-    strides = (*_radix.row_strides(similarity), *_radix.row_strides(partner))
-    grid = (triton.cdiv(length, BLOCK), similarity.numel() // length)
+    strides = (*row_strides(similarity), *row_strides(partner))
+    grid = (cdiv(length, BLOCK), similarity.numel() // length)
     with torch.cuda.device_of(similarity):
         if max_merges is None:
             _link_kernel[grid](
@@ -222,29 +230,32 @@ def _launch_roots(
                 STRIDED=strided, BLOCK_N=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
         else:
-            selection = _radix.new_selection(similarity, cu_seqlens, max_seqlen)
-            keys, tallies, state, _ = selection
-            _join_keys_kernel[selection.grid](
-                similarity, partner, keys, tallies, selection.spans, *strides,
-                threshold, stride, length, *selection.grid,
-                STRIDED=strided, PACKED=packed, BLOCK_N=_radix.BLOCK, num_warps=_radix.WARPS, enable_fp_fusion=True,
+            keys = similarity.new_empty(similarity.shape, dtype=torch.int32)
+            _join_keys_kernel[grid](
+                similarity, partner, keys, *strides, threshold, stride, length,
+                STRIDED=strided, BLOCK_N=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
-            _radix.refine(selection, max_merges)
-            _admit_kernel[selection.grid](
-                keys, tallies, state, partner, roots, selection.spans, *strides[2:], stride, length, *selection.grid,
-                STRIDED=strided, PACKED=packed, BLOCK_N=_radix.BLOCK, CHUNK=_radix.CHUNK,
-                num_warps=_radix.WARPS, enable_fp_fusion=True,
+            samples = grid[1] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            k_tensor, k, stride_k = _radix.on_device(max_merges)
+            _admit_kernel[(samples,)](
+                keys, partner, k_tensor, None if cu_seqlens is None else cu_seqlens.contiguous(), roots, *strides[2:],
+                k, stride_k, stride, length,
+                STRIDED=strided, BLOCK_N=_radix.BLOCK, num_warps=_radix.WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         _jump_kernel[grid](roots, length, BLOCK_N=BLOCK, enable_fp_fusion=True)
     return roots
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("merge_roots"),
-    mutates_args=(),
-    schema="(Tensor similarity, Tensor? predecessor, SymInt stride, float threshold, Tensor? bounds, SymInt? bound,"
-    " Tensor? cu_seqlens=None, SymInt? max_seqlen=None) -> Tensor",
-)
+def _fake_roots(similarity, *_):
+    return similarity.new_empty(similarity.shape, dtype=torch.int64)
+
+
+@operator(
+    "merge_roots",
+    "(Tensor similarity, Tensor? predecessor, SymInt stride, float threshold, Tensor? bounds, SymInt? bound,"
+    " Tensor? cu_seqlens=None) -> Tensor",
+    fake=_fake_roots,
+)  # fmt: skip
 def _merge_roots(
     similarity: Tensor,
     predecessor: Tensor | None,
@@ -253,7 +264,6 @@ def _merge_roots(
     bounds: Tensor | None,
     bound: int | None,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
 ) -> Tensor:
     max_merges: int | Tensor | None = bounds
     if bounds is None and bound is not None and bound < similarity.shape[-1]:  # above, it bounds nothing
@@ -263,50 +273,76 @@ def _merge_roots(
     if not runs_triton(similarity):
         links = stride if predecessor is None else predecessor
         return _cpu.merge_roots(similarity, links, threshold, max_merges, cu_seqlens=cu_seqlens)
-    return _launch_roots(similarity, predecessor, stride, threshold, max_merges, cu_seqlens, max_seqlen)
+    return _launch_roots(similarity, predecessor, stride, threshold, max_merges, cu_seqlens)
 
 
-@_merge_roots.register_fake
-def _(similarity, predecessor, stride, threshold, bounds, bound, cu_seqlens=None, max_seqlen=None):
-    return similarity.new_empty(similarity.shape, dtype=torch.int64)
-
-
-@torch.library.custom_op(add_op_namespace_prefix("group_mean"), mutates_args=())
-def _group_mean(x: Tensor, kept: Tensor, row: Tensor, starts: Tensor, sizes: Tensor, members: Tensor) -> Tensor:
-    if not runs_triton(x):
-        return _cpu.group_mean(x, Groups(kept, kept, kept, row, starts, sizes, members))
-    batch, rows = kept.shape
-    length, width = x.shape[1:]
+def _launch_mean(
+    x: Tensor, roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None
+) -> tuple[Tensor, ...]:
+    """What the operator returns; nothing is empty."""
+    groups = rank_groups(roots, predecessor, stride, capacity)
+    batch, length, width = x.shape
+    rows = max(groups.lengths.tolist()) if capacity is None else capacity  # the host needs M to allocate: the only wait
+    linked = predecessor is not None or stride > 0
     out = x.new_empty(batch, rows, width)
-    if out.numel():
+    kept, sizes = (roots.new_empty(batch, rows, dtype=torch.int64) for _ in range(2))
+    links = roots.new_empty(batch, rows if linked else 0, dtype=torch.int64)
+    if rows:
         tile = lookup("mean", x, width)
         block_d = min(block(width), tile.width)
         with torch.cuda.device_of(x):
-            _mean_kernel[(rows, triton.cdiv(width, block_d), batch)](
-                x, out, kept, starts, sizes, members, *x.stride(), length, rows,
-                D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET,
+            _mean_kernel[(rows, cdiv(width, block_d), batch)](
+                x, *groups[:6], out, kept, links, sizes, *x.stride(), length, rows,
+                LINKS=linked, D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET,
                 num_warps=tile.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
-    return out
+    return out, kept, groups.lengths, links, groups.from_last, sizes
 
 
-@_group_mean.register_fake
-def _(x, kept, row, starts, sizes, members):
-    return x.new_empty(*kept.shape, x.shape[2])
+def _fake_mean(x, roots, predecessor, stride, capacity=None):
+    batch, length, width = x.shape
+    rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    links = rows if predecessor is not None or stride > 0 else 0
+    sizes = ((batch, rows), (batch,), (batch, links), (batch, length), (batch, rows))
+    return x.new_empty(batch, rows, width), *(roots.new_empty(size, dtype=torch.int64) for size in sizes)
 
 
-def _setup_context(ctx, inputs, output):
-    _, _, row, _, sizes, _ = inputs
-    ctx.save_for_backward(row, sizes)
+@operator(
+    "merge_mean",
+    "(Tensor x, Tensor roots, Tensor? predecessor, SymInt stride, SymInt? capacity=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_mean,
+)  # fmt: skip
+def _mean_of_groups(
+    x: Tensor, roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None = None
+) -> tuple[Tensor, ...]:
+    """Links come from `predecessor`, or from a `stride` above 0, or there are none.
+
+    Returns:
+        x [B, M, D], kept [B, M], lengths [B], links [B, M] or [B, 0]; from_last [B, N], the row of each token, 1 for
+        the last one and 0 for none; sizes [B, M].
+    """
+    if x.numel() and runs_triton(x):
+        return _launch_mean(x, roots, predecessor, stride, capacity)
+    return _cpu.merge_mean(x, roots, stride if predecessor is None and stride else predecessor, capacity)
 
 
-def _backward(ctx, grad):
-    row, sizes = ctx.saved_tensors
-    share = (grad.float() / sizes.clamp_min(1).unsqueeze(2)).to(grad.dtype)  # what each member of a row receives
-    return gather(row, [share])[0], None, None, None, None, None
+class _Mean(torch.autograd.Function):
+    """The operator with its gradient in x."""
 
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        out = _mean_of_groups(*arguments)
+        ctx.mark_non_differentiable(*out[1:])
+        ctx.save_for_backward(*out[4:])
+        return out
 
-_group_mean.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        from_last, sizes = ctx.saved_tensors
+        share = (grad.float() / sizes.clamp_min(1).unsqueeze(2)).to(grad.dtype)  # what each member of a row receives
+        row = torch.where(from_last > 0, sizes.shape[1] - from_last, -1)
+        return gather(row, [share])[0], None, None, None, None
 
 
 def merge_roots(
@@ -335,8 +371,7 @@ def merge_roots(
             predecessors [T] are positions among all T tokens; the caller sees to it that they are in the token's own
             sequence, and that padding before the first sequence, as `merge_mean` leaves it, has none. max_merges
             applies to each sequence; as a tensor it is [S].
-        max_seqlen: the length of the longest packed sequence, or more. Only needed with max_merges; if None, the host
-            waits for it.
+        max_seqlen: the length of the longest packed sequence, or more. Nothing depends on it any more.
 
     Returns:
         [B, N] int64; packed: [T]. root[b, t] == t for the first token of a group. In each sample, min(pairs that reach
@@ -354,7 +389,7 @@ def merge_roots(
     check_dtype(op, "similarity", similarity, FLOATS)
     check_shape(op, "similarity", similarity, **any_rows(packed))
     check_cu_seqlens(op, cu_seqlens, "similarity", similarity)
-    max_seqlen = check_max_seqlen(op, "max_seqlen", max_seqlen, similarity.shape[-1], cu_seqlens)
+    check_max_seqlen(op, "max_seqlen", max_seqlen, similarity.shape[-1], cu_seqlens)
     links, stride = _check_predecessor(op, similarity, predecessor, packed)
     check_float(op, "threshold", threshold)
     if not is_finite(threshold):
@@ -369,7 +404,7 @@ def merge_roots(
         check_at_least(op, "max_merges", max_merges, 0)
         bound = min(max_merges, similarity.shape[-1])
     check_same_device(op, similarity=similarity, predecessor=links, max_merges=bounds)
-    return _merge_roots(similarity, links, stride, float(threshold), bounds, bound, cu_seqlens, max_seqlen)
+    return _merge_roots(similarity, links, stride, float(threshold), bounds, bound, cu_seqlens)
 
 
 def merge_mean(
@@ -391,7 +426,7 @@ def merge_mean(
         roots: [B, N] int32 or int64, any strides: the root of each token's group, as `merge_roots` returns it. A token
             is dropped if its root is -1 or is not itself a root.
         companions: tensors [B, N, ...] that follow their rows (position ids, rotary cosines): any dtype, any strides.
-            PyTorch gathers those whose trailing dimensions do not collapse to two strided ones.
+            PyTorch gathers those whose rows are not one or two runs of neighbours in memory.
         predecessor: the links that the roots came from, as `merge_roots` takes them. If given, the links among the
             compacted rows are returned, too.
         cu_seqlens: [S+1] int32 or int64, ascending from 0 to T (not checked, because that would stall a GPU). x [T, D],
@@ -429,8 +464,11 @@ def merge_mean(
     links, stride = (None, 0) if predecessor is None else _check_predecessor(op, roots, predecessor, packed)
     if not isinstance(companions, Sequence):
         raise TypeError(f"{op}: companions must be a sequence of tensors, got {type(companions).__name__}")
+    leading = x.shape[:-1]
     for i, companion in enumerate(companions):
-        _check_companion(op, f"companions[{i}]", companion, x, packed)
+        if not isinstance(companion, Tensor) or companion.shape[: len(leading)] != leading:
+            _raise_for_companion(op, f"companions[{i}]", companion, leading, packed)
+    check_same_device(op, x=x, **{f"companions[{i}]": companion for i, companion in enumerate(companions)})
     check_same_device(op, x=x, roots=roots, predecessor=links)
     if cu_seqlens is None:
         return _merge_mean(x, roots, companions, links, stride, capacity)
@@ -444,10 +482,10 @@ def merge_mean(
 def _merge_mean(
     x: Tensor, roots: Tensor, companions: Sequence[Tensor], links: Tensor | None, stride: int, capacity: int | None
 ) -> Merged:
-    groups = Groups(*group_rows(roots, links, stride, capacity))
-    mean = _group_mean(x, groups.kept, groups.row, groups.starts, groups.sizes, groups.members)
-    taken = tuple(gather(groups.kept, companions)) if companions else ()
-    return Merged(mean, taken, groups.kept, groups.lengths, groups.predecessor if links is not None or stride else None)
+    call = _Mean.apply if needs_gradient(x) else _mean_of_groups
+    mean, kept, lengths, predecessor, _, _ = call(x, roots, links, stride, capacity)
+    taken = tuple(gather(kept, companions)) if companions else ()
+    return Merged(mean, taken, kept, lengths, predecessor if links is not None or stride else None)
 
 
 def _packed(merged: Merged, cu_seqlens: Tensor) -> Merged:
@@ -466,11 +504,8 @@ def _check_predecessor(op: str, like: Tensor, predecessor: int | Tensor, packed:
     return None, check_stride(op, "predecessor", predecessor, like.shape[-1])
 
 
-def _check_companion(op: str, name: str, companion: Tensor, x: Tensor, packed: bool) -> None:
+def _raise_for_companion(op: str, name: str, companion: Any, leading: torch.Size, packed: bool) -> None:
     if not isinstance(companion, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(companion).__name__}")
-    leading = rows_of(x, packed)
-    if companion.shape[: len(leading)] != tuple(leading.values()):
-        sizes = ", ".join(f"{axis}={size}" for axis, size in leading.items())
-        raise ValueError(f"{op}: {name} must have shape [{sizes}, ...], got {list(companion.shape)}")
-    check_same_device(op, **{"x": x, name: companion})
+    sizes = ", ".join(f"{axis}={size}" for axis, size in zip("T" if packed else "BN", leading, strict=True))
+    raise ValueError(f"{op}: {name} must have shape [{sizes}, ...], got {list(companion.shape)}")

@@ -23,6 +23,7 @@ from . import _cpu, _radix
 from ._dispatch import (
     FLOATS,
     INDICES,
+    cdiv,
     check_at_least,
     check_below,
     check_dtype,
@@ -31,7 +32,7 @@ from ._dispatch import (
     runs_triton,
 )
 from ._gather import gather
-from ._ops import add_op_namespace_prefix
+from ._operators import operator
 from ._packed import any_rows, check_capacity, check_cu_seqlens, check_max_seqlen, lengths_of, rows_of
 from ._specialisation import VARYING
 
@@ -79,53 +80,55 @@ def _segment_keep_kernel(
     tl.store(keep_ptr + pid_b * N + token, keep.to(tl.int8), mask=mask)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("topk_keep"),
-    mutates_args=(),
-    schema="(Tensor scores, SymInt bound, Tensor? bounds, Tensor? candidates, Tensor? cu_seqlens=None,"
-    " SymInt? max_seqlen=None, SymInt? capacity=None) -> Tensor",
-)
-def _topk_keep(
-    scores: Tensor,
-    bound: int,
-    bounds: Tensor | None,
-    candidates: Tensor | None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    capacity: int | None = None,
-) -> Tensor:
-    k = bound if bounds is None else bounds
-    rows = capacity
-    if rows is None and bounds is None and candidates is None and cu_seqlens is None:
-        rows = bound  # else only the device knows
-    if not scores.numel():
-        return scores.new_full((*scores.shape[:-1], rows or 0), -1, dtype=torch.int64)
-    if not runs_triton(scores):
-        return _cpu.topk_keep(scores, k, candidates, cu_seqlens=cu_seqlens, capacity=capacity)
-    if max_seqlen is None and capacity is not None:
-        max_seqlen = scores.shape[-1]  # more programs than need be, but no wait
-    selection = _radix.score_keys(scores, candidates, cu_seqlens, max_seqlen)
-    _radix.refine(selection, k)
-    kept = _radix.compact(*_radix.keep_best(selection, keep_others=candidates is not None), rows)[0]
-    return kept if cu_seqlens is None else kept[0]
-
-
-@_topk_keep.register_fake
-def _(scores, bound, bounds, candidates, cu_seqlens=None, max_seqlen=None, capacity=None):
+def _fake_kept(scores, bound, bounds, candidates, cu_seqlens=None, capacity=None):
     known = bounds is None and candidates is None and cu_seqlens is None
     rows = bound if known else None
     if capacity is not None:
         rows = capacity
     if rows is None:
         rows = torch.library.get_ctx().new_dynamic_size()
-    return scores.new_empty(*scores.shape[:-1], rows, dtype=torch.int64)
+    leading = scores.shape[:-1]
+    return scores.new_empty(*leading, rows, dtype=torch.int64), scores.new_empty(leading or 1, dtype=torch.int64)
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("segmented_topk_keep"),
-    mutates_args=(),
-    schema="(Tensor scores, Tensor segments, Tensor counts, SymInt? capacity=None) -> Tensor",
-)
+@operator(
+    "topk_keep",
+    "(Tensor scores, SymInt bound, Tensor? bounds, Tensor? candidates, Tensor? cu_seqlens=None,"
+    " SymInt? capacity=None) -> (Tensor, Tensor)",
+    fake=_fake_kept,
+)  # fmt: skip
+def _topk_keep(
+    scores: Tensor,
+    bound: int,
+    bounds: Tensor | None,
+    candidates: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """kept [B, K] and lengths [B]; packed, [K] and the [1] of all sequences together."""
+    k = bound if bounds is None else bounds
+    rows = capacity
+    if rows is None and bounds is None and candidates is None and cu_seqlens is None:
+        rows = bound  # else only the device knows
+    if not scores.numel():
+        kept = scores.new_full((*scores.shape[:-1], rows or 0), -1, dtype=torch.int64)
+        return kept, kept.new_zeros(kept.shape[:-1] or 1)
+    if not runs_triton(scores):
+        return _cpu.topk_keep(scores, k, candidates, cu_seqlens=cu_seqlens, capacity=capacity)
+    kept, lengths = _radix.topk(scores, k, candidates, cu_seqlens, rows)
+    return kept if cu_seqlens is None else kept[0], lengths
+
+
+def _fake_segmented(scores, segments, counts, capacity=None):
+    rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    return scores.new_empty(scores.shape[0], rows, dtype=torch.int64)
+
+
+@operator(
+    "segmented_topk_keep",
+    "(Tensor scores, Tensor segments, Tensor counts, SymInt? capacity=None) -> Tensor",
+    fake=_fake_segmented,
+)  # fmt: skip
 def _segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor, capacity: int | None = None) -> Tensor:
     batch, length = scores.shape
     check_below("segmented_topk_keep", "segments", segments, "S", counts.shape[1])
@@ -135,7 +138,7 @@ def _segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor, capac
         return _cpu.segmented_topk_keep(scores, segments, counts, capacity)
     keys = scores.new_empty(batch, length, dtype=torch.int64)
     keep = scores.new_empty(batch, length, dtype=torch.int8)
-    grid = (triton.cdiv(length, _BLOCK), batch)
+    grid = (cdiv(length, _BLOCK), batch)
     with torch.cuda.device_of(scores):
         _segment_keys_kernel[grid](
             scores, segments, keys, *scores.stride(), *segments.stride(), length, counts.shape[1],
@@ -146,13 +149,7 @@ def _segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor, capac
             keys, order, counts, keep, *counts.stride(), length, counts.shape[1],
             BLOCK_N=_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return _radix.compact(keep, _radix.block_counts(keep), capacity)[0]
-
-
-@_segmented_topk_keep.register_fake
-def _(scores, segments, counts, capacity=None):
-    rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
-    return scores.new_empty(scores.shape[0], rows, dtype=torch.int64)
+    return _radix.compact(keep, capacity)[0]
 
 
 @overload
@@ -202,8 +199,7 @@ def topk_keep(
         cu_seqlens: [S+1] int32 or int64, ascending from 0 to T (not checked, because that would stall a GPU). scores
             and candidates [T] then hold packed sequences, and k applies to each of them; as a tensor it is [S]. If a
             sequence has fewer than k candidates, all of them stay.
-        max_seqlen: the length of the longest packed sequence, or more. If None, the host waits for it, or, with a
-            capacity, launches for sequences of length T.
+        max_seqlen: the length of the longest packed sequence, or more. Nothing depends on it any more.
         capacity: the number of rows to return, at least the number that a sample (packed: all sequences together)
             keeps; N (packed: T) always suffices. If it is too small, the last rows are returned.
 
@@ -226,7 +222,7 @@ def topk_keep(
     check_dtype(op, "scores", scores, FLOATS)
     check_shape(op, "scores", scores, **any_rows(packed))
     check_cu_seqlens(op, cu_seqlens, "scores", scores)
-    max_seqlen = check_max_seqlen(op, "max_seqlen", max_seqlen, scores.shape[-1], cu_seqlens)
+    check_max_seqlen(op, "max_seqlen", max_seqlen, scores.shape[-1], cu_seqlens)
     check_capacity(op, capacity)
     bound, bounds = 0, None
     if isinstance(k, Tensor):
@@ -242,8 +238,10 @@ def topk_keep(
         check_dtype(op, "candidates", candidates, (torch.bool,))
         check_shape(op, "candidates", candidates, **rows_of(scores, packed))
     check_same_device(op, scores=scores, k=bounds, candidates=candidates)
-    kept = _topk_keep(scores, bound, bounds, candidates, cu_seqlens, max_seqlen, capacity)
-    return kept if capacity is None else (kept, lengths_of(kept, cu_seqlens))
+    kept, lengths = _topk_keep(scores, bound, bounds, candidates, cu_seqlens, capacity)
+    if capacity is None:
+        return kept
+    return kept, lengths if cu_seqlens is None else lengths_of(kept, cu_seqlens)
 
 
 @overload
@@ -332,13 +330,13 @@ def segmented_topk_keep(
 def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
     """Copy the same rows of many tensors, bit for bit. Differentiable: gradients add up at the rows taken.
 
-    Tensors that agree in element size, trailing shape and strides share a launch, up to four at a time.
+    Up to six tensors share a launch.
 
     Args:
         kept: [B, K] int32 or int64, any strides: the rows to take, in any order; -1 gives a row of zeros. On a GPU so
             do values of N or more: checking for them would stall the GPU.
         tensors: each [B, N, ...] of any dtype, on the device of `kept`, any strides. PyTorch's own gather takes those
-            whose trailing dimensions are not one or two strided runs, and those with elements over 8 bytes.
+            whose rows are not one or two runs of neighbours in memory.
         cu_seqlens: [S+1] int32 or int64. kept [K] and tensors [T, ...] are then packed. Which sequence a row belongs to
             does not matter here.
 
@@ -360,18 +358,24 @@ def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None
     else:
         check_shape(op, "kept", kept, B=None, K=None)
     check_cu_seqlens(op, cu_seqlens, "kept", kept, values=False)
+    batch = kept.shape[:-1]
+    leading = None
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: tensors[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
-        leading = 1 if packed else 2
-        expected = kept.shape[: leading - 1] + tensors[0].shape[leading - 1 : leading]
-        if tensor.ndim < leading or tensor.shape[:leading] != expected:
-            sizes = f"{'T' if packed else 'N'}{'' if i == 0 else f'={expected[-1]}'}, ..."
-            rule = sizes if packed else f"B={kept.shape[0]}, {sizes}"
-            raise ValueError(f"{op}: tensors[{i}] must have shape [{rule}], got {list(tensor.shape)}")
-        check_same_device(op, **{"kept": kept, f"tensors[{i}]": tensor})
+        leading = tensor.shape[: len(batch) + 1] if leading is None else leading
+        if tensor.shape[: len(batch) + 1] != leading or leading[:-1] != batch or len(leading) == len(batch):
+            _raise_for_rows(op, f"tensors[{i}]", tensor, kept, tensors[0])
+    check_same_device(op, kept=kept, **{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
     if not tensors:
         return ()
     if packed:
         return tuple(rows[0] for rows in gather(kept[None], [tensor[None] for tensor in tensors]))
     return tuple(gather(kept, tensors))
+
+
+def _raise_for_rows(op: str, name: str, tensor: Tensor, kept: Tensor, first: Tensor) -> None:
+    axis = "T" if kept.ndim == 1 else "N"
+    rows = axis if tensor is first else f"{axis}={first.shape[kept.ndim - 1]}"
+    rule = f"{rows}, ..." if kept.ndim == 1 else f"B={kept.shape[0]}, {rows}, ..."
+    raise ValueError(f"{op}: {name} must have shape [{rule}], got {list(tensor.shape)}")

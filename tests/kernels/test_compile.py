@@ -182,12 +182,12 @@ def test_opcheck(device):
     ops = torch.ops.fftriton_kernels
     links = torch.arange(N, device=device) - P
     for bounds, bound, capacity in ((counts, None, None), (None, 2, N)):
-        arguments = scores, links, 0, 0.1, bounds, bound, cu_seqlens, N
+        arguments = scores, links, 0, 0.1, bounds, bound, cu_seqlens
         torch.library.opcheck(ops.merge_roots.default, arguments)
-        arguments = scores, bound or 0, bounds, scores > 0, cu_seqlens, None, capacity
+        arguments = scores, bound or 0, bounds, scores > 0, cu_seqlens, capacity
         torch.library.opcheck(ops.topk_keep.default, arguments)
     roots = merge_roots(scores, P, 0.1, cu_seqlens=cu_seqlens)[None]
-    torch.library.opcheck(ops.group_rows.default, (roots, links[None], 0, N + 1))
-    torch.library.opcheck(ops.topk_keep.default, (scores[None], 3, None, None, None, None, N))
+    torch.library.opcheck(ops.merge_mean.default, (x[None], roots, links[None], 0, N + 1))
+    torch.library.opcheck(ops.topk_keep.default, (scores[None], 3, None, None, None, N))
     segments = links[None].clamp_max(2)
     torch.library.opcheck(ops.segmented_topk_keep.default, (scores[None], segments, counts[None], N))

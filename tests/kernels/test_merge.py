@@ -22,9 +22,9 @@ from fftriton_kernels import (
     reference,
 )
 from fftriton_kernels._gather import gather
-from fftriton_kernels._groups import group_rows
+from fftriton_kernels._groups import rank_groups
 from fftriton_kernels._packed import strided_predecessor
-from fftriton_kernels.merge import _group_mean
+from fftriton_kernels.merge import _mean_of_groups
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -34,6 +34,20 @@ def links_of(predecessor: int | Tensor, B: int, N: int) -> list[list[int]]:
     if isinstance(predecessor, int):
         return [[max(t - predecessor, -1) for t in range(N)]] * B
     return predecessor.tolist()
+
+
+def assert_rows_are_those_of_the_reference(roots: Tensor, predecessor: int | Tensor | None) -> None:
+    """What merge_mean returns besides the means, and the members that the kernels add up."""
+    links, stride = (predecessor, 0) if isinstance(predecessor, Tensor) else (None, predecessor or 0)
+    x = roots.new_zeros(*roots.shape, 1, dtype=torch.float32)
+    expected = reference.group_rows(roots, predecessor)
+    from_last = torch.where(expected.row >= 0, expected.kept.shape[1] - expected.row, 0)
+    ours = _mean_of_groups(x, roots, links, stride)[1:]
+    theirs = (expected.kept, expected.lengths, expected.predecessor, from_last, expected.sizes)
+    for name, out, wanted in zip(("kept", "lengths", "links", "from_last", "sizes"), ours, theirs, strict=True):
+        assert torch.equal(out, wanted), name
+    members = rank_groups(roots, links, stride, None).members[: roots.numel()].view_as(roots)
+    assert torch.equal(members.long(), expected.members)
 
 
 def roots_by_hand(similarity: Tensor, predecessor: int | Tensor, threshold: float, bounds: list[int] | None) -> Tensor:
@@ -174,29 +188,23 @@ def test_a_long_video(device):
     similarity = torch.rand(1, N, device=device).round(decimals=2)
     roots = merge_roots(similarity, 300, 0.2, 50_000)
     assert torch.equal(roots, reference.merge_roots(similarity, 300, 0.2, 50_000))
-    groups, expected = group_rows(roots, None, 300), reference.group_rows(roots, 300)
-    for name, ours, theirs in zip(expected._fields, groups, expected, strict=True):
-        assert torch.equal(ours, theirs), name
+    assert_rows_are_those_of_the_reference(roots, 300)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has an order of its own")
 @pytest.mark.parametrize("seed", range(3))
 def test_programs_in_any_order(seed, monkeypatch):
-    monkeypatch.setattr(_radix, "BLOCK", 512)
+    monkeypatch.setattr(_radix, "BLOCK", 512)  # several blocks a program, and several programs
     monkeypatch.setattr(merge, "BLOCK", 256)
     monkeypatch.setattr(_groups, "BLOCK", 256)
-    monkeypatch.setattr(_radix, "CHUNK", 2)  # fewer blocks at a time than there are
-    monkeypatch.setattr(_groups, "_CHUNK", 2)
     torch.manual_seed(0)
     B, N = 2, 2100
     similarity, links = torch.rand(B, N).round(decimals=2), random_links(B, N, "cpu")
-    roots = merge_roots(similarity, links, 0.1, 1800)
-    groups = group_rows(roots, links, 0)
     with shuffled_programs(seed):
-        assert torch.equal(merge_roots(similarity, links, 0.1, 1800), roots)
+        roots = merge_roots(similarity, links, 0.1, 1800)
+        assert torch.equal(roots, reference.merge_roots(similarity, links, 0.1, 1800))
         assert torch.equal(merge_roots(similarity, links, 0.3), reference.merge_roots(similarity, links, 0.3))
-        for before, after in zip(groups, group_rows(roots, links, 0), strict=True):
-            assert torch.equal(before, after)
+        assert_rows_are_those_of_the_reference(roots, links)
 
 
 @pytest.mark.large
@@ -261,9 +269,7 @@ def test_members_are_added_in_ascending_order_and_rounded_once(library, dtype, d
 def test_rows_and_their_members(leaves, device):
     torch.manual_seed(0)
     roots, links = random_roots(3, 150, device, leaves=leaves), random_links(3, 150, device)
-    groups, expected = group_rows(roots, links, 0), reference.group_rows(roots, links)
-    for name, ours, theirs in zip(expected._fields, groups, expected, strict=True):
-        assert torch.equal(ours, theirs), name
+    assert_rows_are_those_of_the_reference(roots, links)
 
 
 def test_groups_longer_than_a_block(device):
@@ -273,9 +279,7 @@ def test_groups_longer_than_a_block(device):
     roots = torch.where(torch.rand(1, N) < 0.7, 2, torch.arange(N) % 5).to(device)
     roots[0, :5] = torch.arange(5)
     for given_roots in (roots, torch.zeros_like(roots)):
-        groups, expected = group_rows(given_roots, None, 0), reference.group_rows(given_roots)
-        for name, ours, theirs in zip(expected._fields, groups, expected, strict=True):
-            assert torch.equal(ours, theirs), name
+        assert_rows_are_those_of_the_reference(given_roots, None)
         assert torch.equal(merge_mean(x, given_roots).x.cpu(), reference.merge_mean(x.cpu(), given_roots.cpu()).x)
 
 
@@ -513,13 +517,11 @@ def test_opcheck_roots(bound, device):
 
 def test_opcheck_mean(device):
     roots = torch.tensor([[0, 0, 2, 2, 4], [0, 1, 2, 3, 4]], device=device)
+    x = torch.randn(2, 5, 4, device=device)
     for stride in (0, 1):
-        torch.library.opcheck(torch.ops.fftriton_kernels.group_rows.default, (roots, None, stride))
-    groups = reference.group_rows(roots)
-    x = torch.randn(2, 5, 4, device=device, requires_grad=True)
-    parts = (groups.kept, groups.row, groups.starts, groups.sizes, groups.members)
-    torch.library.opcheck(_group_mean, (x, *parts))
-    torch.library.opcheck(gather, (groups.kept, [x, roots]))
+        torch.library.opcheck(torch.ops.fftriton_kernels.merge_mean.default, (x, roots, None, stride))
+    kept = reference.group_rows(roots).kept
+    torch.library.opcheck(torch.ops.fftriton_kernels.gather_rows.default, (kept, [x, roots]))
 
 
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)

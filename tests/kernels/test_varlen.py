@@ -389,13 +389,12 @@ def everything(lengths, device):
     merged = merge_mean(
         x[:25], roots[:25].clamp_max(24), (scores[:25],), 3, cu_seqlens=cu_seqlens.clamp_max(25), capacity=30
     )
-    groups = _groups.group_rows(roots[None], links[None], 0, len(roots))
     kept, rows = topk_keep(scores, bounds, scores > -1, cu_seqlens=cu_seqlens, capacity=len(scores))
     segments = torch.arange(len(scores), device=device) % 7
     return [
         strided_cosine_similarity(x[:25], 3, cu_seqlens=cu_seqlens.clamp_max(25)),
         linked_cosine_similarity(x[:25], links[:25].clamp_max(24), cu_seqlens=cu_seqlens.clamp_max(25)),
-        roots, merged.x, merged.kept, merged.lengths, merged.predecessor, *merged.companions, *groups, kept, rows,
+        roots, merged.x, merged.kept, merged.lengths, merged.predecessor, *merged.companions, kept, rows,
         segmented_topk_keep(scores, segments, segments[:7] * 20, cu_seqlens=cu_seqlens),
         connected_components(torch.stack([torch.arange(len(roots), device=device), roots], 1), len(roots)),
         *gather_rows(kept, scores, cu_seqlens=cu_seqlens),
@@ -412,10 +411,8 @@ def test_two_runs_agree_bit_for_bit(device):
 def test_programs_in_any_order(seed, monkeypatch, device):
     lengths = (9, 300, 0, 100)
     monkeypatch.setattr(_radix, "BLOCK", 128)
-    monkeypatch.setattr(_radix, "CHUNK", 2)  # fewer blocks at a time than there are
     monkeypatch.setattr(merge, "BLOCK", 128)
     monkeypatch.setattr(_groups, "BLOCK", 128)
-    monkeypatch.setattr(_groups, "_CHUNK", 2)
     expected = everything(lengths, device)
     with shuffled_programs(seed):
         assert all(map(equal, everything(lengths, device), expected))

@@ -28,8 +28,7 @@ def calls(device):
         "linked_cosine_similarity": lambda: ops.linked_cosine_similarity(x, links),
         "merge_roots": lambda: ops.merge_roots(scores, 4, 0.1, 3),
         "connected_components": lambda: ops.connected_components(torch.tensor([[0, 3], [3, 5]], device=device), 7),
-        "group_rows": lambda: ops.merge_mean(x, roots, (), links),
-        "group_mean": lambda: ops.merge_mean(x.bfloat16(), roots),
+        "merge_mean": lambda: ops.merge_mean(x.bfloat16(), roots, (), links),
         "gather_rows": lambda: ops.gather_rows(links, x, positions),
         "attention_column_sum": lambda: ops.attention_column_sum(q, k, num_queries=2),
         "attention_column_sum_packed": lambda: ops.attention_column_sum(rows, rows[:, :2], **bounds),
@@ -38,7 +37,7 @@ def calls(device):
     }
 
 
-PUBLIC = {"group_rows": "merge_mean", "group_mean": "merge_mean", "attention_column_sum_packed": "attention_column_sum"}
+PUBLIC = {"attention_column_sum_packed": "attention_column_sum"}
 OPERATORS = list(calls("cpu"))
 
 
@@ -82,8 +81,7 @@ WRONG = {  # what a careless edit of the CPU path would do
     ),
     "linked_cosine_similarity": ("_row_products", lambda f: lambda x, partner: f(x[..., :-1].contiguous(), partner)),
     "merge_roots": ("_highest", lambda f: lambda scores, joins, count, *rest: f(scores, joins, count - 1, *rest)),
-    "group_rows": ("compact", lambda f: lambda keep, *rest: f(keep.roll(1, 1), *rest)),
-    "group_mean": ("_bag_means", lambda f: lambda x, members, starts, sizes: f(x, members, starts, sizes - 1)),
+    "merge_mean": ("_bag_means", lambda f: lambda x, members, starts, sizes: f(x, members, starts, sizes - 1)),
     "gather_rows": ("_take_rows", lambda f: lambda x, index: f(x, index.roll(1, 1))),
     "topk_keep": ("_highest", lambda f: lambda scores, joins, count, *rest: f(-scores, joins, count, *rest)),
     "segmented_topk_keep": ("_best_first", lambda f: lambda scores, *rest: f(-scores, *rest)),
@@ -139,7 +137,7 @@ def test_the_message_says_what_was_asked_and_what_came():
     with Broken("topk_keep"), verified(), pytest.raises(VerificationError) as error:
         ops.topk_keep(torch.tensor([[0.0, 2.0, 1.0]]), 2)
     assert str(error.value) == (
-        "topk_keep: kept is not what the reference gives: 1 of 2 elements differ, 3 for 2 at [0, 1]"
+        "topk_keep: lengths is not what the reference gives: 1 of 1 elements differ, 3 for 2 at [0]"
         "; topk_keep of scores [1, 3] torch.float32, bound 2"
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -28,6 +29,7 @@ from fftriton_kernels import _dispatch, _tiles
 POINTERS = {
     torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
     torch.int64: "*i64", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    tl.uint8: "*u8", tl.int16: "*i16", tl.int32: "*i32", tl.int64: "*i64",
 }  # fmt: skip
 EVERY_VARIANT = ("cuda:80", "hip:gfx942")  # the others get what their tiles decide about: a compilation takes a while
 WRITTEN = 64  # what every kernel is taken to have written, so that sizes read back from the device are plausible
@@ -129,8 +131,9 @@ def specialised(kernel, name, value):
     parameter = kernel.params[kernel.arg_names.index(name)]
     if parameter.is_constexpr or value is None:
         return "constexpr", value, False
-    if isinstance(value, torch.Tensor):
-        return POINTERS[value.dtype], None, value.data_ptr() % 16 == 0
+    if hasattr(value, "data_ptr"):
+        aligned = value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment
+        return POINTERS[value.dtype], None, aligned
     if isinstance(value, float):
         return "fp32", None, False
     if parameter.do_not_specialize:
