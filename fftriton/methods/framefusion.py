@@ -88,7 +88,7 @@ class _FrameFusionState(MethodState):
         self.unspent = method.budget * prompt.num_layers * prompt.num_video_tokens  # tokens x layers
         first = prompt.next_attention(max(1, method.start_layer) - 1)  # the first layer with scores to prune by
         self.full_layers = min(first + 1, prompt.num_layers)
-        self.full = prompt.num_video_tokens  # the fewest that these layers can hold
+        self.full: float = prompt.num_video_tokens  # the fewest that these layers can hold
         self.stages = list(method.stages)
 
     @property

@@ -1,7 +1,7 @@
 """The Triton kernels of attention_column_sum: row norms, column sums over them, and both for few queries.
 
-A row of a tile is a (query, head of the group) pair; pairs run over the heads of a group first. Norms and scores are
-kept in that order, so that a tile of them is contiguous. Exponentials are of base 2, for which there is an instruction:
+A row of a tile of the row norms is a (query, head of the group) pair; pairs run over the heads of a group first.
+Exponentials are of base 2, for which there is an instruction:
 a score is multiplied by scale2 = scale * log2(e). The norm of a row is two numbers, its softmax exp2(score - shift) *
 weight: one alone would lose the precision of large scores. attention.py has the formula and launches them.
 """
@@ -14,6 +14,7 @@ import triton.language as tl
 from ._dispatch import INTERPRET
 from ._specialisation import VARYING
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _UPCAST = tl.constexpr(INTERPRET)  # the interpreter's tl.dot multiplies the raw bits of a bf16
 
 
@@ -95,21 +96,23 @@ def _added(peaks_ptr, totals_ptr, stride_ps, row, mask, shares, BLOCK_S: tl.cons
 
 
 @triton.jit
-def _load_norms(shift_ptr, weight_ptr, pair, mask):
-    # of whole rows; weight_ptr None: shifts are log-sum-exps, -inf of rows that saw nothing
-    shift = tl.load(shift_ptr + pair, mask=mask, other=float("inf"))
-    if weight_ptr is None:
-        shift = tl.where(shift == float("-inf"), float("inf"), shift)
-        weight = tl.zeros_like(shift) + 1.0
+def _load_norms(shift_ptrs, weight_ptrs, mask):
+    # of whole rows, all of them if mask is None; weight_ptrs None: shifts are natural log-sum-exps
+    shift = tl.load(shift_ptrs) if mask is None else tl.load(shift_ptrs, mask=mask, other=float("inf"))
+    if weight_ptrs is None:  # that of a row that saw nothing is -inf
+        shift = tl.where(shift == float("-inf"), float("inf"), shift * _LOG2_E)
+        weight = tl.full(shift.shape, 1.0, tl.float32)
+    elif mask is None:
+        weight = tl.load(weight_ptrs)
     else:
-        weight = tl.load(weight_ptr + pair, mask=mask, other=0.0)
+        weight = tl.load(weight_ptrs, mask=mask, other=0.0)
     return shift, weight
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _row_norm_kernel(
     q_ptr, k_ptr,                                  # q [B, H, Nq, d], k [B, Hkv, Nk, d]
-    shift_ptr, weight_ptr,                         # each [shares, B, Hkv, pairs] fp32; of shares: peaks and totals
+    shift_ptr, weight_ptr,                         # each [shares, B, H, Nq] fp32; of shares: peaks and totals
     cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -163,7 +166,8 @@ def _row_norm_kernel(
     total = tl.sum(totals * tl.exp2(peaks - _finite(peak)[:, None]), 1)
     if tl.num_programs(1) == kv_heads:  # the rows are whole
         peak, total = _whole(peak, total)
-    offset = share.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * stride_ph + q_start * GROUP + pair
+    offset = share.to(tl.int64) * stride_ps + pid_b * stride_pb + pid_h * GROUP * stride_ph + q_start
+    offset += _pair_offsets(stride_ph, 1, pair, GROUP)
     tl.store(shift_ptr + offset, peak, mask=mask_m)
     tl.store(weight_ptr + offset, total, mask=mask_m)
 
@@ -171,7 +175,7 @@ def _row_norm_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def _column_sum_kernel(
     q_ptr, k_ptr,                                  # q [B, H, Nq, d], k [B, Hkv, Nk, d]
-    shift_ptr, weight_ptr, partial_ptr,            # shift, weight [B, Hkv, pairs], partial [B, Hkv * shares, C], fp32
+    shift_ptr, weight_ptr, partial_ptr,            # shift, weight [B, H, Nq], partial [B, Hkv * shares, C], fp32
     cu_q_ptr, cu_k_ptr,                            # each [B + 1], None where no sequences are packed
     stride_qb, stride_qh, stride_qn, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
@@ -181,7 +185,8 @@ def _column_sum_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, RUN: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    # grid (key blocks, Hkv * shares, B): one program holds BLOCK_N keys and streams its share of the pairs past them
+    # grid (key blocks, Hkv * shares, B): one program holds BLOCK_N keys and streams its share of the group's queries
+    # past them, BLOCK_M of one head at a time: addresses are the same but for a scalar
     pid_s = tl.program_id(1).to(tl.int64)
     pid_b = tl.program_id(2).to(tl.int64)
     pid_h = pid_s // shares
@@ -191,31 +196,44 @@ def _column_sum_kernel(
     offs_n = first_key + tl.arange(0, BLOCK_N)
     k_ptr += pid_b * stride_kb + pid_h * stride_kh + k_start * stride_kn
     k = _load_rows(k_ptr + offs_n.to(tl.int64) * stride_kn, offs_n < end, stride_kd, D, BLOCK_D)
-    q_ptr += pid_b * stride_qb + pid_h * GROUP * stride_qh + q_start * stride_qn
-    first_norm = pid_b * stride_pb + pid_h * stride_ph + q_start * GROUP
+    offs_m = tl.arange(0, BLOCK_M)
+    q_ptrs = q_ptr + pid_b * stride_qb + pid_h * GROUP * stride_qh + q_start * stride_qn
+    q_ptrs += offs_m.to(tl.int64) * stride_qn
+    norms = pid_b * stride_pb + pid_h * GROUP * stride_ph + q_start
 
-    tiles = tl.where(first_key < end, tl.cdiv(Nq * GROUP, BLOCK_M), 0)
+    tiles = tl.where(first_key < end, tl.cdiv(Nq, BLOCK_M) * GROUP, 0)
     first = 0  # tile that sees the first key
-    whole = 0  # tile from which every pair sees every key
+    whole = 0  # tile from which every query sees every key
     if CAUSAL:
-        first = tl.maximum(first_key - (Nk - Nq), 0) * GROUP // BLOCK_M
-        whole = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - (Nk - Nq), 0) * GROUP, BLOCK_M)
+        first = tl.maximum(first_key - (Nk - Nq), 0) // BLOCK_M * GROUP
+        whole = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - (Nk - Nq), 0), BLOCK_M) * GROUP
     share = tl.cdiv(tiles - first, shares)
     first += share * (tl.program_id(1) % shares)
     last = tl.minimum(first + share, tiles)
     whole = tl.minimum(tl.maximum(whole, first), last)
+    partial = tl.minimum(tl.maximum(Nq // BLOCK_M * GROUP, whole), last)  # tile from which rows are missing
     totals = tl.zeros((BLOCK_N, LANES), tl.float32)
-    first_pair = tl.maximum(offs_n - (Nk - Nq), 0) * GROUP  # that sees a key, where causal
-    for MASKED in tl.static_range(1 if CAUSAL else 0, -1, -1):
-        for tile in range(first if MASKED else whole, whole if MASKED else last):
-            pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            own = tl.minimum(pair, Nq * GROUP - 1)  # the last one again, of weight 0: zeros times Inf would be NaN
-            q = _load_rows(q_ptr + _pair_offsets(stride_qh, stride_qn, own, GROUP), None, stride_qd, D, BLOCK_D)
+    first_query = offs_n - (Nk - Nq)  # that sees a key, where causal
+    for part in tl.static_range(0 if CAUSAL else 1, 3):
+        for tile in range(
+            first if part == 0 else (whole if part == 1 else partial),
+            whole if part == 0 else (partial if part == 1 else last),
+        ):
+            head = tl.cast(tile % GROUP, tl.int64)
+            start = tile // GROUP * BLOCK_M
+            q_offset = head * stride_qh + tl.cast(start, tl.int64) * stride_qn
+            offset = norms + head * stride_ph + start
+            counts = None if part == 1 else start + offs_m < Nq
+            q = _load_rows(q_ptrs + q_offset, counts, stride_qd, D, BLOCK_D)
             score = tl.dot(k, tl.trans(q), input_precision="ieee")
-            shift, weight = _load_norms(shift_ptr, weight_ptr, first_norm + pair, pair < Nq * GROUP)
+            weight_ptrs = None if weight_ptr is None else weight_ptr + offset + offs_m
+            shift, weight = _load_norms(shift_ptr + offset + offs_m, weight_ptrs, counts)
             score = score * scale2 - shift[None, :]
-            if MASKED:
-                score = tl.where(pair[None, :] >= first_pair[:, None], score, float("-inf"))
+            if counts is not None:
+                seen = counts[None, :]
+                if CAUSAL:
+                    seen &= (start + offs_m)[None, :] >= first_query[:, None]
+                score = tl.where(seen, score, float("-inf"))
             totals += tl.sum(tl.sum(_by_lane(tl.exp2(score) * weight[None, :], BLOCK_N, BLOCK_M, LANES, RUN), 3), 1)
     total = tl.sum(totals, 1)
     partial_ptr += pid_b * stride_sb + pid_s * stride_ss + k_start * stride_sn

@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dispatch import cdiv
+from ._radix import WARPS
 from ._specialisation import VARYING
 
-BLOCK = 4096  # tokens that a program looks at at a time
-_WARPS = 16  # 1024 threads on AMD, the most that a program can have
+BLOCK = 2048  # tokens that a program looks at at a time
 _ORDER_BLOCK = 128  # list places a program of the last pass
 _OTHERS = 32  # places that it compares them with at a time
 _KEY_BITS = tl.constexpr(32)
@@ -53,7 +53,7 @@ def _load_roots(roots_ptr, stride_rn, offs_n, N):
 @triton.jit(do_not_specialize=VARYING)
 def _group_kernel(
     roots_ptr, predecessor_ptr,                    # each [B, N]
-    counts_ptr, arrival_ptr, rank_ptr,             # members at each root, those counted before a token, rank of a root
+    counts_ptr, arrival_ptr, places_ptr,           # members of a root, those before a token, rank << 32 | start
     kept_ptr, links_ptr, starts_ptr, sizes_ptr,    # by rank, as in Ranked
     totals_ptr, listed_ptr, lengths_ptr,           # [B]; listed: members of all groups
     keys_ptr, from_last_ptr,                       # keys [B, N] int64 root << 32 | token, by root
@@ -70,14 +70,15 @@ def _group_kernel(
         offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         tl.store(counts_ptr + row + offs_n, tl.zeros((BLOCK_N,), tl.int32), mask=offs_n < N)
     tl.debug_barrier()  # what one thread has written others read
-    total = 0
+    roots = tl.zeros((BLOCK_N,), tl.int32)  # by place in a block, so that threads do not wait for each other
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         root = _load_roots(roots_ptr, stride_rn, offs_n, N)
         one = tl.full((BLOCK_N,), 1, tl.int32)
         arrival = tl.atomic_add(counts_ptr + row + root, one, mask=root >= 0, sem="relaxed")
         tl.store(arrival_ptr + row + offs_n, arrival, mask=root >= 0)
-        total += tl.sum((root == offs_n).to(tl.int32), 0)
+        roots += (root == offs_n).to(tl.int32)
+    total = tl.sum(roots, 0)
     tl.debug_barrier()
     first_rank = 0
     first_place = 0
@@ -86,18 +87,21 @@ def _group_kernel(
         is_root = _load_roots(roots_ptr, stride_rn, offs_n, N) == offs_n
         count = tl.load(counts_ptr + row + offs_n, mask=is_root, other=0)
         rank = first_rank + tl.cumsum(is_root.to(tl.int32), 0) - 1
-        tl.store(rank_ptr + row + offs_n, tl.where(is_root, rank, -1), mask=offs_n < N)
+        begin = first_place + tl.cumsum(count, 0) - count
+        place = (rank.to(tl.int64) << _KEY_BITS) | begin
+        tl.store(places_ptr + row + offs_n, tl.where(is_root, place, -1), mask=offs_n < N)
         tl.store(kept_ptr + row + rank, offs_n.to(tl.int32), mask=is_root)
         tl.store(sizes_ptr + row + rank, count, mask=is_root)
-        tl.store(starts_ptr + row + rank, first_place + tl.cumsum(count, 0) - count, mask=is_root)
+        tl.store(starts_ptr + row + rank, begin, mask=is_root)
         first_rank += tl.sum(is_root.to(tl.int32), 0)
         first_place += tl.sum(count, 0)
     tl.debug_barrier()
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         root = _load_roots(roots_ptr, stride_rn, offs_n, N)
-        rank = tl.load(rank_ptr + row + root, mask=root >= 0, other=-1)
-        place = tl.load(starts_ptr + row + rank, mask=rank >= 0, other=0)
+        place = tl.load(places_ptr + row + root, mask=root >= 0, other=-1)
+        rank = (place >> _KEY_BITS).to(tl.int32)
+        place &= 0xFFFFFFFF
         place += tl.load(arrival_ptr + row + offs_n, mask=rank >= 0, other=0)
         tl.store(keys_ptr + row + place, (root << _KEY_BITS) | offs_n, mask=rank >= 0)
         from_last = tl.where(rank >= 0, total - rank, 0)
@@ -114,7 +118,7 @@ def _group_kernel(
             linked = is_root & (earlier >= 0) & (earlier < N)
             earlier_root = tl.load(roots_ptr + earlier * stride_rn, mask=linked, other=-1).to(tl.int64)
             linked &= (earlier_root >= 0) & (earlier_root < N)
-            earlier_rank = tl.load(rank_ptr + row + earlier_root, mask=linked, other=-1)
+            earlier_rank = (tl.load(places_ptr + row + earlier_root, mask=linked, other=-1) >> _KEY_BITS).to(tl.int32)
             tl.store(links_ptr + row + rank, tl.where(earlier_rank >= 0, total - earlier_rank, 0), mask=is_root)
     tl.store(totals_ptr + pid_b, total)
     tl.store(listed_ptr + pid_b, first_place)
@@ -125,7 +129,7 @@ def _group_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _order_kernel(
-    keys_ptr, rank_ptr, starts_ptr, sizes_ptr, listed_ptr, members_ptr,  # keys, members [B, N]
+    keys_ptr, places_ptr, sizes_ptr, listed_ptr, members_ptr,  # keys, places, members [B, N]
     N,
     BLOCK_N: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
@@ -137,9 +141,9 @@ def _order_kernel(
     keys_ptr += row
     mask = offs_n < listed
     key = tl.load(keys_ptr + offs_n, mask=mask, other=0)
-    rank = tl.load(rank_ptr + row + (key >> _KEY_BITS), mask=mask, other=0)
-    start = tl.load(starts_ptr + row + rank, mask=mask, other=0)
-    end = start + tl.load(sizes_ptr + row + rank, mask=mask, other=0)
+    place = tl.load(places_ptr + row + (key >> _KEY_BITS), mask=mask, other=0)
+    start = (place & 0xFFFFFFFF).to(tl.int32)
+    end = start + tl.load(sizes_ptr + row + (place >> _KEY_BITS), mask=mask, other=0)
     lowest = tl.min(tl.where(mask, start, N), 0)
     smaller = tl.zeros((BLOCK_N,), tl.int32)
     for first in range(lowest, tl.max(end, 0), OTHERS):
@@ -155,21 +159,21 @@ def rank_groups(roots: Tensor, predecessor: Tensor | None, stride: int, capacity
     """roots [B, N], not empty. Links come from `predecessor`, or from a `stride` above 0, or there are none."""
     batch, length = roots.shape
     # one allocation; each part is aligned, because Triton compiles anew for what is not
-    parts = roots.new_empty(8, -(-batch * length // 16) * 16, dtype=torch.int32).unbind()
-    counts, arrival, rank, kept, links, starts, sizes, members = parts
+    parts = roots.new_empty(7, -(-batch * length // 16) * 16, dtype=torch.int32).unbind()
+    counts, arrival, kept, links, starts, sizes, members = parts
     totals, listed = roots.new_empty(2, -(-batch // 16) * 16, dtype=torch.int32).unbind()
-    keys, from_last = (roots.new_empty(batch, length, dtype=torch.int64) for _ in range(2))
+    keys, places, from_last = (roots.new_empty(batch, length, dtype=torch.int64) for _ in range(3))
     lengths = roots.new_empty(batch, dtype=torch.int64)
     partner = roots if predecessor is None else predecessor
     with torch.cuda.device_of(roots):
         _group_kernel[(batch,)](
-            roots, partner, counts, arrival, rank, kept, links, starts, sizes, totals, listed, lengths, keys, from_last,
-            *roots.stride(), *partner.stride(), length, stride, -1 if capacity is None else capacity,
+            roots, partner, counts, arrival, places, kept, links, starts, sizes, totals, listed, lengths, keys,
+            from_last, *roots.stride(), *partner.stride(), length, stride, -1 if capacity is None else capacity,
             LINKS=predecessor is not None or stride > 0, STRIDED=predecessor is None, BLOCK_N=BLOCK,
-            num_warps=_WARPS, enable_fp_fusion=True,
+            num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         _order_kernel[(cdiv(length, _ORDER_BLOCK), batch)](
-            keys, rank, starts, sizes, listed, members, length,
+            keys, places, sizes, listed, members, length,
             BLOCK_N=_ORDER_BLOCK, OTHERS=_OTHERS, enable_fp_fusion=True,
         )  # fmt: skip
     return Ranked(kept, links, starts, sizes, totals, members, lengths, from_last)

@@ -2,7 +2,7 @@
 
 A score becomes a 32-bit key that orders as the scores do. One program looks for the k-th best key of a row: two bits at
 a time, highest first, it counts the keys that reach each of three candidates. Ties at the threshold go to the lower
-index. Nothing is written on the way, k may be in device memory, and there is one launch however long the rows are.
+index. k may be in device memory, and there is one launch however long the rows are.
 
 Packed, a row is a sequence: it begins at cu_seqlens[s], which `span` looks up. What belongs to no sequence is never
 selected.
@@ -60,27 +60,19 @@ def sort_key(x, eligible):
 
 
 @triton.jit
-def load_keys(scores_ptr, stride_sn, candidates_ptr, stride_cn, offs, mask):
-    """The keys of some tokens of a row, 0 where masked and for no candidate. int32 scores are keys already."""
-    x = tl.load(scores_ptr + offs * stride_sn, mask=mask, other=0)
-    if scores_ptr.dtype.element_ty == tl.int32:
-        return x.to(tl.uint32, bitcast=True)
-    else:
-        eligible = mask
-        if candidates_ptr is not None:
-            eligible &= tl.load(candidates_ptr + offs * stride_cn, mask=mask, other=0) != 0
-        return sort_key(x.to(tl.float32), eligible)
+def load_keys(keys_ptr, offs, length):
+    """The keys of some tokens of a row as uint32, 0 past the end."""
+    return tl.load(keys_ptr + offs, mask=offs < length, other=0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _reaching(scores_ptr, stride_sn, candidates_ptr, stride_cn, length, first, second, third, BLOCK_N: tl.constexpr):
+def _reaching(keys_ptr, length, first, second, third, BLOCK_N: tl.constexpr):
     # how many keys are at least each of three
-    firsts = tl.zeros((BLOCK_N,), tl.int32)
+    firsts = tl.zeros((BLOCK_N,), tl.int32)  # by place in a block, so that threads meet once
     seconds = tl.zeros((BLOCK_N,), tl.int32)
     thirds = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(0, length, BLOCK_N):
-        offs = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        key = load_keys(scores_ptr, stride_sn, candidates_ptr, stride_cn, offs, offs < length)
+        key = load_keys(keys_ptr, start + tl.arange(0, BLOCK_N), length)
         firsts += (key >= first).to(tl.int32)
         seconds += (key >= second).to(tl.int32)
         thirds += (key >= third).to(tl.int32)
@@ -88,32 +80,23 @@ def _reaching(scores_ptr, stride_sn, candidates_ptr, stride_cn, length, first, s
 
 
 @triton.jit
-def threshold(scores_ptr, stride_sn, candidates_ptr, stride_cn, length, k, BLOCK_N: tl.constexpr):
+def threshold(keys_ptr, length, k, BLOCK_N: tl.constexpr):
     """The least of the k best keys of a row, how many equal to it are among them, and how many keys compete."""
     one = tl.full((), 1, tl.uint32)
-    least = tl.full((), 0, tl.uint32)
-    for step in range(16):
-        bit = one << tl.cast(30 - 2 * step, tl.uint32)
-        first, second, third = _reaching(
-            scores_ptr, stride_sn, candidates_ptr, stride_cn, length, least + bit, least + 2 * bit, least + 3 * bit,
-            BLOCK_N,
-        )  # fmt: skip
-        higher = tl.where(third >= k, 3, tl.where(second >= k, 2, tl.where(first >= k, 1, 0)))
-        least += bit * higher.to(tl.uint32)
-    least = tl.maximum(least, one)  # 0 where fewer than k compete
-    next_key = tl.where(least == 0xFFFFFFFF, least, least + one)  # no score has the highest key
-    above, competing, _ = _reaching(
-        scores_ptr, stride_sn, candidates_ptr, stride_cn, length, next_key, one, one, BLOCK_N
-    )
-    return least, tl.minimum(k, competing) - above, competing
-
-
-@triton.jit
-def admitted(key, least, ties, before):
-    """Which keys of a block are among the k best, and how many equal to the least there are up to its end."""
-    equal = (key == least).to(tl.int32)
-    rank = before + tl.cumsum(equal, 0) - equal
-    return (key > least) | ((key == least) & (rank < ties)), before + tl.sum(equal, 0)
+    competing, ties, _ = _reaching(keys_ptr, length, one, one, one, BLOCK_N)
+    least = one
+    if competing > k:  # else all of them
+        least = tl.full((), 0, tl.uint32)
+        for step in range(16):
+            bit = one << tl.cast(30 - 2 * step, tl.uint32)
+            first, second, third = _reaching(keys_ptr, length, least + bit, least + 2 * bit, least + 3 * bit, BLOCK_N)
+            higher = tl.where(third >= k, 3, tl.where(second >= k, 2, tl.where(first >= k, 1, 0)))
+            least += bit * higher.to(tl.uint32)
+        above = 0
+        if least != 0xFFFFFFFF:  # the highest key, which no score has, where k is 0
+            above, _, _ = _reaching(keys_ptr, length, least + one, least, least, BLOCK_N)
+        ties = k - above
+    return least, ties, competing
 
 
 @triton.jit
@@ -133,7 +116,7 @@ def on_device(k: int | Tensor) -> tuple[Tensor | None, int, int]:
 
 @triton.jit(do_not_specialize=VARYING)
 def _topk_kernel(
-    scores_ptr, candidates_ptr,                    # scores, candidates [B, N], None: all compete
+    scores_ptr, candidates_ptr, keys_ptr,          # each [B, N]; candidates None: all compete
     k_ptr, cu_seqlens_ptr,                         # k [B], None where the host knows it; [B + 1], None where not packed
     keep_ptr, kept_ptr, lengths_ptr,               # keep [B, N] int8 or else kept [B, M], lengths [B] int64
     stride_sb, stride_sn,
@@ -144,32 +127,47 @@ def _topk_kernel(
     # grid (B,): one program for each row
     pid_b = tl.program_id(0).to(tl.int64)
     base, begin, length = span(cu_seqlens_ptr, pid_b, N)
+    k = count(k_ptr, k, stride_k, pid_b, length)
     scores_ptr += pid_b * stride_sb + begin * stride_sn
     if candidates_ptr is not None:
         candidates_ptr += pid_b * stride_cb + begin * stride_cn
-    k = count(k_ptr, k, stride_k, pid_b, length)
-    least, ties, competing = threshold(scores_ptr, stride_sn, candidates_ptr, stride_cn, length, k, BLOCK_N)
+    keys_ptr += base
+    length = length.to(tl.int32)
+    for start in range(0, length, BLOCK_N):
+        offs = start + tl.arange(0, BLOCK_N)
+        competes = offs < length
+        x = tl.load(scores_ptr + offs.to(tl.int64) * stride_sn, mask=competes, other=0.0).to(tl.float32)
+        if candidates_ptr is not None:
+            competes &= tl.load(candidates_ptr + offs.to(tl.int64) * stride_cn, mask=competes, other=0) != 0
+        tl.store(keys_ptr + offs, sort_key(x, competes).to(tl.int32, bitcast=True), mask=offs < length)
+    tl.debug_barrier()  # what one thread has written others read
+    least, ties, competing = threshold(keys_ptr, length, k, BLOCK_N)
     stay = tl.minimum(k, competing)
     if candidates_ptr is not None:  # and all others
-        stay += (length - competing).to(tl.int32)
-    equal = 0
+        stay += length - competing
     slot = M - stay  # at the right end
     for start in range(0, length, BLOCK_N):
-        offs = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        key = load_keys(scores_ptr, stride_sn, candidates_ptr, stride_cn, offs, offs < length)
-        keep, equal = admitted(key, least, ties, equal)
+        offs = start + tl.arange(0, BLOCK_N)
+        key = load_keys(keys_ptr, offs, length)
+        stays = key > least
         if candidates_ptr is not None:
-            keep |= key == 0
-        keep &= offs < length
+            stays |= (key == 0) & (offs < length)
+        equal = key == least
+        # both counts in one scan: a block has fewer than 1 << 16
+        sums = tl.cumsum(stays.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+        equals = (sums >> 16) - equal.to(tl.int32)  # before a token
+        slots = slot + (sums & 0xFFFF) - stays.to(tl.int32) + tl.minimum(equals, ties)
+        keep = stays | (equal & (equals < ties))
         if kept_ptr is None:
             tl.store(keep_ptr + base + offs, keep.to(tl.int8), mask=offs < length)
         else:
-            slots = slot + tl.cumsum(keep.to(tl.int32), 0) - 1
-            tl.store(kept_ptr + pid_b * M + slots, offs, mask=keep & (slots >= 0))
-            slot += tl.sum(keep.to(tl.int32), 0)
+            tl.store(kept_ptr + pid_b * M + slots, offs.to(tl.int64), mask=keep & (slots >= 0))
+        taken = tl.sum(keep.to(tl.int32), 0)
+        ties -= tl.minimum(ties, tl.sum(equal.to(tl.int32), 0))
+        slot += taken
     if kept_ptr is not None:
         for start in range(0, M - stay, BLOCK_N):
-            offs = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            offs = start + tl.arange(0, BLOCK_N)
             tl.store(kept_ptr + pid_b * M + offs, tl.full((BLOCK_N,), -1, tl.int64), mask=offs < M - stay)
         tl.store(lengths_ptr + pid_b, tl.minimum(stay, M).to(tl.int64))
 
@@ -184,6 +182,7 @@ def topk(
     """
     mask = None if candidates is None else candidates.view(torch.uint8)
     batch, length = scores.shape if cu_seqlens is None else (cu_seqlens.shape[0] - 1, scores.shape[0])
+    keys = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     kept = lengths = keep = spans = None
     if cu_seqlens is not None:
         spans = cu_seqlens.contiguous()
@@ -196,7 +195,7 @@ def topk(
     with torch.cuda.device_of(scores):
         k_tensor, k_scalar, stride_k = on_device(k)
         _topk_kernel[(batch,)](
-            scores, mask, k_tensor, spans, keep, kept, lengths,
+            scores, mask, keys, k_tensor, spans, keep, kept, lengths,
             *row_strides(scores), *((0, 0) if mask is None else row_strides(mask)),
             k_scalar, stride_k, length, rows or 0,
             BLOCK_N=BLOCK, num_warps=WARPS, enable_fp_fusion=True,

@@ -50,14 +50,11 @@ class Tile(NamedTuple):
 
 
 _FP32 = (4, 256, Tile(16, 2, still=32, streamed=32))  # no tensor cores; more than one row per thread spills
+_COSINE = ((2, 4096, Tile(4, 3)), (2, _ANY, Tile(8, 3)), (4, 4096, Tile(4, 3)), (4, _ANY, Tile(8, 3)))
 _DEFAULT: dict[str, tuple[tuple[int, int, Tile], ...]] = {  # (element size, width up to which, tile): the first counts
     "attention": ((2, 128, Tile(4, 2, still=128, streamed=64)), (2, 256, Tile(8, 2, still=64, streamed=64)), _FP32),
-    "cosine": (
-        (2, 4096, Tile(4, 3)),
-        (2, _ANY, Tile(8, 3)),
-        (4, 4096, Tile(4, 3)),
-        (4, _ANY, Tile(8, 3)),
-    ),
+    "cosine": _COSINE,
+    "strided_cosine": _COSINE,
     "mean": ((2, _ANY, Tile(4, 3, width=1024)), (4, _ANY, Tile(4, 3, width=1024))),
 }
 _ATTENTION = {  # where the default spills registers
@@ -69,7 +66,13 @@ _ATTENTION = {  # where the default spills registers
         (4, 256, Tile(8, 2, still=32, streamed=32)),
     ),
 }
-TABLE = {"default": _DEFAULT} | {family: _DEFAULT | {"attention": rows} for family, rows in _ATTENTION.items()}
+_SM90 = {  # measured on an H200, D = 3584
+    "cosine": ((2, 4096, Tile(2, 3)), *_COSINE[1:]),
+    "mean": ((2, _ANY, Tile(2, 3, width=512)), *_DEFAULT["mean"][1:]),
+}
+TABLE = {"default": _DEFAULT, "sm90": _DEFAULT | _SM90} | {
+    family: _DEFAULT | {"attention": rows} for family, rows in _ATTENTION.items()
+}
 """Tiles by family, op, element size and width. A family without an entry takes the default one."""
 
 
@@ -118,6 +121,11 @@ def lanes(x: Tensor, columns: int) -> dict[str, int]:
     return {"LANES": 4 if family == "sm90" else 8, "RUN": 2}  # wgmma gives whole rows to a warp, mma.sync half ones
 
 
+def registers(x: Tensor, tile: Tile) -> dict[str, int]:
+    """A bound that lets three programs share a multiprocessor, where the compiler would take a few registers more."""
+    return {"maxnreg": 168} if _device(x.device)[1] == "sm90" and tile.num_warps == 4 else {}
+
+
 def candidates(op: str, size: int) -> tuple[Tile, ...]:
     """The tiles that `tune` tries, and the only ones that a cache file may hold."""
     if op == "attention" and size == 4:
@@ -127,7 +135,7 @@ def candidates(op: str, size: int) -> tuple[Tile, ...]:
             Tile(warps, stages, still, streamed)
             for still, streamed, warps, stages in product((64, 128), (32, 64), (4, 8), (2, 3))
         )
-    widths = {"cosine": (0,), "mean": (512, 1024, 2048)}
+    widths = {"cosine": (0,), "strided_cosine": (0,), "mean": (512, 1024, 2048)}
     return tuple(Tile(warps, 3, width=width) for width in widths[op] for warps in (2, 4, 8))
 
 

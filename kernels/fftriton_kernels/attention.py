@@ -40,7 +40,7 @@ from ._dispatch import (
 )
 from ._operators import operator, without_gradient
 from ._packed import check_bounds, check_max_seqlen
-from ._tiles import lanes, lookup
+from ._tiles import lanes, lookup, registers
 
 _MOST_WIDTH = 256  # of a head: a whole row stays on chip
 _MOST_PAIRS = 2**30  # of a query and a head of a group, which are counted in 32 bits
@@ -74,8 +74,13 @@ def _attention_column_sum(
             q, k, scale=scale, causal=causal, lse=lse, num_queries=num_queries, columns=columns
         )
     first = q.shape[2] - num_queries
-    lse = None if lse is None else lse[:, :, first:]
+    lse = None if lse is None else _with_rows(lse)[:, :, first:]
     return _column_sum(q[:, :, first:], k, scale, causal, lse, begin, end, None)
+
+
+def _with_rows(lse: Tensor) -> Tensor:
+    """lse whose rows lie one after another in memory."""
+    return lse if lse.stride(-1) == 1 else lse.contiguous()
 
 
 def _fake_packed_sums(q, k, *_):
@@ -112,7 +117,7 @@ def _attention_column_sum_packed(
     packed = _Packed(cu_seqlens_q, cu_seqlens_k, queries, max_seqlen_k)
     # every sequence sees all rows, at a stride of 0
     q, k = (x.transpose(0, 1).expand(sequences, -1, -1, -1) for x in (q, k))
-    lse = None if lse is None else lse.expand(sequences, -1, -1)
+    lse = None if lse is None else _with_rows(lse).expand(sequences, -1, -1)
     return _column_sum(q, k, scale, causal, lse, 0, max_seqlen_k, packed)[0]
 
 
@@ -293,7 +298,7 @@ def _column_sum(
         if lse is None:
             norms = _row_norms(q, k, scale * _LOG2_E, causal, packed)
         else:
-            norms = _in_pairs(lse, k.shape[1]), None
+            norms = lse, None
         total = _streamed_sum(q, k, norms, scale * _LOG2_E, causal, begin, end, packed)
     return total / q.shape[1]
 
@@ -305,16 +310,8 @@ def _sizes(q: Tensor, k: Tensor, packed: _Packed | None) -> tuple[int, int, tupl
     return packed.queries, packed.keys, packed[:2]
 
 
-def _in_pairs(lse: Tensor, kv_heads: int) -> Tensor:
-    """[B, H, Nq] natural log-sum-exps -> [B, Hkv, pairs] of base 2."""
-    batch, heads, rows = lse.shape
-    out = lse.new_empty(batch, kv_heads, rows, heads // kv_heads)
-    torch.mul(lse.unflatten(1, (kv_heads, -1)).transpose(2, 3), _LOG2_E, out=out)
-    return out.flatten(2)
-
-
 def _row_norms(q: Tensor, k: Tensor, scale2: float, causal: bool, packed: _Packed | None) -> tuple[Tensor, Tensor]:
-    """shift, weight [B, Hkv, pairs] fp32: a row of the softmax is exp2(score - shift) * weight.
+    """shift, weight [B, H, Nq] fp32: a row of the softmax is exp2(score - shift) * weight.
 
     Many programs share few rows.
     """
@@ -327,7 +324,7 @@ def _row_norms(q: Tensor, k: Tensor, scale2: float, causal: bool, packed: _Packe
     tiles = cdiv(pairs, block_m)
     shares = _shares(tiles * kv_heads * batch, cdiv(keys, _LEAST_KEYS))
     span = cdiv(cdiv(keys, shares), block_n) * block_n
-    shift, weight = _new_norms(q, shares, 1 if packed else batch, kv_heads, rows * heads // kv_heads)
+    shift, weight = _new_norms(q, shares, 1 if packed else batch, heads, rows)
     _row_norm_kernel[(tiles, shares * kv_heads, batch)](
         q, k, shift, weight, *bounds, *q.stride(), *k.stride(), *shift.expand(-1, batch, -1, -1).stride()[:3],
         scale2, queries, keys, kv_heads, span, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
@@ -362,31 +359,30 @@ def _streamed_sum(
 ) -> Tensor:
     """[B, C]: the sums over heads and queries, for any number of queries.
 
-    norms: those of whole rows, or log-sum-exps of base 2 and None.
+    norms: those of whole rows, or natural log-sum-exps and None.
     """
     shift, weight = norms
     batch, heads, _, width = q.shape
     queries, keys, bounds = _sizes(q, k, packed)
     kv_heads = k.shape[1]
     tile = lookup("attention", q, width)
-    pairs = queries * (heads // kv_heads)
-    block_m, block_n = min(tile.streamed, block(pairs)), tile.still  # keys stay, pairs stream past
+    block_m, block_n = min(tile.streamed, block(queries)), tile.still  # keys stay, queries stream past
     key_blocks = cdiv(end - begin, block_n)
-    shares = _shares(key_blocks * kv_heads * batch, cdiv(pairs, block_m * _LEAST_TILES))
+    tiles = cdiv(queries, block_m) * (heads // kv_heads)
+    shares = _shares(key_blocks * kv_heads * batch, cdiv(tiles, _LEAST_TILES))
     partial = _new_sums(q, k, packed, kv_heads * shares, columns=end - begin)
     _column_sum_kernel[(key_blocks, kv_heads * shares, batch)](
         q, k, shift, weight, partial, *bounds, *q.stride(), *k.stride(), *shift.stride()[:2],
         *partial.expand(batch, -1, -1).stride(),
         scale2, queries, keys, begin, end, shares, GROUP=heads // kv_heads, D=width, BLOCK_D=block(width),
         BLOCK_M=block_m, BLOCK_N=block_n, **lanes(q, block_m), CAUSAL=causal,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True, **registers(q, tile),
     )  # fmt: skip
     out = partial.sum(1)
     if causal:  # a row that is NaN is so where it is masked, too, in torch.softmax
         spoiled = (shift if weight is None else weight).isnan()
         if packed:
-            of_query = spoiled[0].view(kv_heads, -1, heads // kv_heads).transpose(0, 1).flatten(1).any(1)
-            spoiled = _spoiled_keys(of_query, len(out[0]), packed)
+            spoiled = _spoiled_keys(spoiled[0].any(0), len(out[0]), packed)
         else:
             spoiled = spoiled.flatten(1).any(1)[:, None]
         out.masked_fill_(spoiled, float("nan"))

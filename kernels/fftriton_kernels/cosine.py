@@ -35,7 +35,7 @@ from ._tiles import lookup
 from ._types import NO_LINK
 
 _NO_LINK = tl.constexpr(NO_LINK)
-_FRAMES_A_PROGRAM = 8
+_FRAMES_A_PROGRAM = 16
 
 
 @triton.jit
@@ -77,26 +77,27 @@ def _strided_cosine_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
     # grid (P * ceil(frames / FRAMES), B): one program walks one patch over FRAMES frames, from the frame before them;
-    # each row is on its way while the one before is reduced. A row that does not exist is 0, and so has no cosine
+    # two rows are on their way while one is reduced. A row that does not exist is 0, and so has no cosine
     t = tl.program_id(0).to(tl.int64) % P + (tl.program_id(0).to(tl.int64) // P * FRAMES - 1) * P
     pid_b = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     x_ptr += pid_b * stride_xb + offs_d * stride_xd
     loaded = tl.load(x_ptr + t * stride_xn, mask=offs_d < tl.where(t >= 0, D, 0), other=0.0)
+    ahead = tl.load(x_ptr + (t + P) * stride_xn, mask=offs_d < tl.where(t + P < N, D, 0), other=0.0)
     earlier = tl.zeros((BLOCK_D,), tl.float32)
     earlier_square = 0.0
     for frame in range(FRAMES + 1):
-        ahead = t + P
-        wanted = (frame < FRAMES) & (ahead < N)
+        wanted = (frame < FRAMES - 1) & (t + 2 * P < N)
         x = loaded.to(tl.float32)
-        loaded = tl.load(x_ptr + ahead * stride_xn, mask=offs_d < tl.where(wanted, D, 0), other=0.0)
+        loaded = ahead
+        ahead = tl.load(x_ptr + (t + 2 * P) * stride_xn, mask=offs_d < tl.where(wanted, D, 0), other=0.0)
         x *= _factor(tl.max(tl.abs(x), 0))
         square, dot = _sums_of_two(x * x, x * earlier, BLOCK_D)
         if (frame > 0) & (t < N):  # no mask: Triton 3.2's interpreter ignores that of a scalar
             tl.store(out_ptr + pid_b * stride_ob + t * stride_on, _cosine(dot, square, earlier_square))
         earlier = x
         earlier_square = square
-        t = ahead
+        t += P
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -143,7 +144,7 @@ def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
             _strided_cosine_kernel[(stride * segments, batch)](
                 x, out, *x.stride(), *out.stride(), length, stride,
                 D=width, BLOCK_D=block(width), FRAMES=_FRAMES_A_PROGRAM,
-                num_warps=lookup("cosine", x, width).num_warps, enable_fp_fusion=True,
+                num_warps=lookup("strided_cosine", x, width).num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 

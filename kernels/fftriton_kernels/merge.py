@@ -50,7 +50,7 @@ from ._packed import (
     rows_of,
     strided_predecessor,
 )
-from ._radix import admitted, load_keys, row_strides, sort_key
+from ._radix import load_keys, row_strides, sort_key
 from ._specialisation import VARYING
 from ._tiles import lookup
 from ._types import NO_LINK, Merged
@@ -106,13 +106,16 @@ def _admit_kernel(
     base, begin, length = _radix.span(cu_seqlens_ptr, pid_b, N)
     keys_ptr += base
     k = _radix.count(k_ptr, k, stride_k, pid_b, length)
-    least, ties, _ = _radix.threshold(keys_ptr, 1, None, 0, length, k, BLOCK_N)
-    equal = 0
+    length = length.to(tl.int32)
+    least, ties, _ = _radix.threshold(keys_ptr, length, k, BLOCK_N)
     for start in range(0, length, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        offs_n = start + tl.arange(0, BLOCK_N)
         mask = offs_n < length
-        joins, equal = admitted(load_keys(keys_ptr, 1, None, 0, offs_n, mask), least, ties, equal)
-        token = begin + offs_n
+        key = load_keys(keys_ptr, offs_n, length)
+        equal = (key == least).to(tl.int32)
+        joins = (key > least) | ((key == least) & (tl.cumsum(equal, 0) - equal < ties))
+        ties -= tl.minimum(ties, tl.sum(equal, 0))
+        token = begin + offs_n.to(tl.int64)
         partner = _load_partners(predecessor_ptr, stride_pb, stride_pn, distance, pid_b, token, mask, STRIDED)
         tl.store(roots_ptr + base + offs_n, tl.where(joins, partner, token), mask=mask)
 

@@ -221,6 +221,7 @@ def launches_for(name):
     backend, arch = name.split(":")
     family = f"sm{arch}" if backend == "cuda" else arch
     _tiles._device = lambda device: ("", family)
+    _tiles._settled.cache_clear()
     launches = {}
     record(launches)
     call_every_op()
