@@ -31,6 +31,15 @@ Attention = Annotated[
 MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum answer length (default: checkpoint's).")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the checkpoint to run its own code.")]
 
+# The options of both commands that make up a Sampling.
+Frames = Annotated[int | None, typer.Option(help="Number of frames to sample (default: checkpoint's rule).")]
+FPS = Annotated[float | None, typer.Option(help="Frames to sample per second of video.")]
+MinFrames = Annotated[int | None, typer.Option(help="Minimum number of frames to sample.")]
+MaxFrames = Annotated[int | None, typer.Option(help="Maximum number of frames to sample.")]
+Start = Annotated[float | None, typer.Option(help="Second of the video to start from.")]
+End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
+MaxPixels = Annotated[int | None, typer.Option(help="Maximum pixels per frame (default: checkpoint's).")]
+
 _FAILED = 2  # exit code: bad input, or a file that cannot be written
 
 
@@ -57,8 +66,13 @@ def run(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and report.json.")] = Path("fftriton-out"),
-    frames: Annotated[int, typer.Option(help="Number of frames to sample.")] = 16,
-    max_pixels: Annotated[int | None, typer.Option(help="Maximum pixels per frame (default: checkpoint's).")] = None,
+    frames: Frames = None,
+    fps: FPS = None,
+    min_frames: MinFrames = None,
+    max_frames: MaxFrames = None,
+    start: Start = None,
+    end: End = None,
+    max_pixels: MaxPixels = None,
     max_new_tokens: MaxNewTokens = None,
     device: Device = None,
     dtype: DType = None,
@@ -69,6 +83,7 @@ def run(
 
     Without --model, a small trained model that ships with fftriton is used; without --video, two shipped clips.
     """
+    from ..runtime.sampling import Sampling
     from ..runtime.target import Target
     from .display import print_result, print_run, write_report
     from .request import Options, prepare
@@ -85,7 +100,7 @@ def run(
             relevance=relevance,
             compare=video is None if compare is None else compare,
             out=out,
-            frames=frames,
+            sampling=Sampling(frames, fps, min_frames, max_frames, start, end),
             max_pixels=max_pixels,
         )
         with make_progress(console) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .run import Result, Way
 
 def describe_run(options: Options) -> dict[str, Any]:
     """The model, method, sampling and machine that the figures belong to."""
-    sampling = {"frames": options.frames, "max_pixels": options.max_pixels}
+    sampling = {"sampling": asdict(options.sampling), "max_pixels": options.max_pixels}
     return options.target.describe() | {"method": options.method} | sampling | provenance()
 
 

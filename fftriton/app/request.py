@@ -17,8 +17,9 @@ from ..evaluate import Setting
 from ..methods import KVTP, Chain, Method
 from ..relevance import load_relevance
 from ..runtime.files import check_out
-from ..runtime.processing import unknown_words
+from ..runtime.processing import Processor, unknown_words
 from ..runtime.progress import OpenBar
+from ..runtime.sampling import Sampling
 from ..runtime.shipped import BUNNY, NEEDLE, Clip
 from ..runtime.target import Target
 from ..runtime.video import Video, read_video
@@ -41,7 +42,7 @@ class Options:
             Hugging Face hub. None gives all frames the same score.
         compare: whether to also run with all tokens.
         out: folder for the pictures and report.json.
-        frames: number of frames to sample, at least 1.
+        sampling: which frames to take; the checkpoint decides what is left open.
         max_pixels: maximum pixels per frame, at least 1; None for the checkpoint's own.
 
     Raises:
@@ -56,14 +57,13 @@ class Options:
     relevance: str | None = None
     compare: bool = False
     out: Path = Path("fftriton-out")
-    frames: int = 16
+    sampling: Sampling = field(default_factory=Sampling)
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         method = self.make_method()
         if self.relevance is not None and not any(isinstance(part, KVTP) for part in _parts(method)):
             raise ValueError(f"relevance must go with method kvtp, got method '{self.method}'")
-        check_count("fftriton", "frames", self.frames, 1)
         if self.max_pixels is not None:
             check_count("fftriton", "max_pixels", self.max_pixels, 1)
 
@@ -128,16 +128,18 @@ def prepare(options: Options, open_bar: OpenBar) -> list[Job]:
     """
     check_out(options.out)
     clips, videos = choose_clips(options), []
-    for clip in clips:
+    processors = [options.target.load_processor(clip.max_pixels) for clip in clips]
+    start, end = options.sampling.start, options.sampling.end
+    for clip, processor in zip(clips, processors, strict=True):
         with open_bar(f"Decoding {clip.path.name}") as on_progress:
-            videos.append(read_video(clip.path, options.frames, on_progress))
+            rule = processor.frame_rule(options.sampling)
+            videos.append(read_video(clip.path, on_progress=on_progress, rule=rule, start=start, end=end))
     options.make_method().check(options.target.load_config().get_text_config().num_hidden_layers)
     methods = _methods(options, clips, videos, open_bar)
-    return [_encode(options.target, *parts) for parts in zip(clips, videos, methods, strict=True)]
+    return [_encode(*parts) for parts in zip(processors, clips, videos, methods, strict=True)]
 
 
-def _encode(target: Target, clip: Clip, video: Video, method: Method) -> Job:
-    processor = target.load_processor(clip.max_pixels)
+def _encode(processor: Processor, clip: Clip, video: Video, method: Method) -> Job:
     return Job(clip, video, processor(video, clip.question), processor.tokenizer, method)
 
 
