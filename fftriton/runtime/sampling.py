@@ -132,6 +132,8 @@ class ProcessorsOwn:
             indices = sorted({int(index) for index in self.processor.sample_frames(metadata=metadata, **asked)})
         except ValueError:  # it wants more frames than there are
             indices = list(range(total))
+        if indices and indices[-1] == total:  # rounded past the end, as Qwen2-VL's does
+            indices.pop()
         if not indices or indices[0] < 0 or indices[-1] >= total:
             kind = type(self.processor).__name__
             raise ValueError(f"model must have a processor that samples frames 0 to {total - 1}, got {kind}: {indices}")
