@@ -236,6 +236,7 @@ def test_frames_per_second_are_hugging_faces(tmp_path, model_type, total, fps):
     metadata = VideoMetadata(total_num_frames=total, fps=fps)
     for rate in (0.5, 2, 3.7):
         expected = theirs.sample_frames(metadata=metadata, fps=rate).tolist()
+        expected = [index for index in expected if index < total]  # torch.arange may round past the end
         for kind in (HubProcessor, QwenProcessor):
             assert kind(tmp_path).frame_rule(Sampling(fps=rate))(total, fps) == expected
 

@@ -20,11 +20,9 @@ from ..runtime.files import check_out
 from ..runtime.processing import Processor, unknown_words
 from ..runtime.progress import OpenBar
 from ..runtime.sampling import Sampling
-from ..runtime.shipped import BUNNY, NEEDLE, Clip
+from ..runtime.shipped import BUNNY, DEFAULT_QUESTION, NEEDLE, Clip
 from ..runtime.target import Target
 from ..runtime.video import Video, read_video
-
-_DEFAULT_QUESTION = "Describe this video."
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def choose_clips(options: Options) -> list[Clip]:
     """The user's video, or the shipped clips; a question without a video is about the needle clip only."""
     shipped_model, asked, max_pixels = options.target.is_shipped, options.question, options.max_pixels
     if options.video is not None:
-        question = asked or (NEEDLE.question if shipped_model else _DEFAULT_QUESTION)
+        question = asked or (NEEDLE.question if shipped_model else DEFAULT_QUESTION)
         return [Clip(options.video, "", question, None, max_pixels)]
     if asked is not None and asked != NEEDLE.question:
         return [replace(NEEDLE, question=asked, answer=None, max_pixels=max_pixels)]
@@ -112,7 +110,7 @@ def choose_clips(options: Options) -> list[Clip]:
         return [needle]
     if shipped_model:
         return [needle, replace(BUNNY, max_pixels=max_pixels or BUNNY.max_pixels)]
-    return [needle, replace(BUNNY, question=_DEFAULT_QUESTION, max_pixels=max_pixels)]
+    return [needle, replace(BUNNY, question=DEFAULT_QUESTION, max_pixels=max_pixels)]
 
 
 def prepare(options: Options, open_bar: OpenBar) -> list[Job]:
