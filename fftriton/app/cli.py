@@ -257,7 +257,9 @@ def batch(
             wait_for_all()
         keys = [task.key for task in tasks]
         if len(answers.done(keys)) == len(keys):
-            console.print(f"All {len(keys)} requests are answered: {out}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"All {len(keys)} requests are answered: {out}", markup=False, highlight=False, soft_wrap=True
+            )
             return
         own = process.own_target(target)
         with make_progress(console, rate=True) as progress, own.own_threads():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +96,13 @@ class HubProcessor:
             self._bound_pixels(max_pixels)
 
     def __call__(self, video: Video, question: str) -> dict[str, Tensor]:
-        """Tokens and pixels for one video and one question, by the names of the model's arguments."""
+        """Tokens and pixels for one video and one question, by the names of the model's arguments.
+
+        Raises:
+            ValueError: the question contains a placeholder of a video or an image.
+        """
+        names = ("video_token", "image_token")
+        _check_question(question, [getattr(self._processor, name, None) for name in names])
         text = self._processor.apply_chat_template(_messages(question), tokenize=False, add_generation_prompt=True)
         encoded = self._processor(
             text=[text],
@@ -213,13 +220,17 @@ class QwenProcessor:
         Returns:
             input_ids, attention_mask, mm_token_type_ids [1, N] int64 (2 marks video), pixel_values_videos [n, D]
             float32, video_grid_thw [1, 3] int64 and, for Qwen2.5-VL, second_per_grid_ts [1] float32.
+
+        Raises:
+            ValueError: the question contains the placeholder of a video.
         """
+        placeholder = str(self.tokenizer.convert_ids_to_tokens(self._video_token_id))
+        _check_question(question, [placeholder])
         frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2).contiguous()
         pixels, grid = self._pixels.patchify(frames)
         text = self.tokenizer.apply_chat_template(
             _messages(question), chat_template=self._template, tokenize=False, add_generation_prompt=True
         )
-        placeholder = str(self.tokenizer.convert_ids_to_tokens(self._video_token_id))
         num_tokens = len(pixels) // self._pixels.merge_size**2
         encoded = self.tokenizer(str(text).replace(placeholder, placeholder * num_tokens), return_tensors="pt")
         inputs = {
@@ -276,6 +287,13 @@ def _metadata(video: Video) -> dict[str, Any]:
         "fps": video.fps,
         "frames_indices": video.indices if regular else places,
     }
+
+
+def _check_question(question: str, placeholders: Iterable[Any]) -> None:
+    """Raise if a question contains what stands for a video or an image in the prompt."""
+    for placeholder in placeholders:
+        if isinstance(placeholder, str) and placeholder and placeholder in question:
+            raise ValueError(f"question must not contain '{placeholder}', which stands for a video, got '{question}'")
 
 
 def _messages(question: str) -> list[dict[str, Any]]:
