@@ -125,12 +125,14 @@ def run(
 
 @app.command("eval")
 def evaluate(
-    task: Annotated[str, typer.Option(help="Task: needle, the name of an installed task, or module:Class.")] = "needle",
+    task: Annotated[
+        str, typer.Option(help="Task: needle, the name of an installed task, module:Class, or FILE.jsonl.")
+    ] = "needle",
     methods: Annotated[
         str, typer.Option(help=f"Separated by commas: {', '.join(names())}; NAME:PARAMETER=VALUE sets a parameter.")
     ] = "keep-all,framefusion,fastv,streamingllm,uniformframes,randomtokens",
     budgets: Annotated[str, typer.Option(help="Vision tokens to keep, separated by commas.")] = "0.7,0.5,0.3,0.2,0.1",
-    samples: Annotated[int, typer.Option(help="Number of questions, each about its own video.")] = 500,
+    samples: Annotated[int | None, typer.Option(help="Number of questions (default: 500, or all of a file).")] = None,
     seed: Annotated[int, typer.Option(help="Selects the samples; training saw none of them.")] = 0,
     split: Annotated[
         str | None, typer.Option(help="Split of the task; needle: easy (the default), hard, blended, real or long.")
@@ -138,7 +140,7 @@ def evaluate(
     frames: Annotated[str, typer.Option(help="Frames per video, separated by commas (default: split's).")] = "",
     model: Model = None,
     reference: Annotated[
-        str | None, typer.Option(help="Method to test the others against (default: the first that is not keep-all).")
+        str | None, typer.Option(help="Method to test the others against (default: keep-all, or else the first).")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for records, results and pictures.")] = Path("fftriton-eval"),
     device: Device = None,
@@ -154,20 +156,22 @@ def evaluate(
     on CPUs `torchrun --nproc-per-node 2 -m fftriton eval ...`.
     """
     from ..evaluate import output, plan, rows, runner
+    from ..evaluate.tasks import make_task, sample_count
     from ..methods import split_methods
     from ..runtime.processes import this_process
     from ..runtime.target import Target
 
     console = Console(stderr=as_json)
-    with _in_one_line(ValueError, TypeError, OSError):
+    with _in_one_line(ValueError, TypeError, OSError, ImportError):
+        lengths = tuple(_parse_frames(length) for length in _split(frames))
         chosen = plan.Plan(
             methods=tuple(split_methods(methods)),
             budgets=tuple(_parse_budget(budget) for budget in _split(budgets)),
             task=task,
             split=split,
-            samples=samples,
+            samples=sample_count(make_task(task, split, seed, lengths), samples),
             seed=seed,
-            num_frames=tuple(_parse_frames(length) for length in _split(frames)),
+            num_frames=lengths,
             target=Target(model, device, dtype, attention, max_new_tokens, trust_remote_code),
             out=out,
             reference=reference,

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_count
+from ..checks import check_count, check_spelling
 from ..evaluate import Setting
+from ..runtime.files import beside
 from ..runtime.sampling import Sampling
 
 STDIN = "-"
@@ -22,6 +23,7 @@ VIDEO_SUFFIXES = {f".{suffix}" for suffix in _VIDEOS.split()}
 """The endings of the files that are taken from a folder."""
 
 _SAMPLING = tuple(part.name for part in fields(Sampling))
+_KEYS = ("video", "question", "method", "budget", "max_pixels", "max_new_tokens", *_SAMPLING)
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,12 @@ def _from_lines(lines: Iterable[str], name: str, folder: Path, defaults: Default
 
 def _of_video(entry: dict[str, Any], folder: Path, defaults: Defaults) -> list[Request]:
     """The request of an entry; several if it has no question, and the defaults have several."""
+    check_spelling(entry, _KEYS)
     values = defaults.settings | entry
     video = values.pop("video", None)
     if not isinstance(video, str) or not video:
         raise ValueError(f"video must be the path of a file, got {video!r}")
-    path = folder / video if (folder / video).exists() else Path(video)
+    path = beside(folder, video)
     if "frames" in entry:  # a number of frames takes the place of a rate
         values |= {name: entry.get(name) for name in ("fps", "min_frames", "max_frames")}
     elif entry.keys() & {"fps", "min_frames", "max_frames"}:
