@@ -14,10 +14,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .. import __version__
 from ..methods.registry import names
 from .bars import Bars, make_progress
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 # The options of all commands that make up a Target.
 Model = Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")]
@@ -48,16 +49,26 @@ _FAILED = 2  # exit code: bad input, or a file that cannot be written
 _INTERRUPTED = 130
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fftriton {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Remove redundant vision tokens inside video language models."""
 
 
 @app.command()
 def run(
     model: Model = None,
-    video: Annotated[Path | None, typer.Option(help="Video file.")] = None,
-    question: Annotated[str | None, typer.Option(help="Question about the video.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Video file; may be repeated.")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="Question about each video; may be repeated.")] = None,
     method: MethodName = "framefusion",
     budget: Budget = "0.3",
     relevance: Annotated[
@@ -88,28 +99,31 @@ def run(
 
     Without --model, a small trained model that ships with fftriton is used; without --video, two shipped clips.
     """
+    from dataclasses import replace
+
     from ..runtime.sampling import Sampling
     from ..runtime.target import Target
     from .display import print_result, print_run, write_report
-    from .request import Options, prepare
+    from .request import Options, prepare, told_apart
     from .run import run as run_job
 
     console = Console()
     with _in_one_line(ValueError, TypeError, OSError):
         options = Options(
             target=Target(model, device, dtype, attention, max_new_tokens, trust_remote_code),
-            video=video,
-            question=question,
             method=method,
             budget=_parse_budget(budget),
             relevance=relevance,
-            compare=video is None if compare is None else compare,
+            compare=not video if compare is None else compare,
             out=out,
             sampling=Sampling(frames, fps, min_frames, max_frames, start, end),
             max_pixels=max_pixels,
         )
+        videos: list[Path | None] = [*video] if video else [None]
+        questions: list[str | None] = [*question] if question else [None]
+        asked = [replace(options, video=one, question=text) for one in videos for text in questions]
         with make_progress(console) as progress:
-            jobs = prepare(options, Bars(progress).open)
+            jobs = told_apart([job for each in asked for job in prepare(each, Bars(progress).open)])
             with Bars(progress).open("Loading the model") as on_progress:
                 loaded = options.target.load_model()
                 on_progress(1, 1)
@@ -120,7 +134,10 @@ def run(
             with make_progress(console) as progress:
                 results.append(run_job(options, loaded, job, Bars(progress).open))
             print_result(console, options, results[-1])
+        earlier = (out / "report.json").exists()
         write_report(out / "report.json", options, results)
+        told = "replaced that of an earlier run" if earlier else "written"
+        console.print(f"{out / 'report.json'}: {told}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("eval")

@@ -5,6 +5,8 @@ Invalid requests are refused before the model is loaded.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,7 @@ class Job:
         inputs: arguments of `generate`.
         tokenizer: the model's tokenizer.
         method: the method that reduces it.
+        name: start of the names of its pictures.
     """
 
     clip: Clip
@@ -90,6 +93,7 @@ class Job:
     inputs: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase
     method: Method
+    name: str
 
     @property
     def unknown_words(self) -> list[str]:
@@ -137,8 +141,20 @@ def prepare(options: Options, open_bar: OpenBar) -> list[Job]:
     return [_encode(*parts) for parts in zip(processors, clips, videos, methods, strict=True)]
 
 
+def told_apart(jobs: Sequence[Job]) -> list[Job]:
+    """The same jobs, each with a name of its own: x, x-2, x-3, ..."""
+    seen: set[str] = set()
+    named = []
+    for job in jobs:
+        numbers = (f"-{number}" for number in itertools.count(2))
+        name = next(name for end in itertools.chain([""], numbers) if (name := job.name + end) not in seen)
+        seen.add(name)
+        named.append(replace(job, name=name))
+    return named
+
+
 def _encode(processor: Processor, clip: Clip, video: Video, method: Method) -> Job:
-    return Job(clip, video, processor(video, clip.question), processor.tokenizer, method)
+    return Job(clip, video, processor(video, clip.question), processor.tokenizer, method, clip.path.stem)
 
 
 def _methods(options: Options, clips: list[Clip], videos: list[Video], open_bar: OpenBar) -> list[Method]:
