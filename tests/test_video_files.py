@@ -89,12 +89,17 @@ def test_frames_come_upright(tmp_path, turn):
     check(replace(Recipe(frames=12), turn=turn), Recipe(frames=12, turn=turn).write(tmp_path / "turned.mp4"), (3,))
 
 
-def test_only_the_stretches_before_the_wanted_frames_are_decoded(tmp_path, monkeypatch):
-    """In containers with timestamps; the whole file is never decoded."""
+@pytest.fixture
+def in_stretches(monkeypatch):
+    """A file that is decoded as a whole fails the test."""
     monkeypatch.setattr(fftriton.runtime.video, "_decoded_timeline", lambda *_: pytest.fail("decoded it all"))
+
+
+def test_only_the_stretches_before_the_wanted_frames_are_decoded(tmp_path, in_stretches):
+    """Also for frames that are stored after the next key frame, as x265 does."""
     for suffix, codec in (("mp4", "libx264"), ("mkv", "libx265"), ("ts", "mpeg2video"), ("webm", "libvpx-vp9")):
         recipe = Recipe(suffix, codec, frames=100, b_frames=0 if codec == "libvpx-vp9" else 2)
-        check(recipe, recipe.write(tmp_path / f"video.{suffix}"), (4,))
+        check(recipe, recipe.write(tmp_path / f"video.{suffix}"), (4, 33))
 
 
 def test_timestamps_decide_where_the_rate_varies(tmp_path):
@@ -114,7 +119,27 @@ def test_a_frame_that_stays_is_taken_again(tmp_path):
     assert numbers(video) == video.indices == [9, 10, 10, 10, 10, 10]
 
 
-def test_edit_lists(tmp_path):
+def test_packets_without_a_frame(tmp_path):
+    """The packets seem to hold 63 frames; three of them hold none."""
+    source, path = Recipe(frames=60, b_frames=0).write(tmp_path / "source.mp4"), tmp_path / "video.mp4"
+    with av.open(str(source)) as container, av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(container.streams.video[0])
+        for number, packet in enumerate(packet for packet in container.demux(video=0) if packet.size):
+            data = [(bytes(packet), packet.pts)]
+            if number % 20 == 10:
+                data.append((b"\0\0\0\2\x09\xf0", packet.pts + 256))  # a delimiter
+            for content, stamp in data:
+                copy = av.Packet(content)
+                copy.stream, copy.time_base, copy.pts, copy.dts = stream, packet.time_base, stamp, stamp
+                copy.is_keyframe = packet.is_keyframe and stamp == packet.pts
+                out.mux(copy)
+    for count in (3, 7, 60):
+        video = read_video(path, count)
+        assert numbers(video) == video.indices == sample_indices(60, count)
+        assert video.total_frames == 60
+
+
+def test_edit_lists(tmp_path, in_stretches):
     """Only frames 30 to 79 are shown; those before them are decoded, because they lead up to them."""
     path = Recipe(frames=120, gop=25).write(tmp_path / "edited.mp4")
     data = bytearray(path.read_bytes())
@@ -215,6 +240,16 @@ def test_files_that_are_cut_off_are_refused(tmp_path, suffix, share):
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(ValueError, match="video must be whole, .* cut off"):
+        read_video(path, 1)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+def test_files_that_are_cut_off_between_two_frames_are_refused(tmp_path, suffix):
+    path = Recipe(suffix, frames=200, b_frames=0, container={"movflags": "faststart"}).write(tmp_path / f"v.{suffix}")
+    with av.open(str(path)) as container:
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    path.write_bytes(path.read_bytes()[: positions[190] - (8 if suffix == "avi" else 0)])
+    with pytest.raises(ValueError, match=r"video must be whole, .* cut off: it holds \d+ of \d+ bytes"):
         read_video(path, 1)
 
 
