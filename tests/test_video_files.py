@@ -14,7 +14,10 @@ import pytest
 from video_files import TURNS, Recipe, draw, random_recipe, read_number
 
 import fftriton.runtime.video
+from fftriton.runtime.container import open_video
+from fftriton.runtime.decoding import MismatchError, wanted_frames
 from fftriton.runtime.sampling import PerSecond, sample_indices
+from fftriton.runtime.timeline import scan
 from fftriton.runtime.video import Video, read_video
 
 
@@ -119,15 +122,29 @@ def test_a_frame_that_stays_is_taken_again(tmp_path):
     assert numbers(video) == video.indices == [9, 10, 10, 10, 10, 10]
 
 
-def test_packets_without_a_frame(tmp_path):
-    """The packets seem to hold 63 frames; three of them hold none."""
-    source, path = Recipe(frames=60, b_frames=0).write(tmp_path / "source.mp4"), tmp_path / "video.mp4"
+def test_frames_that_the_packets_only_seem_to_hold(tmp_path):
+    path = Recipe(b_frames=0).write(tmp_path / "video.mp4")
+    with open_video(path) as container:
+        _, timeline = scan(container, path)
+    stamps, ordinals = list(timeline.stamps), list(timeline.ordinals)
+    stamps.insert(15, stamps[14] + 1)
+    ordinals.insert(15, ordinals[14])
+    wrong = replace(timeline, stamps=stamps, ordinals=ordinals, times=[*timeline.times, 60 / 25])
+    for wanted in ([3, 20], [15]):
+        with open_video(path) as container, pytest.raises(MismatchError):
+            list(wanted_frames(container, wrong, wanted))
+
+
+def test_hidden_frames_are_not_counted(tmp_path):
+    """VP8 has frames that are only referred to: here, each key frame again."""
+    source = Recipe("webm", "libvpx", b_frames=0).write(tmp_path / "source.webm")
+    path = tmp_path / "video.webm"
     with av.open(str(source)) as container, av.open(str(path), "w") as out:
         stream = out.add_stream_from_template(container.streams.video[0])
-        for number, packet in enumerate(packet for packet in container.demux(video=0) if packet.size):
+        for packet in (packet for packet in container.demux(video=0) if packet.size):
             data = [(bytes(packet), packet.pts)]
-            if number % 20 == 10:
-                data.append((b"\0\0\0\2\x09\xf0", packet.pts + 256))  # a delimiter
+            if packet.is_keyframe:
+                data.append((bytes([data[0][0][0] & ~0x10]) + data[0][0][1:], packet.pts + 20))
             for content, stamp in data:
                 copy = av.Packet(content)
                 copy.stream, copy.time_base, copy.pts, copy.dts = stream, packet.time_base, stamp, stamp

@@ -97,7 +97,7 @@ def _check_boxes(container: InputContainer, path: Path) -> None:
             length = int.from_bytes(head[:4], "big") if is_mov else int.from_bytes(head[4:8], "little") + 8
             if is_mov and length == 1:
                 length = int.from_bytes(head[8:], "big")
-            if length <= 8:  # up to the end of the file, or never filled in
+            if length < 8 or (length == 8 and not is_mov):  # up to the end of the file, or never filled in
                 return
             end += length
     if end > size:

@@ -28,6 +28,9 @@ _WITH_DURATION = {"matroska", "flv", "asf"}  # formats whose header states the d
 
 _FROM_ZERO = {"matroska", "asf"}  # of these, those whose duration counts from zero, not from the first frame
 _BROADCAST = {"mpegts", "mpeg"}  # formats that may go on after a fault or a splice; the decoder tells the damage
+_VP8_SHOWN = 0x10  # bit of a packet's first byte
+_SMALLEST = 8  # bytes; a smaller packet may be a delimiter or a place that a frame left empty
+_TINY = {"vp9", "av1"}  # codecs that show a frame again by a packet of a byte or two
 _PICTURES = {"mjpeg", "png", "bmp", "tiff", "webp", "jpegls", "jpeg2000", "jpegxl"}  # codecs of single pictures
 
 
@@ -90,28 +93,31 @@ class Timeline:
 class _Track:
     """What the packets of one stream tell."""
 
+    codec: str
     stamps: list[int | None] = field(default_factory=list)  # of every packet
     shown: list[int] = field(default_factory=list)  # ordinals of the packets that an edit list leaves
     keys: list[tuple[int, int]] = field(default_factory=list)
     last_duration: int = 0
-    changes: bool = False  # whether a packet in the middle changes how the later ones are decoded
+    unclear: bool = False  # whether a packet may hold no frame, or changes how the later ones are decoded
 
     def add(self, packet: Packet) -> None:
         ordinal = len(self.stamps)
         self.stamps.append(packet.pts)
-        if not packet.is_discard:
+        hidden = self.codec == "vp8" and not memoryview(packet)[0] & _VP8_SHOWN
+        if not (packet.is_discard or hidden):
             self.shown.append(ordinal)
         if packet.is_keyframe and packet.pts is not None:
             self.keys.append((ordinal, packet.pts))
         self.last_duration = packet.duration or 0
-        self.changes |= ordinal > 0 and (packet.has_sidedata("new_extradata") or packet.has_sidedata("palette"))
+        changes = ordinal > 0 and (packet.has_sidedata("new_extradata") or packet.has_sidedata("palette"))
+        self.unclear |= changes or (packet.size < _SMALLEST and self.codec not in _TINY)
 
     def ordered(self) -> list[tuple[int, int]] | None:
         """Timestamps and ordinals of the shown frames, as they are shown; None if the packets do not tell."""
         stamped = [(stamp, ordinal) for ordinal in self.shown if (stamp := self.stamps[ordinal]) is not None]
         order = sorted(stamped)
         distinct = len({stamp for stamp, _ in stamped}) == len(self.shown)
-        if not distinct or self.changes or not self.keys or order[0][0] < self.keys[0][1]:
+        if not distinct or self.unclear or not self.keys or order[0][0] < self.keys[0][1]:
             return None
         moved = max(abs(before[1] - after[1]) for before, after in zip(stamped, order, strict=True))
         return order if moved <= _MOST_REORDERED else None  # else timestamps start anew in the middle
@@ -126,7 +132,7 @@ def scan(container: InputContainer, path: Path) -> tuple[int, Timeline | None]:
     Raises:
         ValueError: the file ends earlier than it states, holds damaged packets, or has no frames.
     """
-    tracks = {stream.index: _Track() for stream in moving_streams(container, path)}
+    tracks = {stream.index: _Track(stream.codec_context.name) for stream in moving_streams(container, path)}
     end, fault = 0.0, None  # seconds
     for packet in container.demux():
         if packet.is_corrupt and container.format.name not in _BROADCAST:
@@ -141,8 +147,7 @@ def scan(container: InputContainer, path: Path) -> tuple[int, Timeline | None]:
     track = tracks[index]
     if not track.shown:
         raise ValueError(f"video must contain at least one frame, got '{path}'")
-    codec = container.streams[index].codec_context.name
-    if len(track.shown) == 1 and container.streams.audio and codec in _PICTURES:
+    if len(track.shown) == 1 and container.streams.audio and track.codec in _PICTURES:
         raise ValueError(f"video must be a video file, got '{path}', whose only picture is a cover or a still")
     _check_whole(container, end, path)
     if fault is not None:
