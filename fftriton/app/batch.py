@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby, zip_longest
@@ -114,12 +116,14 @@ def run_batch(
     before = total - sum(task.key not in done for clips in missing for clip in clips for task in clip.tasks)
     runner, written, failed = _Runner(target, model, batch_size), 0, 0
     on_progress(before, total)
-    for clips in _ahead(runner.decode, missing):
-        for lines in runner.answer(clips, done):
-            answers.append(lines)
-            written += len(lines)
-            failed += sum(line["error"] is not None for line in lines)
-            on_progress(before + written, total)
+    with _quick_collection() as collect:
+        for clips in _ahead(runner.decode, missing):
+            for lines in runner.answer(clips, done):
+                answers.append(lines)
+                written += len(lines)
+                failed += sum(line["error"] is not None for line in lines)
+                on_progress(before + written, total)
+            collect()  # frames and caches stand in cycles, so that they would stay for long
     answers.finish([task.key for task in tasks])
     return written, failed
 
@@ -276,6 +280,17 @@ def _failure(task: Task, error: Exception) -> Line:
     _LOG.info("%s: %s", task.request.video, error, exc_info=error)
     text = str(error).strip().splitlines()
     return _common(task) | {"answer": None, "error": text[0] if text else type(error).__name__}
+
+
+@contextmanager
+def _quick_collection() -> Iterator[Callable[[], object]]:
+    """Yield a function that frees unreachable objects, and does not look at those from before the block."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
 
 
 def _ahead(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
