@@ -51,7 +51,7 @@ setup(
         "triton>=3.2; platform_system == 'Linux'",
         "transformers>=4.57,<6",
         "numpy>=1.24",
-        "av>=14",
+        "av>=16",
         "matplotlib>=3.7",
         "pillow>=10",
         "rich>=13",

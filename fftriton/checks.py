@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
@@ -60,3 +61,11 @@ def check_choice(owner: str, name: str, value: Any, choices: Sequence[Any]) -> N
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_spelling(keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a ValueError for a key that is nearly one of those that have a meaning, such as "optons"."""
+    names = list(known)
+    for key in keys:
+        if key not in names and (meant := get_close_matches(key, names, 1, 0.9)):
+            raise ValueError(f"keys must not be nearly '{meant[0]}', got '{key}'")

@@ -320,3 +320,63 @@ def test_is_right():
 def test_layers_are_summarised_in_runs():
     assert summarise_layers([9]) == "0: 9"
     assert summarise_layers([9, 9, 5, 2, 2]) == "0-1: 9, 2: 5, 3-4: 2"
+
+
+def test_several_videos_and_questions(tmp_path):
+    """Two files of one name: each job has pictures of its own, and the report says all that repeats the run."""
+    videos = []
+    for number, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        videos.append(write_video(tmp_path / folder / "x.mp4", 9 + number))
+    questions = ["--question", "How many boxes appear?", "--question", "Where is the red box?"]
+    arguments = ["--video", videos[0], "--video", videos[1], *questions, "--fps", 4, "--max-frames", 3]
+    result = invoke(*arguments, "--out", tmp_path / "out", "--method", "framefusion:similarity_threshold=0.9")
+    assert result.exit_code == 0, result.output
+    assert "report.json: written" in lines(result.output).replace(" report", "report")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    asked = [(clip["path"], clip["question"]) for clip in report["clips"]]
+    assert asked == [(str(video), question) for video in videos for question in questions[1::2]]
+    pictures = [name for clip in report["clips"] for name in clip["pictures"]]
+    assert len(set(pictures)) == 8
+    assert all((tmp_path / "out" / name).exists() for name in pictures)
+    assert report["clips"][0]["frame_numbers"] == [0, 3, 6]
+    assert report["clips"][0]["frame_seconds"] == [0, 3 / 8, 6 / 8]
+    assert report["sampling"] == {
+        "frames": None, "fps": 4.0, "min_frames": None, "max_frames": 3, "start": None, "end": None,
+    }  # fmt: skip
+    assert report["parameters"]["similarity_threshold"] == 0.9
+    assert (report["dtype"], report["budget"]) == ("float32", 0.3)
+    assert report.keys() >= {"fftriton", "commit", "torch", "transformers", "command", "attention", "max_new_tokens"}
+    again = invoke("--video", videos[0], "--out", tmp_path / "out")
+    assert "replaced that of an earlier run" in lines(again.output)
+
+
+def test_part_of_a_video(tmp_path):
+    video = write_video(tmp_path / "video.mp4", 40)
+    result = invoke("--video", video, "--frames", 4, "--start", 1, "--end", 3, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    (clip,) = json.loads((tmp_path / "out" / "report.json").read_text())["clips"]
+    assert clip["frame_numbers"] == [10, 14, 18, 22]
+
+
+def test_version():
+    result = CliRunner().invoke(fftriton.app.cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"fftriton {fftriton.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "4", "--fps", "2"], "frames must go without fps, got 4 and 2.0"),
+        (["--start", "5", "--end", "2"], "end must be after start, got 2.0 and 5.0"),
+        (["--question", "<|video_pad|>"], "question must not contain '<|video_pad|>'"),
+        (["--start", "500"], "start must be before the end of"),
+        (["--method", "kvtp", "--budget", "0.01"], "budget"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wishes_that_cannot_be_met_are_refused_in_one_line(tmp_path, arguments, message):
+    result = invoke(*arguments, "--video", NEEDLE.path, "--out", tmp_path)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output

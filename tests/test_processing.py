@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import needs_torchvision
+from checkpoints import needs_torchvision, save_checkpoint
+from families import FAMILIES
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from transformers.video_utils import VideoMetadata
 
 import fftriton.runtime.processing as processing
 from fftriton.runtime.processing import (
@@ -22,6 +24,7 @@ from fftriton.runtime.processing import (
     smart_resize,
     unknown_words,
 )
+from fftriton.runtime.sampling import Sampling, frame_rule, sample_indices
 from fftriton.runtime.shipped import ASSETS, MODEL
 from fftriton.runtime.video import Video, read_video
 
@@ -223,3 +226,106 @@ def test_unknown_words_are_named():
     tokenizer = QwenProcessor(MODEL).tokenizer
     assert unknown_words(tokenizer, "Which llama is on the red box?") == ["Which", "llama"]
     assert unknown_words(tokenizer, QUESTION) == []
+
+
+@needs_torchvision
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(("total", "fps"), [(250, 25.0), (7, 25.0), (1000, 30000 / 1001), (3, 1.0), (100000, 25.0)])
+def test_frames_per_second_are_hugging_faces(tmp_path, model_type, total, fps):
+    theirs = HubProcessor(checkpoint_like_qwen(tmp_path, model_type))._processor.video_processor
+    metadata = VideoMetadata(total_num_frames=total, fps=fps)
+    for rate in (0.5, 2, 3.7):
+        expected = theirs.sample_frames(metadata=metadata, fps=rate).tolist()
+        expected = [index for index in expected if index < total]  # torch.arange may round past the end
+        for kind in (HubProcessor, QwenProcessor):
+            assert kind(tmp_path).frame_rule(Sampling(fps=rate))(total, fps) == expected
+
+
+def test_a_checkpoint_of_qwen_takes_two_frames_per_second(tmp_path):
+    rule = QwenProcessor(checkpoint_like_qwen(tmp_path, "qwen2_vl")).frame_rule
+    assert rule(Sampling())(250, 25.0) == [25 * i // 2 for i in range(20)]
+    assert len(rule(Sampling())(100000, 25.0)) == 768
+    assert len(rule(Sampling(max_frames=8))(250, 25.0)) == 8
+    assert len(rule(Sampling(min_frames=40))(250, 25.0)) == 40
+    assert rule(Sampling(max_frames=2))(250, 25.0) == [0, 125]  # below the checkpoint's minimum of 4
+    assert rule(Sampling(frames=5))(250, 25.0) == [25, 75, 125, 175, 225]
+    assert rule(Sampling())(1, 25.0) == [0]
+    assert rule(Sampling())(3, 25.0) == [0, 1]  # pairs of frames
+
+
+def test_the_shipped_model_takes_sixteen_frames():
+    rule = load_processor(MODEL).frame_rule
+    assert rule(Sampling())(64, 10.0) == sample_indices(64, 16)
+    assert rule(Sampling(max_frames=4))(64, 10.0) == sample_indices(64, 4)
+    assert len(rule(Sampling(fps=1.0))(64, 10.0)) == 6
+
+
+class Samples:
+    """A processor that samples frames by itself."""
+
+    do_sample_frames, fps = True, 2.0
+
+    def __init__(self, indices):
+        self.indices = indices
+
+    def sample_frames(self, metadata, fps=None):
+        if metadata.total_num_frames < 3:
+            raise ValueError("too few")
+        return torch.tensor(self.indices(metadata, fps or self.fps))
+
+
+def test_a_processor_that_samples_frames_decides():
+    own = Samples(lambda metadata, fps: [0, int(metadata.fps / fps), metadata.total_num_frames - 1])
+    assert frame_rule(Sampling(), own)(100, 10.0) == [0, 5, 99]
+    assert frame_rule(Sampling(fps=5.0), own)(100, 10.0) == [0, 2, 99]
+    assert frame_rule(Sampling(frames=2), own)(100, 10.0) == [25, 75]
+    assert frame_rule(Sampling(max_frames=2), own)(100, 10.0) == [25, 75]
+    assert frame_rule(Sampling(), own)(2, 10.0) == [0, 1]
+    assert frame_rule(Sampling(), Samples(lambda metadata, fps: [0, 5, 100]))(100, 10.0) == [0, 5]
+    with pytest.raises(ValueError, match=r"samples frames 0 to 99, got Samples: \[0, 5, 101\]"):
+        frame_rule(Sampling(), Samples(lambda metadata, fps: [0, 5, 101]))(100, 10.0)
+
+
+def test_a_processor_that_says_nothing_gets_sixteen_frames():
+    assert frame_rule(Sampling(), object())(100, 10.0) == sample_indices(100, 16)
+    assert frame_rule(Sampling(fps=1.0), object())(100, 10.0) == list(range(0, 100, 10))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"frames": 0}, "frames must be at least 1, got 0"),
+        ({"frames": 4, "fps": 2.0}, "frames must go without fps, got 4 and 2.0"),
+        ({"frames": 4, "max_frames": 8}, "frames must go without max_frames, got 4 and 8"),
+        ({"fps": 0.0}, "fps must be above 0, got 0"),
+        ({"fps": float("nan")}, "fps must be in"),
+        ({"min_frames": 9, "max_frames": 8}, "min_frames must be at most max_frames, got 9 and 8"),
+        ({"start": 5.0, "end": 5.0}, "end must be after start, got 5.0 and 5.0"),
+        ({"start": -1.0}, "start must be in"),
+    ],
+)
+def test_wishes_that_cannot_be(wishes, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**wishes)
+
+
+def test_real_times_reach_the_model(tmp_path):
+    """Qwen2.5-VL counts seconds: two frames of 8 in 19 seconds are 4.75 s apart, whatever the rate of the file is."""
+    video = Video(np.zeros((8, 56, 56, 3), np.uint8), list(range(8)), 48, 48 / 19, list(range(0, 16, 2)), 19.0)
+    inputs = QwenProcessor(checkpoint_like_qwen(tmp_path, "qwen2_5_vl"))(video, QUESTION)
+    assert inputs["second_per_grid_ts"].tolist() == [4.75]
+
+
+@needs_torchvision
+def test_real_times_reach_hugging_faces_processor(tmp_path):
+    times = [0.0, 0.1, 0.2, 10.0, 20.0, 30.0]  # nothing like the frames' numbers
+    video = Video(np.zeros((6, 32, 32, 3), np.uint8), [0, 1, 2, 3, 4, 5], 6, 0.2, times, 31.0)
+    save_checkpoint(FAMILIES["qwen3_vl"], tmp_path)
+    processor = HubProcessor(tmp_path)
+    seen = []
+    calculate = type(processor._processor)._calculate_timestamps
+    processor._processor._calculate_timestamps = lambda *args, **kwargs: (
+        seen.append(calculate(processor._processor, *args, **kwargs)) or seen[-1]
+    )
+    processor(video, "word5")
+    np.testing.assert_allclose(seen[0], [0.05, 5.1, 25.0])

@@ -116,7 +116,7 @@ def write_processor(folder: Path) -> None:
     configs = {
         "tokenizer_config.json": TOKENIZER_CONFIG,
         "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **PIXELS},
-        "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor", **PIXELS},
+        "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor", **PIXELS, "num_frames": 16},
     }
     for name, config in configs.items():
         (folder / name).write_text(json.dumps(config, indent=2) + "\n")

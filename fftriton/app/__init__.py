@@ -1,1 +1,1 @@
-"""The command line: `fftriton run` and `fftriton eval`."""
+"""The command line: `fftriton run`, `fftriton batch` and `fftriton eval`."""

@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from ..runtime.progress import OnProgress
 
@@ -32,7 +43,21 @@ class Bars:
         yield on_progress
 
 
-def make_progress(console: Console) -> Progress:
-    """Make the display that shows the bars."""
+class _Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.2g}/s" if speed < 10 else f"{speed:.0f}/s")
+
+
+def make_progress(console: Console, rate: bool = False) -> Progress:
+    """Make the display that shows the bars.
+
+    Args:
+        console: where to show them.
+        rate: whether to show also how many steps are done, how fast, and when they will be.
+    """
     text, bar = TextColumn("{task.description}"), BarColumn(bar_width=30)
-    return Progress(text, bar, TaskProgressColumn(), TimeElapsedColumn(), console=console)
+    columns = [MofNCompleteColumn(), _Rate(), TimeRemainingColumn(compact=True)] if rate else [TaskProgressColumn()]
+    return Progress(text, bar, *columns, TimeElapsedColumn(), console=console)

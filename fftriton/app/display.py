@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..hf import Report
+from ..methods import Method
+from ..methods.text import to_dict
 from ..runtime.answers import is_right
 from ..runtime.files import writing
 from ..runtime.provenance import provenance
@@ -22,9 +25,29 @@ from .run import Result, Way
 
 
 def describe_run(options: Options) -> dict[str, Any]:
-    """The model, method, sampling and machine that the figures belong to."""
-    sampling = {"frames": options.frames, "max_pixels": options.max_pixels}
-    return options.target.describe() | {"method": options.method} | sampling | provenance()
+    """The model, method, sampling and machine that the figures belong to: all that is needed to repeat the run."""
+    target = options.target
+    asked = {
+        "dtype": str(target.torch_dtype()).removeprefix("torch."),
+        "attention": target.attention,
+        "max_new_tokens": target.max_new_tokens,
+        "trust_remote_code": target.trust_remote_code,
+        "method": options.method,
+        "parameters": _parameters(options.make_method()),
+        "budget": options.budget,
+        "relevance": options.relevance,
+        "sampling": asdict(options.sampling),
+        "max_pixels": options.max_pixels,
+    }
+    return target.describe() | asked | provenance()
+
+
+def _parameters(method: Method) -> dict[str, Any] | None:
+    """All parameters of the method, defaults included; None if one cannot be written down, such as a model."""
+    try:
+        return to_dict(method)
+    except TypeError:
+        return None
 
 
 def print_run(console: Console, options: Options) -> None:
@@ -150,9 +173,12 @@ def _as_dict(result: Result) -> dict[str, Any]:
     report = result.reduced.report
     return {
         "video": result.job.clip.path.name,
+        "path": str(result.job.clip.path.resolve()),
         "question": result.job.clip.question,
         "right_answer": result.job.clip.answer,
         "frames": len(result.job.video.frames),
+        "frame_numbers": result.job.video.indices,
+        "frame_seconds": [round(float(time), 6) for time in result.job.video.times],
         "vision_tokens": report.num_video_tokens,
         "budget": report.budget,
         "budget_achieved": report.budget_achieved,

@@ -5,6 +5,8 @@ Invalid requests are refused before the model is loaded.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,12 @@ from ..evaluate import Setting
 from ..methods import KVTP, Chain, Method
 from ..relevance import load_relevance
 from ..runtime.files import check_out
-from ..runtime.processing import unknown_words
+from ..runtime.processing import Processor, unknown_words
 from ..runtime.progress import OpenBar
-from ..runtime.shipped import BUNNY, NEEDLE, Clip
+from ..runtime.sampling import Sampling
+from ..runtime.shipped import BUNNY, DEFAULT_QUESTION, NEEDLE, Clip
 from ..runtime.target import Target
 from ..runtime.video import Video, read_video
-
-_DEFAULT_QUESTION = "Describe this video."
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Options:
             Hugging Face hub. None gives all frames the same score.
         compare: whether to also run with all tokens.
         out: folder for the pictures and report.json.
-        frames: number of frames to sample, at least 1.
+        sampling: which frames to take; the checkpoint decides what is left open.
         max_pixels: maximum pixels per frame, at least 1; None for the checkpoint's own.
 
     Raises:
@@ -56,14 +57,13 @@ class Options:
     relevance: str | None = None
     compare: bool = False
     out: Path = Path("fftriton-out")
-    frames: int = 16
+    sampling: Sampling = field(default_factory=Sampling)
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         method = self.make_method()
         if self.relevance is not None and not any(isinstance(part, KVTP) for part in _parts(method)):
             raise ValueError(f"relevance must go with method kvtp, got method '{self.method}'")
-        check_count("fftriton", "frames", self.frames, 1)
         if self.max_pixels is not None:
             check_count("fftriton", "max_pixels", self.max_pixels, 1)
 
@@ -85,6 +85,7 @@ class Job:
         inputs: arguments of `generate`.
         tokenizer: the model's tokenizer.
         method: the method that reduces it.
+        name: start of the names of its pictures.
     """
 
     clip: Clip
@@ -92,6 +93,7 @@ class Job:
     inputs: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase
     method: Method
+    name: str
 
     @property
     def unknown_words(self) -> list[str]:
@@ -103,7 +105,7 @@ def choose_clips(options: Options) -> list[Clip]:
     """The user's video, or the shipped clips; a question without a video is about the needle clip only."""
     shipped_model, asked, max_pixels = options.target.is_shipped, options.question, options.max_pixels
     if options.video is not None:
-        question = asked or (NEEDLE.question if shipped_model else _DEFAULT_QUESTION)
+        question = asked or (NEEDLE.question if shipped_model else DEFAULT_QUESTION)
         return [Clip(options.video, "", question, None, max_pixels)]
     if asked is not None and asked != NEEDLE.question:
         return [replace(NEEDLE, question=asked, answer=None, max_pixels=max_pixels)]
@@ -112,7 +114,7 @@ def choose_clips(options: Options) -> list[Clip]:
         return [needle]
     if shipped_model:
         return [needle, replace(BUNNY, max_pixels=max_pixels or BUNNY.max_pixels)]
-    return [needle, replace(BUNNY, question=_DEFAULT_QUESTION, max_pixels=max_pixels)]
+    return [needle, replace(BUNNY, question=DEFAULT_QUESTION, max_pixels=max_pixels)]
 
 
 def prepare(options: Options, open_bar: OpenBar) -> list[Job]:
@@ -128,17 +130,31 @@ def prepare(options: Options, open_bar: OpenBar) -> list[Job]:
     """
     check_out(options.out)
     clips, videos = choose_clips(options), []
-    for clip in clips:
+    processors = [options.target.load_processor(clip.max_pixels) for clip in clips]
+    start, end = options.sampling.start, options.sampling.end
+    for clip, processor in zip(clips, processors, strict=True):
         with open_bar(f"Decoding {clip.path.name}") as on_progress:
-            videos.append(read_video(clip.path, options.frames, on_progress))
+            rule = processor.frame_rule(options.sampling)
+            videos.append(read_video(clip.path, on_progress=on_progress, rule=rule, start=start, end=end))
     options.make_method().check(options.target.load_config().get_text_config().num_hidden_layers)
     methods = _methods(options, clips, videos, open_bar)
-    return [_encode(options.target, *parts) for parts in zip(clips, videos, methods, strict=True)]
+    return [_encode(*parts) for parts in zip(processors, clips, videos, methods, strict=True)]
 
 
-def _encode(target: Target, clip: Clip, video: Video, method: Method) -> Job:
-    processor = target.load_processor(clip.max_pixels)
-    return Job(clip, video, processor(video, clip.question), processor.tokenizer, method)
+def told_apart(jobs: Sequence[Job]) -> list[Job]:
+    """The same jobs, each with a name of its own: x, x-2, x-3, ..."""
+    seen: set[str] = set()
+    named = []
+    for job in jobs:
+        numbers = (f"-{number}" for number in itertools.count(2))
+        name = next(name for end in itertools.chain([""], numbers) if (name := job.name + end) not in seen)
+        seen.add(name)
+        named.append(replace(job, name=name))
+    return named
+
+
+def _encode(processor: Processor, clip: Clip, video: Video, method: Method) -> Job:
+    return Job(clip, video, processor(video, clip.question), processor.tokenizer, method, clip.path.stem)
 
 
 def _methods(options: Options, clips: list[Clip], videos: list[Video], open_bar: OpenBar) -> list[Method]:

@@ -164,11 +164,10 @@ def _draw(out: Path, job: Job, way: Way, inputs: dict[str, Tensor]) -> list[Path
     from .pictures import draw_merges, draw_tokens_per_layer, patch_fates  # needs matplotlib; models run without it
 
     clip, video, report = job.clip.path, job.video, way.report
-    merges, tokens = out / f"{clip.stem}-merges.png", out / f"{clip.stem}-tokens.png"
+    merges, tokens = out / f"{job.name}-merges.png", out / f"{job.name}-tokens.png"
     fates = patch_fates(report)
-    seconds = [index / video.fps for index in video.indices]
     title = f"{clip.name}: {way.name} at a budget of {report.budget:.0%}"
-    draw_merges(merges, video.frames, seconds, fates, _grid(fates.root.shape[1], inputs), title)
+    draw_merges(merges, video.frames, list(video.times), fates, _grid(fates.root.shape[1], inputs), title)
     draw_tokens_per_layer(tokens, report, way.name, f"{clip.name}: vision tokens in each layer's attention")
     return [merges, tokens]
 

@@ -11,7 +11,7 @@ from ..methods.components import Component, class_of, make
 from ..methods.text import read
 from ..runtime.target import Target
 from .relevance import UNRELATED, SampleRelevance, sample_relevance
-from .tasks import Task, make_task
+from .tasks import Task, make_task, sample_count
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Plan:
         num_frames: lengths of the videos, used in turn; empty for the split's own.
         target: the model.
         out: folder for records and results.
-        reference: the method that the others are tested against, at the same budget; one of `methods`.
+        reference: the method that the others are tested against, at the same budget; one of `methods`. None for the
+            one that keeps everything, or else the first.
 
     Raises:
         ValueError, TypeError: an invalid parameter; the message names the parameter, the rule and the value.
@@ -101,7 +102,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_count("eval", "samples", self.samples, 1)
-        self.make_task()
+        sample_count(self.make_task(), self.samples)
         for name in ("methods", "budgets"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -130,7 +131,7 @@ class Plan:
         """The setting that this one is tested against; None for the reference itself and for keep-all."""
         reference = self.reference
         if reference is None:
-            reference = next((name for name in self.methods if not _keeps_all(name)), self.methods[0])
+            reference = next(filter(_keeps_all, self.methods), self.methods[0])
         if setting.name == reference or _keeps_all(setting.name):
             return None
         return Setting(reference, 1.0 if _keeps_all(reference) else setting.budget)

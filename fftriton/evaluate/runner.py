@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import json
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +15,10 @@ from .. import __version__
 from ..hf import reduce
 from ..methods import Method
 from ..runtime.answers import TokenClock, generate
+from ..runtime.encoding import encoded_once
 from ..runtime.files import check_out
 from ..runtime.measure import memory_before, peak_memory
+from ..runtime.processes import this_process, wait_for_all
 from ..runtime.progress import OpenBar
 from ..runtime.target import Target, to_model
 from .digests import digest_of_code, digest_of_method, digest_of_weights
@@ -52,10 +48,9 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
         OSError: a record cannot be written.
     """
     check_out(plan.out)
-    process, local_process, processes, wait = _processes()
-    target, task = plan.target, plan.make_task()
-    if target.device is None and processes > 1 and torch.cuda.is_available():
-        target = replace(target, device=f"cuda:{local_process}")
+    wait_for_all()  # fails now, not after the work, if they cannot wait for each other
+    process = this_process()
+    target, task = process.own_target(plan.target), plan.make_task()
     with target.own_threads():
         with open_bar("Loading the model") as on_progress:
             answerer = Answerer(target, task)
@@ -64,9 +59,9 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
         problems = {setting: why for setting in plan.settings if (why := setting.problem(layers)) is not None}
         origin = answerer.describe()
         keys = {setting: _key(origin, setting) for setting in plan.settings if setting not in problems}
-        folder = RecordFolder(plan.out, process)
+        folder = RecordFolder(plan.out, process.index)
         done = folder.read(keys.values())
-        own = range(process, plan.samples, processes)
+        own = range(process.index, plan.samples, process.count)
         with open_bar(f"Answering {len(own)} samples in {len(keys)} ways") as on_progress:
             for count, index in enumerate(own, 1):
                 missing = {setting: key for setting, key in keys.items() if (key, index) not in done}
@@ -75,7 +70,7 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
                     check_sample(task, sample, index)
                     folder.append(answerer.answer(sample, missing))
                 on_progress(count, len(own))
-    wait()
+    wait_for_all()
     found = folder.read(keys.values())
     records = {setting: [found[key, index] for index in range(plan.samples)] for setting, key in keys.items()}
     return summarise(plan, records, problems), records
@@ -161,33 +156,6 @@ class Answerer:
         )
 
 
-@contextmanager
-def encoded_once(model: Any) -> Iterator[None]:
-    """Inside the block, the vision encoder of `model` runs once per video; later calls return the same features."""
-    inner = getattr(model, "base_model", model)
-    encode = getattr(inner, "get_video_features", None)
-    if encode is None:
-        yield
-        return
-    signature = inspect.signature(encode)
-    seen: list[tuple[Tensor, Any]] = []
-
-    @functools.wraps(encode)  # generate reads the signature
-    def once(*args: Any, **kwargs: Any) -> Any:
-        pixels = signature.bind(*args, **kwargs).arguments["pixel_values_videos"]
-        for known, features in seen:
-            if known is pixels:
-                return features
-        seen.append((pixels, encode(*args, **kwargs)))
-        return seen[-1][1]
-
-    inner.__dict__["get_video_features"] = once
-    try:
-        yield
-    finally:
-        del inner.__dict__["get_video_features"]
-
-
 def _key(origin: dict[str, Any], setting: Setting) -> str:
     """A digest of everything that the answers of this setting depend on, including the source code of the method."""
     method = setting.method()
@@ -197,20 +165,3 @@ def _key(origin: dict[str, Any], setting: Setting) -> str:
     if setting.relevances:
         everything["relevance"] = " ".join(relevance.digest for relevance in setting.relevances)
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes results."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _processes() -> tuple[int, int, int, Callable[[], object]]:
-    """Number of this process, that on its machine, how many there are, and what waits for all of them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 0, 1, lambda: None
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise ValueError("eval: several processes need accelerate: pip install 'fftriton[eval]'") from error
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return state.process_index, state.local_process_index, state.num_processes, state.wait_for_everyone

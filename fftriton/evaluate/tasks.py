@@ -1,13 +1,15 @@
 """Tasks: samples with questions, and a rule that says whether an answer is right. Tasks are found by name.
 
-`fftriton eval --task NAME` takes a task of the package, the name of an entry point of the group `fftriton.tasks`, or
-`module:Class`. A task is any class with the members of `Task`; the needle task (fftriton/needle/task.py) is an example.
+`fftriton eval --task NAME` takes a task of the package, the name of an entry point of the group `fftriton.tasks`,
+`module:Class`, or a file of questions (file_task.py). A task is any class with the members of `Task`; the needle task
+(fftriton/needle/task.py) is an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,11 +17,13 @@ from torch import Tensor
 from ..methods.registry import entry_point, load
 from ..runtime.processing import Processor
 from ..runtime.video import Video
+from .file_task import SUFFIX, FileTask
 
 GROUP = "fftriton.tasks"
 BUILT_IN = {"needle": "fftriton.needle.task:NeedleTask"}
 """The tasks of the package: module and class of each name."""
 
+_SAMPLES = 500
 _MEMBERS = ("split", "kinds", "digest", "sample", "inputs", "score", "unrelated_question")
 
 
@@ -52,6 +56,8 @@ class Sample(Protocol):
 class Task(Protocol):
     """Samples and the scoring of their answers. Constructed as `Task(split, seed, num_frames)`.
 
+    A task whose samples are limited defines `__len__`.
+
     Attributes:
         split: the part of the task that the samples come from.
         kinds: the kinds of questions.
@@ -81,19 +87,26 @@ def make_task(name: str, split: str | None = None, seed: int = 0, num_frames: tu
     """The task of this name.
 
     Args:
-        name: a task of the package, an entry point of the group `fftriton.tasks`, or `module:Class`.
-        split: of the task; None for its default.
-        seed: picks the samples.
+        name: a task of the package, an entry point of the group `fftriton.tasks`, `module:Class`, or a file of JSON
+            lines, see `FileTask`.
+        split: of the task; None for its default. A file has none.
+        seed: picks the samples. A file has its own order: 0.
         num_frames: lengths of the videos, which take turns; empty for the split's own.
 
     Raises:
         TypeError, ValueError: an unknown name, an argument that the task refuses, or a class that is no task.
     """
+    if name.endswith(SUFFIX):
+        for option, value, only in (("split", split, None), ("seed", seed, 0)):
+            if value != only:
+                raise ValueError(f"eval: {option} must be {only} for a file of questions, got {value!r}")
+        return FileTask(Path(name), num_frames)
     point = entry_point(GROUP, name)
     place = BUILT_IN.get(name) or (point.value if point else name)
     if ":" not in place:
         names = ", ".join(map(repr, task_names()))
-        raise ValueError(f"eval: task must be one of {names}, got {name!r}; other tasks are given as module:Class")
+        others = f"other tasks are given as module:Class, and questions of your own as FILE{SUFFIX}"
+        raise ValueError(f"eval: task must be one of {names}, got {name!r}; {others}")
     task_class = load(place, "eval: task", name)
     if not isinstance(task_class, type):
         raise TypeError(f"eval: task must be a class, got {name!r}, {task_class!r}")
@@ -102,6 +115,18 @@ def make_task(name: str, split: str | None = None, seed: int = 0, num_frames: tu
     if missing:
         raise TypeError(f"eval: task must have the members of fftriton.evaluate.tasks.Task, {name!r} lacks {missing}")
     return task
+
+
+def sample_count(task: Task, asked: int | None) -> int:
+    """How many samples to take: those asked for, or else all of a limited task, and _SAMPLES of another.
+
+    Raises:
+        ValueError: the task has fewer.
+    """
+    size = len(task) if isinstance(task, Sized) else None
+    if size is not None and asked is not None and asked > size:
+        raise ValueError(f"eval: samples must be at most {size}, as many as the task has, got {asked}")
+    return asked if asked is not None else size or _SAMPLES
 
 
 def check_sample(task: Task, sample: Any, index: int) -> None:

@@ -56,6 +56,22 @@ def generate(model: Any, inputs: dict[str, Tensor], clock: TokenClock, most: int
     return output[0, inputs["input_ids"].shape[1] :]
 
 
+def generate_batch(model: Any, inputs: dict[str, Tensor], most: int, padding: int) -> list[Tensor]:
+    """Generate new tokens greedily for each row of a batch.
+
+    Args:
+        model: a Hugging Face generation model.
+        inputs: the model's inputs, padded on the left.
+        most: maximum number of new tokens.
+        padding: token that follows the end of an answer that is shorter than others.
+
+    Returns:
+        One [n] int64 per row: its new tokens, with padding.
+    """
+    output = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=most, pad_token_id=padding)
+    return list(output[:, inputs["input_ids"].shape[1] :])
+
+
 def is_right(answer: str, expected: str) -> bool:
     """Whether the answer contains the expected word."""
     return re.search(rf"\b{re.escape(expected.lower())}\b", answer.lower()) is not None

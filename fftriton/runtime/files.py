@@ -24,6 +24,12 @@ def check_out(folder: Path) -> None:
         raise ValueError(f"out must be a folder that can be written, got '{folder}': {error.strerror}") from error
 
 
+def beside(folder: Path, name: str) -> Path:
+    """The file that a list in this folder names: a relative path starts from there, or else from the current folder."""
+    path = folder / name
+    return path if path.exists() else Path(name)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces `path` on exit and is removed after an exception.

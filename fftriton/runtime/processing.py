@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .checkpoints import load_config, load_part
+from .sampling import FrameRule, Sampling, frame_rule
 from .video import Video
 
 QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
@@ -32,6 +35,9 @@ class Processor(Protocol):
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, video: Video, question: str) -> dict[str, Tensor]: ...
+
+    def frame_rule(self, sampling: Sampling) -> FrameRule:
+        """Which frames to take from a video; what `sampling` leaves open is decided by the checkpoint."""
 
 
 def load_processor(checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False) -> Processor:
@@ -90,18 +96,27 @@ class HubProcessor:
             self._bound_pixels(max_pixels)
 
     def __call__(self, video: Video, question: str) -> dict[str, Tensor]:
-        """Tokens and pixels for one video and one question, by the names of the model's arguments."""
+        """Tokens and pixels for one video and one question, by the names of the model's arguments.
+
+        Raises:
+            ValueError: the question contains a placeholder of a video or an image.
+        """
+        names = ("video_token", "image_token")
+        _check_question(question, [getattr(self._processor, name, None) for name in names])
         text = self._processor.apply_chat_template(_messages(question), tokenize=False, add_generation_prompt=True)
-        metadata = {"total_num_frames": video.total_frames, "fps": video.fps, "frames_indices": video.indices}
         encoded = self._processor(
             text=[text],
             videos=[video.frames],
-            video_metadata=[metadata],
+            video_metadata=[_metadata(video)],
             fps=video.sampled_fps,  # transformers 4 reads it here, 5 in the metadata
             do_sample_frames=False,
             return_tensors="pt",
         )
         return dict(encoded)
+
+    def frame_rule(self, sampling: Sampling) -> FrameRule:
+        """Which frames to take from a video; what `sampling` leaves open is decided by the checkpoint's processor."""
+        return frame_rule(sampling, self._processor.video_processor)
 
     def _bound_pixels(self, max_pixels: int) -> None:
         size = dict(self._processor.video_processor.size)
@@ -196,6 +211,8 @@ class QwenProcessor:
         self._video_token_id = config.video_token_id
         self._has_seconds = config.model_type == "qwen2_5_vl"  # its positions count seconds
         self._template = _chat_template(checkpoint)
+        frames = {"min_frames": 4, "max_frames": 768, "temporal_patch_size": pixels.temporal_patch_size}
+        self._frames = SimpleNamespace(**frames | _video_config(checkpoint) | {"do_sample_frames": False})
 
     def __call__(self, video: Video, question: str) -> dict[str, Tensor]:
         """Tokens and pixels for one video and one question.
@@ -203,13 +220,17 @@ class QwenProcessor:
         Returns:
             input_ids, attention_mask, mm_token_type_ids [1, N] int64 (2 marks video), pixel_values_videos [n, D]
             float32, video_grid_thw [1, 3] int64 and, for Qwen2.5-VL, second_per_grid_ts [1] float32.
+
+        Raises:
+            ValueError: the question contains the placeholder of a video.
         """
+        placeholder = str(self.tokenizer.convert_ids_to_tokens(self._video_token_id))
+        _check_question(question, [placeholder])
         frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2).contiguous()
         pixels, grid = self._pixels.patchify(frames)
         text = self.tokenizer.apply_chat_template(
             _messages(question), chat_template=self._template, tokenize=False, add_generation_prompt=True
         )
-        placeholder = str(self.tokenizer.convert_ids_to_tokens(self._video_token_id))
         num_tokens = len(pixels) // self._pixels.merge_size**2
         encoded = self.tokenizer(str(text).replace(placeholder, placeholder * num_tokens), return_tensors="pt")
         inputs = {
@@ -222,6 +243,10 @@ class QwenProcessor:
         if self._has_seconds:
             inputs["second_per_grid_ts"] = torch.tensor([self._pixels.temporal_patch_size / video.sampled_fps])
         return inputs
+
+    def frame_rule(self, sampling: Sampling) -> FrameRule:
+        """Which frames to take from a video; what `sampling` leaves open is decided by the checkpoint's files."""
+        return frame_rule(sampling, self._frames)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -250,6 +275,25 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_height, new_width
+
+
+def _metadata(video: Video) -> dict[str, Any]:
+    """What Hugging Face's processors know of a video; they take a frame's number over the rate as its time."""
+    places = [time * video.fps for time in video.times]
+    regular = all(abs(place - index) < 0.5 for place, index in zip(places, video.indices, strict=True))
+    total = video.total_frames if video.seconds is None else video.seconds * video.fps
+    return {
+        "total_num_frames": total,
+        "fps": video.fps,
+        "frames_indices": video.indices if regular else places,
+    }
+
+
+def _check_question(question: str, placeholders: Iterable[Any]) -> None:
+    """Raise if a question contains what stands for a video or an image in the prompt."""
+    for placeholder in placeholders:
+        if isinstance(placeholder, str) and placeholder and placeholder in question:
+            raise ValueError(f"question must not contain '{placeholder}', which stands for a video, got '{question}'")
 
 
 def _messages(question: str) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 ASSETS = Path(__file__).parent.parent / "assets"
 MODEL = ASSETS / "needle-qwen2vl"
 
+DEFAULT_QUESTION = "Describe this video."
+
 MODEL_LIMITS = (
     "The shipped model was trained only on digits on coloured boxes: it cannot describe this video, and its answer "
     "means nothing here. The merged tokens and the time that they save are real."

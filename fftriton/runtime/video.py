@@ -1,30 +1,26 @@
-"""Reading uniformly sampled frames from a video file with PyAV, and writing frames to a video file.
+"""Reading sampled frames from a video file with PyAV, and writing frames to a video file.
 
-Reading takes two passes. The first reads packets without decoding them; it counts the frames, finds the key frames and
-checks that the file is whole. The second decodes the sampled frames and seeks over the stretches between them.
+Reading takes two passes. The first reads packets without decoding them; it lists the frames with their times and checks
+that the file is whole. The second decodes the sampled frames (see decoding.py).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # PyAV is imported when a file is read or written; most of the package does not need it
-    from av.container import InputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
+from .container import open_video
+from .decoding import MismatchError, all_frames, upright, wanted_frames
+from .sampling import Evenly, FrameRule, sample_indices
+from .timeline import Timeline, make_timeline, scan
+
+__all__ = ["Video", "read_video", "sample_indices", "write_video"]
 
 OnProgress = Callable[[int, int], None]  # called with (done, total)
-
-_TICKS = 1_000_000  # a container's own clock, per second
-_FALLBACK_RATE = 24.0  # frames per second if a file states none; Hugging Face assumes the same
 
 
 @dataclass(frozen=True)
@@ -33,71 +29,80 @@ class Video:
 
     Attributes:
         frames: [F, H, W, 3] uint8, RGB.
-        indices: numbers of these frames in the file, ascending.
+        indices: numbers of these frames in the file, ascending. In a file with a variable frame rate, a frame that is
+            shown for long may have been taken several times.
         total_frames: number of frames in the file.
-        fps: frames per second of the file.
+        fps: frames per second of the file, on average.
+        times: seconds after the file's first frame at which each sampled frame is shown; if empty, the numbers and
+            the rate decide.
+        seconds: length of the part that was sampled; None for total_frames / fps.
     """
 
     frames: np.ndarray
     indices: list[int]
     total_frames: int
     fps: float
+    times: Sequence[float] = ()
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.times):
+            object.__setattr__(self, "times", [index / self.fps for index in self.indices])
 
     @property
     def sampled_fps(self) -> float:
         """Sampled frames per second."""
+        if self.seconds is not None:
+            return len(self.indices) / self.seconds
         return len(self.indices) / self.total_frames * self.fps
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """Frames according to the packets: presentation times in display order (None if there are none), and key frames."""
-
-    num_frames: int
-    times: list[int] | None
-    key_times: list[int]
-
-
-def sample_indices(total: int, count: int) -> list[int]:
-    """The middle frame of each of `count` equal stretches; all frames if there are fewer.
-
-    Args:
-        total: number of existing frames, at least 1.
-        count: number of frames to sample, at least 1.
-
-    Returns:
-        Ascending, distinct frame numbers, min(total, count) of them.
-    """
-    count = min(total, count)
-    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
-
-
-def read_video(path: str | Path, num_frames: int, on_progress: OnProgress | None = None) -> Video:
-    """Sample `num_frames` frames uniformly from a video file.
+def read_video(
+    path: str | Path,
+    num_frames: int | None = None,
+    on_progress: OnProgress | None = None,
+    *,
+    rule: FrameRule | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> Video:
+    """Sample frames from a video file.
 
     Args:
         path: the video file, in any container and codec that FFmpeg reads. Other files that it names are not opened.
-        num_frames: number of frames to sample, at least 1; all frames of a shorter video are returned.
+        num_frames: number of frames to sample evenly, at least 1; all frames of a shorter video are returned.
         on_progress: called after each sampled frame with (done, total).
+        rule: instead of num_frames, a function from the number of frames and their rate to the ascending numbers of
+            the frames to take, such as a processor's `frame_rule`.
+        start, end: the part of the video to sample, in seconds after its first frame; None for the whole.
 
     Returns:
         The sampled frames.
 
     Raises:
-        ValueError: the file is missing, empty, not a video, a list of other files, damaged or truncated; or
-            `num_frames` is below 1.
+        ValueError: the file is missing, empty, not a video, a list of other files, damaged or truncated; `num_frames`
+            is below 1; or the video ends before `start`.
+        TypeError: neither or both of num_frames and rule are given.
     """
     import av
 
-    if num_frames < 1:
-        raise ValueError(f"frames must be at least 1, got {num_frames}")
+    if (num_frames is None) == (rule is None):
+        raise TypeError(f"fftriton: read_video must get num_frames or rule, got {num_frames} and {rule}")
+    if num_frames is not None:
+        if num_frames < 1:
+            raise ValueError(f"frames must be at least 1, got {num_frames}")
+        rule = Evenly(num_frames)
+    assert rule is not None
     path = Path(path)
-    _check_file(path)
     try:
-        with _open(path) as container:
-            scan = _scan(container, path)
-        with _open(path) as container:
-            return _read(container, path, scan, sample_indices(scan.num_frames, num_frames), on_progress)
+        with open_video(path) as container:
+            index, timeline = scan(container, path)
+        if timeline is not None:
+            try:
+                return _take(path, timeline, rule, start, end, on_progress)
+            except (MismatchError, av.FFmpegError):
+                pass  # the packets are not what they seem
+        return _take(path, _decoded_timeline(path, index), rule, start, end, on_progress)
     except av.FFmpegError as error:
         raise ValueError(f"video must decode, got '{path}', which is damaged: {error.strerror}") from error
 
@@ -125,103 +130,45 @@ def write_video(path: str | Path, frames: np.ndarray, rate: Fraction, crf: int) 
         container.mux(stream.encode())
 
 
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise ValueError(f"video must be a file that exists, got '{path}'")
-    if not path.is_file():
-        raise ValueError(f"video must be a file, got the folder '{path}'")
-    if path.stat().st_size == 0:
-        raise ValueError(f"video must not be empty, got '{path}' of 0 bytes")
+def _decoded_timeline(path: Path, index: int) -> Timeline:
+    """The timeline of all frames that can be decoded."""
+    with open_video(path) as container:
+        stamps = [frame.pts for frame in all_frames(container, index)]
+        if not stamps:
+            raise ValueError(f"video must contain at least one frame, got '{path}'")
+        return make_timeline(container, index, stamps)
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[InputContainer]:
-    """Open a video file. FFmpeg reads it through Python and may open no other file or address, as in a playlist."""
-    import av
-
-    with path.open("rb") as file:
-        try:
-            container = av.open(file, "r", container_options={"protocol_whitelist": "none"})
-        except av.FFmpegError as error:
-            file.seek(0)
-            if file.read(8)[4:] == b"ftyp":  # an mp4 without its index, which may be at the end
-                problem = "which is cut off: its index is missing"
-                raise ValueError(f"video must be whole, got '{path}', {problem}") from error
-            rule = "video must be a video file that holds its own frames, not a list of other files"
-            raise ValueError(f"{rule}, got '{path}': {error.strerror}") from error
-        with container:
-            # FFmpeg reads long text files as ANSI art
-            if not container.streams.video or container.format.name == "tty":
-                raise ValueError(f"video must be a video file, got '{path}', which has no video stream")
-            yield container
-
-
-def _read(
-    container: InputContainer, path: Path, scan: _Scan, indices: list[int], on_progress: OnProgress | None
+def _take(
+    path: Path,
+    timeline: Timeline,
+    rule: FrameRule,
+    start: float | None,
+    end: float | None,
+    on_progress: OnProgress | None,
 ) -> Video:
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    frames: list[np.ndarray] = []
-    for frame in _decode(container, stream, scan, indices):
-        frames.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
-        if on_progress is not None:
-            on_progress(len(frames), len(indices))
-    if len(frames) < len(indices):
-        raise ValueError(f"video must be whole, got '{path}', which is cut off after {len(frames)} sampled frames")
-    rate = stream.average_rate or stream.guessed_rate
-    return Video(np.stack(frames), indices, scan.num_frames, float(rate) if rate else _FALLBACK_RATE)
-
-
-def _scan(container: InputContainer, path: Path) -> _Scan:
-    """Read every packet once; refuse a file that ends earlier than it states."""
-    stream = container.streams.video[0]
-    times: list[int | None] = []
-    key_times: list[int] = []
-    end = 0.0  # seconds
-    for packet in container.demux():
-        if packet.is_corrupt:
-            raise ValueError(f"video must be whole, got '{path}', which is cut off or damaged at {end:.2f} s")
-        if packet.pts is not None and packet.time_base:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        if packet.stream is not stream or packet.size == 0 or packet.is_discard:
-            continue
-        times.append(packet.pts)
-        if packet.is_keyframe and packet.pts is not None:
-            key_times.append(packet.pts)
-    if not times:
-        raise ValueError(f"video must contain at least one frame, got '{path}'")
-    _check_whole(container, end, path)
-    known = sorted(time for time in times if time is not None)
-    return _Scan(len(times), known if len(known) == len(times) and key_times else None, sorted(key_times))
-
-
-def _check_whole(container: InputContainer, end: float, path: Path) -> None:
-    """Compare the end of the last packet with the duration in the header; streaming formats may state none."""
-    if container.duration is None or end == 0:
-        return
-    stated = container.duration / _TICKS
-    found = end - (container.start_time or 0) / _TICKS
-    rate = container.streams.video[0].average_rate
-    two_frames = 2 / float(rate) if rate else 0.0
-    if found < stated - max(0.25, two_frames, 0.02 * stated):
-        raise ValueError(f"video must be whole, got '{path}', which is cut off: it holds {found:.2f} of {stated:.2f} s")
-
-
-def _decode(container: InputContainer, stream: VideoStream, scan: _Scan, indices: list[int]) -> Iterator[VideoFrame]:
-    """Yield the frames with these numbers, in order; fewer if the stream ends early."""
-    if scan.times is None:  # no timestamps for seeking
-        wanted = set(indices)
-        yield from (frame for i, frame in enumerate(container.decode(stream)) if i in wanted)
-        return
-    decoder = container.decode(stream)
-    reached = scan.times[0]
-    for time in (scan.times[i] for i in indices):
-        key_time = scan.key_times[max(0, bisect_right(scan.key_times, time) - 1)]
-        if key_time > reached:
-            container.seek(key_time, stream=stream)
-            decoder = container.decode(stream)
-        for frame in decoder:
-            if frame.pts is not None and frame.pts >= time:
-                reached = frame.pts
-                yield frame
-                break
+    first, last = start or 0.0, min(timeline.duration, timeline.duration if end is None else end)
+    if first >= timeline.duration:
+        raise ValueError(f"start must be before the end of '{path}' at {timeline.duration:.2f} s, got {first}")
+    chosen = timeline.choose(rule, first, last)
+    wanted = sorted(set(chosen))
+    images: dict[int, np.ndarray] = {}
+    with open_video(path) as container:
+        size: tuple[int, int] | None = None  # of the first frame; a file may change it
+        for number, frame in zip(wanted, wanted_frames(container, timeline, wanted), strict=False):
+            size = size or (frame.width, frame.height)
+            images[number] = upright(frame, *size)
+            if on_progress is not None:
+                on_progress(len(images), len(wanted))
+    if len(images) < len(wanted):
+        raise ValueError(f"video must be whole, got '{path}', which is cut off after {len(images)} sampled frames")
+    frames = np.stack([images[number] for number in chosen])
+    whole = start is None and end is None
+    return Video(
+        frames,
+        chosen,
+        len(timeline.times),
+        timeline.fps,
+        [timeline.times[number] for number in chosen],
+        None if whole and timeline.is_regular else last - first,
+    )
