@@ -13,32 +13,10 @@ from ..checks import check_bool, check_budget, check_choice, check_count, check_
 from .base import MethodState, Prompt, Steps, VideoTokens
 from .before_layers import BeforeLayers
 from .budgets import frame_budgets
-from .pruners import FrameRows, Pruner, ToMe
+from .frames import FrameContext, FrameRows
+from .pruners import Pruner
 from .registry import PRUNERS, find
-
-
-@dataclass(frozen=True)
-class FrameContext:
-    """One video of a prompt, as it is passed to a relevance function.
-
-    Args:
-        sample: the row of the batch.
-        video: number of the video in the batch, counted sample by sample.
-        hidden: [F, P, D] its tokens, as the first layer would get them; `present` [F, P] bool is False at holes.
-        text: [n, D] the prompt's tokens that are in no video.
-    """
-
-    sample: int
-    video: int
-    hidden: Tensor
-    present: Tensor
-    text: Tensor
-
-    @property
-    def num_frames(self) -> int:
-        """F: frames of tokens. In Qwen2-VL each of them stands for two frames of the video."""
-        return self.hidden.shape[0]
-
+from .tome import ToMe
 
 Relevance = Tensor | Callable[[FrameContext], Tensor]
 
@@ -115,8 +93,9 @@ class KVTP(BeforeLayers):
         return super().begin(prompt)
 
     def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:
-        frames = FrameRows.of(prompt.layouts, tokens)
-        scores = self._scores(tokens, prompt, frames)
+        numbers = [prompt.number_of(video) for video in range(len(prompt.layouts))]
+        frames = FrameRows.of(prompt.layouts, tokens, numbers)
+        scores = self._scores(tokens, frames)
         counts = frame_budgets(scores, frames.sizes, self.budget, self.temperature, self.min_tokens)
         pruner = find(Pruner, self.pruner)() if isinstance(self.pruner, str) else self.pruner
         left = pruner(tokens, frames, counts, total=round(self.budget * tokens.num_video))
@@ -141,25 +120,20 @@ class KVTP(BeforeLayers):
             )
         return self.relevances[video]
 
-    def _scores(self, tokens: VideoTokens, prompt: Prompt, frames: FrameRows) -> Tensor:
+    def _scores(self, tokens: VideoTokens, frames: FrameRows) -> Tensor:
         """[F] fp32: the scores of all frames of all videos of the sample."""
-        sizes = [len(layout.positions) for layout in prompt.layouts]
         if self.relevances is None:
-            return torch.zeros(sum(sizes), device=tokens.hidden.device)
-        text = tokens.hidden[0, tokens.patch[0] < 0]
-        parts = [FrameRows(rows) for rows in frames.rows.split(sizes)]
+            return torch.zeros(len(frames.rows), device=tokens.hidden.device)
         scores = []
-        for video, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-            number = prompt.number_of(video)
-            relevance = self.relevance_of(number)
+        for context in frames.contexts(tokens):
+            relevance = self.relevance_of(context.video)
             if callable(relevance):
-                sample = prompt.layouts[0].sample
-                relevance = relevance(FrameContext(sample, number, part.take(tokens.hidden), part.present, text))
+                relevance = relevance(context)
                 _check_scores(relevance)
-            if len(relevance) != size:
+            if len(relevance) != context.num_frames:
                 raise ValueError(
-                    f"KVTP: relevance must hold one score for each of the {size} frames of video {number}, "
-                    f"got {len(relevance)}"
+                    f"KVTP: relevance must hold one score for each of the {context.num_frames} frames of video "
+                    f"{context.video}, got {len(relevance)}"
                 )
             scores.append(relevance.to(tokens.hidden.device, torch.float32))
         return torch.cat(scores)

@@ -30,7 +30,7 @@ PRUNERS = {
     "random": "fftriton.methods.pruners:RandomPruner",
     "topk": "fftriton.methods.pruners:TopKPruner",
     "prumerge": "fftriton.methods.pruners:PruMerge",
-    "tome": "fftriton.methods.pruners:ToMe",
+    "tome": "fftriton.methods.tome:ToMe",
 }
 FORMER: dict[str, tuple[str, dict[str, Any]]] = {
     "merge-only": ("framefusion", {"stages": ("merge",)}),
