@@ -116,8 +116,8 @@ class _NoBar:
 def test_frames_are_encoded_once_and_answers_are_those_of_the_library(predictor, monkeypatch):
     names = [f"kvtp:relevance='{predictor}':pruner='{pruner}'" for pruner in ("random", "topk")]
     settings = {Setting(name, 0.2): name for name in names}
-    calls, encode = [], SiglipRelevance.encode
-    monkeypatch.setattr(SiglipRelevance, "encode", lambda *args, **named: calls.append(1) or encode(*args, **named))
+    calls, look = [], SiglipRelevance.look
+    monkeypatch.setattr(SiglipRelevance, "look", lambda *args, **named: calls.append(1) or look(*args, **named))
     answerer = Answerer(Target(), NeedleTask())
     sample = generate_sample("easy", 0, 1)
     records = answerer.answer(sample, settings)

@@ -324,7 +324,7 @@ def test_an_importance_of_an_earlier_release_still_works():
 
 @pytest.mark.parametrize("pruner", [TopKPruner, PruMerge])
 def test_unknown_importance(pruner):
-    with pytest.raises(ValueError, match="importance must be one of 'distinctness', 'norm', got 'size'"):
+    with pytest.raises(ValueError, match="importance must be one of 'distinctness', 'norm', 'predictor', got 'size'"):
         pruner("size")
 
 

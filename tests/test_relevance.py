@@ -1,5 +1,7 @@
 """Relevance by SigLIP: against the model's own forward, the fusion head against its formula, and files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from models import tiny_qwen2_vl, video_prompt
 
 import fftriton
 from bench.kvtp.small import small_siglip
-from fftriton.relevance import BoundRelevance, ContextFusion, SiglipRelevance
+from fftriton.methods import FrameContext, FrameRows, VideoTokens
+from fftriton.relevance import BoundRelevance, ContextFusion, Patches, SiglipRelevance
+from fftriton.relevance.patches import token_grid
 
 WORDS = ["when", "does", "the", "red", "green", "box", "appear", "where", "is"]
 QUESTION = "When does the red box appear"
@@ -150,14 +154,98 @@ def test_runs_kvtp():
     assert counts == fftriton.frame_budgets(bound.scores.view(4, 2).amax(1), 6, 0.5, temperature=0.01).tolist()
 
 
-def test_an_odd_number_of_frames():
-    class Context:
-        num_frames = 4
+def context_of(frames, seed=0, width=8):
+    """A video of this many frames of three tokens."""
+    x = torch.randn(frames, 3, width, generator=torch.Generator().manual_seed(seed))
+    rows = torch.arange(3 * frames).view(frames, 3)
+    tokens = VideoTokens(x.view(1, -1, width), rows.view(1, -1), (rows % 3).view(1, -1), 3 * frames)
+    return FrameContext(0, 0, FrameRows(rows), tokens)
 
-    assert BoundRelevance(torch.tensor([1.0, 2, 5, 3, 0, -1, -7]))(Context).tolist() == [2, 5, 0, -7]
-    for taken in (3, 9):
-        with pytest.raises(ValueError, match=rf"whose tokens make 4 frames, got {taken}"):
-            BoundRelevance(torch.zeros(taken))(Context)
+
+def test_an_odd_number_of_frames():
+    bound = BoundRelevance(torch.tensor([1.0, 2, 5, 3, 0, -1, -7]))
+    assert bound(context_of(4)).tolist() == [2, 5, 0, -7]
+    for taken, frames in ((3, 4), (9, 4), (12, 4), (28, 4)):
+        with pytest.raises(ValueError, match=rf"whose tokens make {frames} frames, got {taken}"):
+            BoundRelevance(torch.zeros(taken))(context_of(frames))
+
+
+def test_a_binding_belongs_to_its_video():
+    bound = BoundRelevance(torch.tensor([1.0, 2, 5, 3]))
+    context = context_of(4)
+    rounded = replace(context, tokens=replace(context.tokens, hidden=context.tokens.hidden.bfloat16()))
+    assert torch.equal(bound(context), bound(rounded))
+    assert torch.equal(bound(context_of(4, width=16)), bound.scores)  # of another model
+    with pytest.raises(ValueError, match="a relevance belongs to the video that it was first used for"):
+        bound(context_of(4, seed=1))
+    assert torch.equal(bound(context), bound.scores)
+
+
+def test_the_cost_of_a_predictor(frames):
+    """Operations by the formula of each part; seconds of both towers, or of one if the features are given."""
+    relevance = small_siglip(WORDS, side=32, patch=8, width=64, depth=2)
+    width, patches, length, depth = 64, 16, 16, 2
+    layer = [n * 8 * width * width + 2 * n * n * width for n in (patches, length)]
+    head = 2 * patches * width**2 + 2 * width**2 + 2 * patches * width + 4 * width**2
+    vision = depth * layer[0] + patches * 3 * 8 * 8 * width + head
+    text = depth * layer[1] + width * width
+    bound = relevance.bind(frames, QUESTION)
+    assert bound.macs == len(frames) * vision + text
+    looked = relevance.look(frames)
+    assert looked.macs == len(frames) * vision
+    assert looked.seconds > 0
+    again = relevance.bind(looked, QUESTION)
+    assert torch.equal(again.scores, bound.scores)
+    assert again.seconds > looked.seconds
+    long = " ".join(WORDS * 4)
+    assert relevance.bind(relevance.encode(frames), long).macs == len(relevance.chunks(long)) * text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("naflex", [False, True], ids=["siglip", "siglip2-naflex"])
+def test_patches_are_those_of_the_pooling_head(frames, naflex):
+    relevance = small_siglip(WORDS, naflex=naflex)
+    relevance.batch_size = 3
+    patches = relevance.look(frames, patches=True).patches
+    pixels, tower = relevance.pixels(frames), relevance.model.vision_model
+    last = tower(**pixels).last_hidden_state
+    rows, columns = patches.attention.shape[1:]
+    last = last[:, : rows * columns]
+    assert (rows, columns) == ((3, 4) if naflex else (4, 4))
+    module = tower.head.attention
+    query, key, _ = (part for part in module.in_proj_weight.split(64))
+    bias = module.in_proj_bias.split(64)
+    q = (tower.head.probe[0] @ query.T + bias[0]).view(4, 16)
+    k = last @ key.T + bias[1]
+    heads = k.view(len(frames), rows * columns, 4, 16)
+    attention = torch.einsum("hd,tnhd->tnh", q / 4, heads).softmax(1).mean(-1)
+    torch.testing.assert_close(patches.attention.flatten(1), attention, rtol=0, atol=1e-6)
+    torch.testing.assert_close(patches.keys.flatten(1, 2), k, rtol=0, atol=1e-5)
+    assert patches.aspect == 40 / 48
+
+
+def test_patches_of_tokens():
+    """Two rows of three tokens for two pictures each: the mean over their place and over both pictures."""
+    attention = torch.arange(4 * 4 * 6).float().view(4, 4, 6)
+    patches = Patches(attention, torch.stack([attention, -attention], -1), aspect=0.6)
+    rows = torch.arange(12).view(2, 6)
+    context = FrameContext(0, 0, FrameRows(rows), context_of(4).tokens)
+    expected = attention.view(2, 2, 2, 2, 3, 2).mean((1, 3, 5)).flatten(1)
+    torch.testing.assert_close(patches.importance(context), expected)
+    torch.testing.assert_close(patches.vectors(context), torch.stack([expected, -expected], -1))
+    odd = Patches(attention[:3], patches.keys[:3], 0.6).importance(context)  # the last picture stands for both
+    torch.testing.assert_close(odd[1], attention[2].view(2, 2, 3, 2).mean((1, 3)).flatten())
+    grids = [token_grid(*case) for case in ((196, 1.0), (187, 11 / 17), (187, 17 / 11), (7, 0.5), (12, 4 / 3))]
+    assert grids == [(14, 14), (11, 17), (17, 11), (1, 7), (4, 3)]
+
+
+def test_patches_that_are_not_there(frames):
+    relevance = small_siglip(WORDS)
+    with pytest.raises(ValueError, match=r"video must be frames or made by look\(frames, patches=True\)"):
+        relevance.bind(relevance.encode(frames), QUESTION, patches=True)
+    relevance.model.vision_model.head = torch.nn.Identity()
+    with pytest.raises(ValueError, match="must have a pooling head with attention to score patches"):
+        relevance.look(frames, patches=True)
 
 
 def test_errors(frames):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from ..relevance import BoundRelevance, SiglipRelevance, load_relevance
+from ..relevance import BoundRelevance, Encoded, SiglipRelevance, load_relevance
 from .digests import digest_of_weights
 
 UNRELATED = "unrelated"
@@ -22,14 +22,15 @@ class SampleRelevance:
     def __init__(self, relevance: SiglipRelevance) -> None:
         self._relevance = relevance
         self._frames: Any = None
+        self._encoded: Encoded | None = None
         parts = [relevance.model] if relevance.head is None else [relevance.model, relevance.head]
         self.digest = " ".join(map(digest_of_weights, parts))
 
-    def bind(self, frames: Any, question: str) -> BoundRelevance:
+    def bind(self, frames: Any, question: str, patches: bool = False) -> BoundRelevance:
         """Bind frames and a question, as `SiglipRelevance.bind` does."""
-        if frames is not self._frames:
-            self._frames, self._features = frames, self._relevance.encode(frames, progress=False)
-        return self._relevance.bind(self._features, question)
+        if frames is not self._frames or self._encoded is None or (patches and self._encoded.patches is None):
+            self._frames, self._encoded = frames, self._relevance.look(frames, patches, progress=False)
+        return self._relevance.bind(self._encoded, question, patches)
 
 
 @lru_cache

@@ -119,8 +119,9 @@ class Prefill(Continuation):
             if videos:
                 own_layouts = [without_padding(layout, places) for layout in layouts] if is_padded else layouts
                 prompt = Prompt(
-                    len(self.attends), tokens.length, own_layouts, self.attends, [video.number for video in videos]
-                )
+                    len(self.attends), tokens.length, own_layouts, self.attends, [video.number for video in videos],
+                    1 + max(video.number for video in self.videos),
+                )  # fmt: skip
                 state = start(self.method, prompt)
             report = SampleReport(str(self.method), self.method.budget, layouts, tokens.length, count)
             tail = self._tail(layouts, rows)
@@ -199,6 +200,7 @@ class Prefill(Continuation):
         for sample in self.samples:
             if sample.state is not None:
                 sample.report.least_budget = sample.state.least_budget
+                sample.report.frame_scores = list(sample.state.frame_scores)
         return Report([sample.report for sample in self.samples], self._stopwatch)
 
     def hide_targets(self) -> None:

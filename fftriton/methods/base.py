@@ -31,6 +31,7 @@ class Prompt:
         layouts: where its videos stand among these tokens.
         attends: whether each layer has attention scores; empty if all layers do.
         video_numbers: the number of each video in the batch, counted sample by sample; empty if they are 0, 1, ...
+        videos_in_batch: how many videos the batch has; 0 if that is not known.
     """
 
     num_layers: int
@@ -38,6 +39,7 @@ class Prompt:
     layouts: Sequence[VideoLayout]
     attends: Sequence[bool] = ()
     video_numbers: Sequence[int] = ()
+    videos_in_batch: int = 0
 
     @cached_property
     def num_video_tokens(self) -> int:
@@ -57,6 +59,23 @@ class Prompt:
         """[length] int64 on the CPU: the frame of each token, counted across videos; -1 for tokens outside videos."""
         layouts = [replace(layout, sample=0) for layout in self.layouts]
         return frame_ids(layouts, 1, self.length, torch.device("cpu"))[0]
+
+
+@dataclass(frozen=True)
+class FrameScores:
+    """How relevant a method took the frames of one video to be, for reports.
+
+    Args:
+        video: number of the video in the batch.
+        scores: [F] fp32, higher for more.
+        seconds: what it took a predictor to find them out before the forward.
+        macs: its multiply-accumulates, each of which counts once.
+    """
+
+    video: int
+    scores: Tensor
+    seconds: float = 0.0
+    macs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -244,6 +263,11 @@ class MethodState:
     def least_budget(self) -> float:
         """The lowest budget that this prefill could have met; asked after the prefill."""
         return self.method.budget
+
+    @property
+    def frame_scores(self) -> Sequence[FrameScores]:
+        """The scores by which this prefill shared its budget among frames, one per video; asked after the prefill."""
+        return ()
 
     def window(self, length: int) -> Window | None:
         """Which tokens a token may attend to, or None if it may attend to all of them.

@@ -40,13 +40,14 @@ def feature_norm(x: Tensor, present: Tensor) -> Tensor:
 IMPORTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"distinctness": distinctness, "norm": feature_norm}
 """Functions of tokens [F, P, D] and of which of them exist [F, P] bool, frame by frame."""
 
-KEYS = ("tokens",)
+PREDICTOR = "predictor"
+"""The name of the importance and the keys that come from the relevance predictor's vision tower."""
 
 
 def check_importance(owner: str, importance: str | Importance) -> None:
     """Raise a ValueError unless it is the name of an importance or a function."""
     if not callable(importance):
-        check_choice(owner, "importance", importance, tuple(IMPORTANCES))
+        check_choice(owner, "importance", importance, (*IMPORTANCES, PREDICTOR))
     elif _takes_tokens(importance):
         warnings.warn(
             f"{owner}: an importance of (tokens, present) is deprecated: it gets a FrameContext, with `hidden` and "
@@ -59,7 +60,7 @@ def check_importance(owner: str, importance: str | Importance) -> None:
 def check_keys(owner: str, keys: str | Keys) -> None:
     """Raise a ValueError unless it is the name of keys or a function."""
     if not callable(keys):
-        check_choice(owner, "keys", keys, KEYS)
+        check_choice(owner, "keys", keys, ("tokens", PREDICTOR))
 
 
 def importance_of(owner: str, importance: str | Importance, tokens: VideoTokens, frames: FrameRows) -> Tensor:
@@ -69,6 +70,7 @@ def importance_of(owner: str, importance: str | Importance, tokens: VideoTokens,
         TypeError, ValueError: a function returned something else than [F, P] numbers, or one that is not finite.
     """
     if isinstance(importance, str):
+        _check_found(owner, "importance", importance)
         function = IMPORTANCES[importance]
         parts = frames.parts(tokens.hidden.shape[-1])
         return torch.cat([function(part.take(tokens.hidden), part.present) for part in parts])
@@ -87,6 +89,7 @@ def keys_of(owner: str, keys: str | Keys, tokens: VideoTokens, frames: FrameRows
         TypeError, ValueError: a function returned something else than [F, P, E] numbers, or one that is not finite.
     """
     if isinstance(keys, str):
+        _check_found(owner, "keys", keys)
         return None
     given: list[Tensor] = []
     for context in frames.contexts(tokens):
@@ -96,6 +99,32 @@ def keys_of(owner: str, keys: str | Keys, tokens: VideoTokens, frames: FrameRows
     if len(widths := {one.shape[-1] for one in given}) > 1:
         raise ValueError(f"{owner}: keys must be of one width in all videos of a sample, got {sorted(widths)}")
     return frames.join(given)
+
+
+def of_predictor(owner: str, name: str, relevance_of: Callable[[int], Any]) -> Callable[[FrameContext], Tensor]:
+    """The importance or keys that the relevance of each video brings along.
+
+    Args:
+        owner: what the error message starts with.
+        name: "importance" or "keys".
+        relevance_of: the relevance of a video by its number in the batch.
+    """
+
+    def function(context: FrameContext) -> Tensor:
+        patches = getattr(relevance_of(context.video), "patches", None)
+        if patches is None:
+            raise ValueError(
+                f"{owner}: {name}='{PREDICTOR}' needs a relevance that knows patches, which SiglipRelevance.bind gives "
+                f"with patches=True, got {relevance_of(context.video)!r} for video {context.video}"
+            )
+        return patches.importance(context) if name == "importance" else patches.vectors(context)
+
+    return function
+
+
+def _check_found(owner: str, name: str, value: str) -> None:
+    if value == PREDICTOR:
+        raise ValueError(f"{owner}: {name}='{PREDICTOR}' needs KVTP, which knows the predictor")
 
 
 def check_values(owner: str, name: str, values: Any, context: FrameContext, ndim: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -22,11 +23,37 @@ from fftriton_kernels import segmented_topk_keep, topk_keep
 from ..checks import check_choice, check_count, check_seed
 from .base import VideoTokens
 from .frames import FrameRows
-from .importances import Importance, Keys, check_importance, check_keys, importance_of, keys_of
+from .importances import (
+    PREDICTOR,
+    Importance,
+    Keys,
+    check_importance,
+    check_keys,
+    importance_of,
+    keys_of,
+    of_predictor,
+)
 
 
 class Pruner(ABC):
     """Shortens each frame to its count."""
+
+    @property
+    def wants_predictor(self) -> bool:
+        """Whether importance or keys are to be those of the relevance predictor."""
+        return PREDICTOR in (getattr(self, "importance", None), getattr(self, "keys", None))
+
+    def with_predictor(self, relevance_of: Callable[[int], Any]) -> Pruner:
+        """The pruner with the importance and keys of the predictor, if it wants them.
+
+        Args:
+            relevance_of: the relevance of a video by its number in the batch.
+        """
+        owner, found = type(self).__name__, {}
+        for name in ("importance", "keys"):
+            if getattr(self, name, None) == PREDICTOR:
+                found[name] = of_predictor(owner, name, relevance_of)
+        return replace(self, **found) if found else self  # type: ignore[type-var]
 
     @abstractmethod
     def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
@@ -65,7 +92,8 @@ class TopKPruner(Pruner):
 
     Args:
         importance: "distinctness" (1 - the cosine with the frame's mean: how much a token differs from the rest of the
-            frame), "norm" (the token's), or a function of a FrameContext that returns [F, P] for its video.
+            frame), "norm" (the token's), "predictor" (the attention in the pooling head of the vision tower by which
+            KVTP's relevance was found), or a function of a FrameContext that returns [F, P] for its video.
 
     Raises:
         ValueError: an unknown importance. While it runs, TypeError or ValueError for what the function returns.
@@ -90,7 +118,8 @@ class PruMerge(Pruner):
     Args:
         importance: as for TopKPruner.
         neighbours: number of nearest tokens, at least 1.
-        keys: "tokens", or a function of a FrameContext that returns vectors [F, P, E] for its video.
+        keys: "tokens", "predictor" (the keys in that pooling head), or a function of a FrameContext that returns
+            vectors [F, P, E] for its video.
         weights: what a is: "softmax" of the importance over the frame, or the "importance" itself.
         adds: which of the nearest tokens are added: the "dropped" ones, or "all".
 

@@ -33,8 +33,7 @@ class ToMe(Pruner):
         means: what a remaining token is: "weighted", the mean of all patches that merged into it; "plain", the mean of
             the tokens of each round, whatever they consist of; or "rescaled", a plain mean that in each round gets the
             largest norm of its tokens.
-        keys: "tokens", or a function of a FrameContext that returns vectors [F, P, E], by whose cosines tokens are
-            compared; they merge like the tokens, without rescaling.
+        keys: as for PruMerge: by whose cosines tokens are compared; keys merge like tokens, without rescaling.
 
     Raises:
         TypeError, ValueError: a parameter out of range. While it runs, what a function returns.

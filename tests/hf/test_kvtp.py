@@ -1,8 +1,11 @@
 """KVTP in the wrapper: exact counts before the first layer, true positions, and another method behind it."""
 
+import json
 import math
+import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from by_hand import ByHand, Scripted, generate, see_prompt
@@ -10,8 +13,9 @@ from families import FAMILIES, collate
 from models import tiny_qwen2, video_embeddings
 
 import fftriton
-from fftriton import KVTP, FastV, FrameFusion, UniformFrames, frame_budgets
+from fftriton import KVTP, FastV, FrameFusion, PruMerge, TopKPruner, UniformFrames, frame_budgets
 from fftriton.methods import BeforeLayers
+from fftriton.relevance import BoundRelevance
 
 PRUNERS = ["random", "topk", "prumerge", "tome"]
 SCORES = torch.tensor([0.0, 6.0, -1.0, 0.5, 3.0, 0.0, 1.0, 2.0])
@@ -297,11 +301,16 @@ def test_chains_that_cannot_be():
     ("method", "message"),
     [
         (lambda: KVTP(0.3, SCORES[:5]), r"one score for each of the 6 frames of video 0, got 5"),
-        (lambda: KVTP(0.3, []), r"relevance must hold scores for each video of the batch, got 0 for 1 or more"),
+        (lambda: KVTP(0.3, []), r"relevance must hold scores for each video of the batch, got 0 for 1"),
         (lambda: KVTP(0.3, lambda context: SCORES[:4]), r"one score for each of the 6 frames of video 0, got 4"),
         (lambda: KVTP(0.3, lambda context: SCORES[:6] * math.nan), r"relevance must be finite, got nan"),
-        (lambda: KVTP(0.1), r"budget must leave min_tokens = 1 to each of 6 frames, so at least 6 of 48 .* is 5"),
-        (lambda: KVTP(0.3, min_tokens=4), r"budget must leave min_tokens = 4 to each of 6 frames"),
+        (lambda: KVTP(0.3, [SCORES[:6], SCORES[:6]]), r"for each video of the batch, got 2 for 1"),
+        (lambda: KVTP(0.3, BoundRelevance(torch.zeros(42))), r"whose tokens make 6 frames, got 42"),
+        (lambda: KVTP(0.3, SCORES[:6], TopKPruner("predictor")), r"needs a relevance that knows patches"),
+        (
+            lambda: KVTP(0.3, SCORES[:6], PruMerge(lambda context: context.hidden[..., 0] * math.nan)),
+            "PruMerge: importance must be finite",
+        ),
     ],
 )
 def test_bad_relevance_is_refused_and_the_model_stays_as_it_was(method, message):
@@ -315,8 +324,11 @@ def test_bad_relevance_is_refused_and_the_model_stays_as_it_was(method, message)
 
 
 def test_bad_parameters():
-    with pytest.raises(TypeError, match="relevance must be a tensor, a list of tensors, a function or None, got float"):
-        KVTP(0.2, [0.5, 0.7])
+    for relevance, got in (([0.5, 0.7], "float"), (np.array(["a"]), "an array of <U1"), ([[0.5]], "list")):
+        with pytest.raises(TypeError, match=f"relevance must be a tensor, an array, .* or None, got {got}"):
+            KVTP(0.2, relevance)
+    with pytest.raises(ValueError, match=r"relevance must be real numbers \[F\], got \[2, 3\] of torch.float64"):
+        KVTP(0.2, np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"relevance must be real numbers \[F\], got \[1, 8\] of torch.float32"):
         KVTP(0.2, SCORES[None])
     with pytest.raises(ValueError, match="relevance must be finite, got nan"):
@@ -329,6 +341,77 @@ def test_bad_parameters():
         KVTP(0.2, min_tokens=-1)
     with pytest.raises(ValueError, match="min_tokens must be at least 1 for ToMe, .* got 0"):
         KVTP(0.2, pruner="tome", min_tokens=0)
+
+
+def test_arrays_are_scores():
+    model, inputs, layout = qwen2()
+    logits, _ = forward(model, inputs, KVTP(0.3, SCORES[:6]), layout)
+    for scores in (SCORES[:6].numpy(), [SCORES[:6].double().numpy()], lambda context: SCORES[:6].numpy()):
+        assert torch.equal(forward(model, inputs, KVTP(0.3, scores), layout)[0], logits)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, math.inf])
+def test_a_video_without_scores_gets_what_the_average_frame_gets(temperature):
+    model, inputs, _ = CASES["qwen2_vl"]()
+    for scores in ([None, SCORES[:4]], [SCORES[:4], None]):
+        _, report = forward(model, inputs, KVTP(0.2, scores, temperature=temperature, min_tokens=0), None)
+        given = 1 if scores[0] is None else 0
+        counts, (noted,) = report.frame_counts, report.frame_scores
+        assert noted.video == given
+        assert max(counts[1 - given]) - min(counts[1 - given]) <= 1
+        assert sum(counts[1 - given]) / 4 == pytest.approx(sum(counts[given]) / 4, abs=1)
+        assert math.isinf(temperature) or counts[given].argmax() == 1
+    even = forward(model, inputs, KVTP(0.5, [None, None]), None)[0]
+    assert torch.equal(even, forward(model, inputs, KVTP(0.5), None)[0])
+
+
+def test_scores_of_one_video_do_not_serve_two():
+    model, inputs, _ = CASES["qwen2_vl"]()
+    for scores in (SCORES[:2], BoundRelevance(SCORES[:2])):
+        with pytest.raises(ValueError, match="relevance must hold scores for each video of the batch, got 1 for 2"):
+            forward(model, inputs, KVTP(0.3, scores), None)
+
+
+def test_a_binding_is_refused_for_another_video():
+    model, inputs, layout = qwen2()
+    method = KVTP(0.3, BoundRelevance(SCORES[:6]))
+    logits = forward(model, inputs, method, layout)[0]
+    assert torch.equal(forward(model, inputs, method, layout)[0], logits)
+    other = {"inputs_embeds": inputs["inputs_embeds"].roll(8, dims=1)}
+    with pytest.raises(ValueError, match="a relevance belongs to the video that it was first used for"):
+        forward(model, other, method, layout)
+
+
+@pytest.mark.parametrize(("method", "least"), [(KVTP(0.05), 6), (KVTP(0.3, SCORES[:6], "tome", min_tokens=4), 24)])
+def test_a_budget_below_the_floor_is_met_as_closely_as_possible(method, least):
+    model, inputs, layout = qwen2()
+    text = f"the budget {method.budget:g} cannot be reached on this prompt; the least possible is {least / 48:.4g}"
+    with warnings.catch_warnings(record=True) as warned, fftriton.reduce(model, method, layout) as reduction:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with torch.no_grad():
+                model(**inputs)
+    (warning,) = warned
+    assert text in str(warning.message)
+    assert reduction.report.vision_tokens_per_layer == [least] * 3
+    assert reduction.report.least_budget == least / 48
+
+
+def test_the_report_has_scores_counts_and_the_cost_of_the_predictor():
+    model, inputs, layout = qwen2()
+    bound = BoundRelevance(SCORES[:6], seconds=1.5, macs=2e9)
+    _, report = forward(model, inputs, KVTP(0.5, bound) + FrameFusion(0.4), layout)
+    (scores,), (counts,) = report.frame_scores, report.frame_counts
+    assert torch.equal(scores.scores, SCORES[:6])
+    kept = report.kept_positions[0]
+    assert counts.tolist() == [int(torch.isin(frame, kept).sum()) for frame in layout[0].positions]
+    assert (report.relevance_seconds, report.relevance_macs) == (1.5, 2e9)
+    written = json.loads(json.dumps(report.to_dict()))["samples"][0]
+    assert written["frame_counts"] == [counts.tolist()]
+    assert written["frame_scores"] == [{"video": 0, "scores": SCORES[:6].tolist(), "seconds": 1.5, "macs": 2e9}]
+    assert "relevance: 1.5 s, 2 GMACs" in str(report)
+    assert "tokens a frame, scores -1 to 6" in str(report)
+    assert forward(model, inputs, KVTP(0.5), layout)[1].frame_scores == []
 
 
 @torch.no_grad()
@@ -350,5 +433,5 @@ def test_a_batch_is_its_samples_and_beams_share_their_scores():
     assert [beam.kept_positions[0].tolist() for beam in beams] == [
         report.kept_positions[0].tolist() for report in reports for _ in range(2)
     ]
-    with pytest.raises(ValueError, match="relevance must hold scores for each video of the batch, got 2 for 3 or more"):
+    with pytest.raises(ValueError, match="relevance must hold scores for each video of the batch, got 2 for 3"):
         forward(model, inputs, KVTP(0.3, scores[:2]), None)
