@@ -1,15 +1,20 @@
 """Relevance by SigLIP: against the model's own forward, the fusion head against its formula, and files."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from models import tiny_qwen2_vl, video_prompt
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fftriton
 from bench.kvtp.small import small_siglip
+from bench.kvtp.train import clip_logits, relevance_loss
 from fftriton.methods import FrameContext, FrameRows, VideoTokens
 from fftriton.relevance import BoundRelevance, ContextFusion, Patches, SiglipRelevance
 from fftriton.relevance.patches import token_grid
@@ -95,6 +100,52 @@ def test_fusion_head_by_its_formula(scaled):
             cosines = [F.cosine_similarity(part[None], texts[video]) for part in parts]
             expected = 0.9 * cosines[0] + 0.05 * cosines[1] + 0.05 * cosines[2]
             torch.testing.assert_close(head(images, texts)[video, i], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("frames", [40, 43])
+def test_fusion_and_its_loss_are_the_authors(frames):
+    """Recorded from their code: 43 frames in clips of 8 for the context, the first 40 for the loss."""
+    recorded = load_file(Path(__file__).parent / "golden" / "kvtp" / "fusion.safetensors")
+    head = ContextFusion(clip=8)
+    with torch.no_grad():
+        head.log_temperature.copy_(recorded["log_temperature"])
+    if frames == 43:
+        for name, context in zip(("local", "global"), head.context(recorded["frames"]), strict=True):
+            torch.testing.assert_close(F.normalize(context, dim=-1), recorded[name], rtol=0, atol=1e-5)
+        return
+    scale, bias = recorded["scale_bias"]
+    logits = scale.exp() * head(recorded["frames"][:40], recorded["questions"]) + bias
+    clips = clip_logits(logits.amax(-1), 8)
+    torch.testing.assert_close(clips, recorded["clip_logits_40"], rtol=0, atol=1e-5)
+    loss = relevance_loss(clips, recorded["labels"])
+    loss.backward()
+    torch.testing.assert_close(loss, recorded["loss_40"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(head.log_temperature.grad, recorded["grad_log_temperature"], rtol=0, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@torch.no_grad()
+def test_the_context_of_a_long_video_takes_no_square_of_its_frames():
+    images = torch.randn(2051, 8, generator=torch.Generator().manual_seed(0))
+    head = ContextFusion(clip=8)
+    with Largest() as mode:
+        local, everywhere = head.context(images)
+    assert mode.numel < len(images) ** 2 / 7
+    unit = F.normalize(images, dim=-1)
+    similar = unit @ unit.T / math.sqrt(8)
+    torch.testing.assert_close(everywhere, similar.softmax(-1) @ images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(local[2048:], similar[2048:, 2048:].softmax(-1) @ images[2048:], rtol=0, atol=1e-5)
 
 
 def test_the_scale_makes_attention_almost_uniform():
@@ -206,12 +257,14 @@ def test_the_cost_of_a_predictor(frames):
 def test_patches_are_those_of_the_pooling_head(frames, naflex):
     relevance = small_siglip(WORDS, naflex=naflex)
     relevance.batch_size = 3
+    frames = frames[:, :24]
     patches = relevance.look(frames, patches=True).patches
     pixels, tower = relevance.pixels(frames), relevance.model.vision_model
     last = tower(**pixels).last_hidden_state
     rows, columns = patches.attention.shape[1:]
     last = last[:, : rows * columns]
-    assert (rows, columns) == ((3, 4) if naflex else (4, 4))
+    assert (rows, columns) == (tuple(pixels["spatial_shapes"][0].tolist()) if naflex else (4, 4))
+    assert (rows != columns) == naflex
     module = tower.head.attention
     query, key, _ = (part for part in module.in_proj_weight.split(64))
     bias = module.in_proj_bias.split(64)
@@ -221,7 +274,7 @@ def test_patches_are_those_of_the_pooling_head(frames, naflex):
     attention = torch.einsum("hd,tnhd->tnh", q / 4, heads).softmax(1).mean(-1)
     torch.testing.assert_close(patches.attention.flatten(1), attention, rtol=0, atol=1e-6)
     torch.testing.assert_close(patches.keys.flatten(1, 2), k, rtol=0, atol=1e-5)
-    assert patches.aspect == 40 / 48
+    assert patches.aspect == 24 / 48
 
 
 def test_patches_of_tokens():
