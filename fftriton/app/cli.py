@@ -166,6 +166,12 @@ def evaluate(
                 console.print(
                     f"{row.method} at {row.budget:.0%}: {row.note}", markup=False, highlight=False, soft_wrap=True
                 )
+            if row.relevance_ms is not None:
+                console.print(
+                    f"{row.method} at {row.budget:.0%}: the relevance predictor takes {row.relevance_ms:.1f} of "
+                    f"{row.prefill_ms:.1f} ms and {row.relevance_gigaflops:.3g} of {row.gigaflops:.3g} GMACs",
+                    markup=False, highlight=False, soft_wrap=True,
+                )  # fmt: skip
         console.print("Written: " + ", ".join(str(path) for path in files), highlight=False, soft_wrap=True)
 
 

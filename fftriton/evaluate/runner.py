@@ -64,6 +64,8 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
         problems = {setting: why for setting in plan.settings if (why := setting.problem(layers)) is not None}
         origin = answerer.describe()
         keys = {setting: _key(origin, setting) for setting in plan.settings if setting not in problems}
+        for relevance in {relevance for setting in keys for relevance in setting.relevances}:
+            relevance.to(answerer.model.device)
         folder = RecordFolder(plan.out, process)
         done = folder.read(keys.values())
         own = range(process, plan.samples, processes)
@@ -153,11 +155,13 @@ class Answerer:
             sample.answer,
             self.task.score(sample, answer),
             report.budget_achieved,
-            prefill_flops(self.config, report.rows_per_layer, report.tokens_per_layer),
+            prefill_flops(self.config, report.rows_per_layer, report.tokens_per_layer) + report.relevance_macs,
             prefill_flops(self.config, all_tokens, all_tokens),
             report.seconds["prefill"],
             peak,
             report.vision_tokens_per_layer,
+            report.relevance_seconds,
+            report.relevance_macs,
         )
 
 
