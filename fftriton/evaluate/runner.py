@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..hf import reduce
+from ..hf.flops import prefill_flops
 from ..methods import Method
 from ..runtime.answers import TokenClock, generate
 from ..runtime.files import check_out
@@ -26,7 +27,6 @@ from ..runtime.measure import memory_before, peak_memory
 from ..runtime.progress import OpenBar
 from ..runtime.target import Target, to_model
 from .digests import digest_of_code, digest_of_method, digest_of_weights
-from .flops import prefill_flops
 from .plan import Plan, Setting
 from .records import Record, RecordFolder
 from .rows import Row, summarise

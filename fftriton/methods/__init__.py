@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .frames import FrameContext, FrameRows
     from .keep_all import KeepAll
     from .kvtp import KVTP
+    from .own_attention import OwnAttention
     from .pruners import PruMerge, Pruner, RandomPruner, TopKPruner
     from .random_tokens import RandomTokens
     from .registry import names
@@ -38,6 +39,7 @@ _MODULES = {
     "framefusion": ("FrameFusion",),
     "keep_all": ("KeepAll",),
     "kvtp": ("KVTP",),
+    "own_attention": ("OwnAttention",),
     "pruners": ("PruMerge", "Pruner", "RandomPruner", "TopKPruner"),
     "random_tokens": ("RandomTokens",),
     "registry": ("names",),
@@ -65,6 +67,7 @@ __all__ = [
     "KeepAll",
     "Method",
     "MethodState",
+    "OwnAttention",
     "Prompt",
     "PruMerge",
     "Pruner",

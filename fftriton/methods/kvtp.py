@@ -16,11 +16,16 @@ from .base import FrameScores, MethodState, Prompt, Steps, VideoTokens
 from .before_layers import BeforeLayers, BeforeLayersState
 from .budgets import frame_budgets
 from .frames import FrameContext, FrameRows
+from .own_attention import OwnAttention
 from .pruners import Pruner
 from .registry import PRUNERS, find
 from .tome import ToMe
 
 Relevance = Tensor | np.ndarray | Callable[[FrameContext], Tensor]
+
+
+ATTENTION = "attention"
+"""The name of the relevance that is the model's own attention."""
 
 
 class Unbound(Protocol):
@@ -44,8 +49,10 @@ class KVTP(BeforeLayers):
             a tensor or an array, where F is the number of frames of tokens; the result of `SiglipRelevance.bind`, which
             also belongs to one video; a function that takes a FrameContext and returns [F], which is called for every
             video; or a list of these with one for each video of the batch, sample by sample, where None gives the
-            frames of that video as much as the average frame of the sample's other videos. A SiglipRelevance itself
-            needs the video and the question first, from `about`. None gives every frame the same number of tokens.
+            frames of that video as much as the average frame of the sample's other videos; or "attention" or an
+            `OwnAttention`, which needs no second model: what the model itself attends to in a cheap first pass. A
+            SiglipRelevance itself needs the video and the question first, from `about`. None gives every frame the same
+            number of tokens.
         pruner: how a frame is shortened: "random", "topk", "prumerge", "tome" or a Pruner.
         temperature: above 0, as for `frame_budgets`; if low, only the most relevant frames get more than `min_tokens`.
         min_tokens: the fewest tokens that any frame keeps. With 0 and a temperature near 0 the most relevant frames
@@ -64,7 +71,7 @@ class KVTP(BeforeLayers):
     """
 
     budget: float = 0.2
-    relevance: Relevance | Unbound | Sequence[Relevance | None] | None = field(default=None, repr=False)
+    relevance: OwnAttention | Relevance | Unbound | Sequence[Relevance | None] | None = field(default=None, repr=False)
     pruner: str | Pruner = "topk"
     temperature: float = 2.0
     min_tokens: int = 1
@@ -79,8 +86,15 @@ class KVTP(BeforeLayers):
             check_choice("KVTP", "pruner", self.pruner, tuple(PRUNERS))
         if self.min_tokens == 0 and (self.pruner == "tome" or isinstance(self.pruner, ToMe)):
             raise ValueError("KVTP: min_tokens must be at least 1 for ToMe, which merges and drops nothing, got 0")
-        if not hasattr(self.relevance, "bind"):
+        if isinstance(self.relevance, str) and self.relevance == ATTENTION:
+            object.__setattr__(self, "relevance", OwnAttention())
+        if not hasattr(self.relevance, "bind") and not isinstance(self.relevance, OwnAttention):
             object.__setattr__(self, "relevance", _as_relevance(self.relevance))
+
+    def check(self, num_layers: int) -> None:
+        """Raise a ValueError if the relevance wants a layer that a decoder of `num_layers` layers does not have."""
+        if isinstance(self.relevance, OwnAttention):
+            self.relevance.layer_of(num_layers)
 
     @property
     def renumbers(self) -> bool:
@@ -110,7 +124,8 @@ class KVTP(BeforeLayers):
             ValueError: there are not as many as the batch has videos.
         """
         given: Any = self.relevance
-        if given is None or (callable(given) and not getattr(given, "of_one_video", False)):
+        is_function = callable(given) and not getattr(given, "of_one_video", False)
+        if given is None or is_function or isinstance(given, OwnAttention):
             return lambda video: given
         listed = given if isinstance(given, list) else [given]
         videos = prompt.videos_in_batch or 1 + max(map(prompt.number_of, range(len(prompt.layouts))))
@@ -149,6 +164,9 @@ class _KVTPState(BeforeLayersState):
 
     def _score(self, tokens: VideoTokens, frames: FrameRows) -> Tensor:
         """[F] fp32: the scores of all frames of all videos of the sample."""
+        if isinstance(self.method.relevance, OwnAttention):
+            self._scores = self.method.relevance.score(tokens, frames, self.prompt)
+            return torch.cat([one.scores for one in self._scores])
         relevance_of = self.method.relevances(self.prompt)
         device, found = tokens.hidden.device, []
         for context in frames.contexts(tokens):

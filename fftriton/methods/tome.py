@@ -42,7 +42,7 @@ class ToMe(Pruner):
         ToMe, arXiv:2210.09461. The code of KVTP, arXiv:2503.10742, has means="rescaled".
     """
 
-    means: str = "weighted"
+    means: str = "rescaled"
     keys: str | Keys = "tokens"
 
     def __post_init__(self) -> None:

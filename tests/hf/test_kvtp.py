@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from by_hand import ByHand, Scripted, generate, see_prompt
 from families import FAMILIES, collate
 from models import tiny_qwen2, video_embeddings
 
 import fftriton
 from fftriton import KVTP, FastV, FrameFusion, PruMerge, TopKPruner, UniformFrames, frame_budgets
-from fftriton.methods import BeforeLayers
+from fftriton.evaluate import Setting
+from fftriton.hf.flops import prefill_flops
+from fftriton.methods import BeforeLayers, OwnAttention, from_dict, parse, to_dict, to_text
 from fftriton.relevance import BoundRelevance
 
 PRUNERS = ["random", "topk", "prumerge", "tome"]
@@ -435,3 +438,113 @@ def test_a_batch_is_its_samples_and_beams_share_their_scores():
     ]
     with pytest.raises(ValueError, match="relevance must hold scores for each video of the batch, got 2 for 3"):
         forward(model, inputs, KVTP(0.3, scores[:2]), None)
+
+
+def attention_by_hand(model, inputs, layout, tokens, layer, queries):
+    """The attention that the most attended of the most distinct tokens of each frame receives, in a short prompt."""
+    decoder, seen = model.get_decoder(), {}
+
+    def see(module, args, kwargs):
+        seen.update(kwargs)
+
+    with torch.no_grad():
+        handle = decoder.register_forward_pre_hook(see, with_kwargs=True)
+        model(**inputs)
+        handle.remove()
+        embeddings = seen["inputs_embeds"] if seen.get("inputs_embeds") is not None else None
+        frames = [frame[frame >= 0] for one in layout for frame in one.positions]
+        chosen = []
+        for frame in frames:
+            unit = F.normalize(embeddings[0, frame], dim=-1)
+            distinct = 1 - F.cosine_similarity(unit, unit.sum(0)[None])
+            chosen.append(frame[distinct.topk(min(tokens, len(frame))).indices])
+        video, kept = torch.cat(frames), torch.cat(chosen)
+        rows = torch.tensor([i for i in range(embeddings.shape[1]) if i not in video or i in kept])
+        position_ids = seen.get("position_ids")
+        positions = rows[None] if position_ids is None else position_ids[..., rows]
+        before, model.config._attn_implementation = model.config._attn_implementation, "eager"
+        model.set_attn_implementation("eager")
+        output = decoder(
+            inputs_embeds=embeddings[:, rows],
+            position_ids=positions,
+            output_attentions=True,
+            use_cache=False,
+            attention_mask=torch.ones(1, len(rows)),
+        )
+        model.set_attn_implementation(before)
+    received = output.attentions[layer][0].mean(0)[-queries:].sum(0)
+    return torch.stack([received[torch.isin(rows, own)].max() for own in chosen])
+
+
+@pytest.mark.parametrize(
+    ("own", "layer"), [(OwnAttention(), None), (OwnAttention(2, 0, 3), 0), (OwnAttention(9, 1, 1), 1)], ids=str
+)
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_vl", "llava_onevision"])
+def test_own_attention_is_that_of_a_short_prompt(name, own, layer):
+    model, inputs, layout = CASES[name]()
+    _, report = forward(model, inputs, KVTP(0.3, own), layout)
+    layer = len(model.get_decoder().layers) // 2 if layer is None else layer
+    expected = attention_by_hand(model, inputs, report.layouts, own.tokens, layer, own.queries)
+    scores = torch.cat([one.scores for one in report.frame_scores])
+    torch.testing.assert_close(scores, 2 * expected.log(), rtol=0, atol=1e-4)
+    rows = report.num_tokens - report.num_video_tokens + sum(
+        min(own.tokens, int((frame >= 0).sum())) for one in report.layouts for frame in one.positions
+    )  # fmt: skip
+    counts = [rows] * (layer + 1) + [0]
+    assert report.relevance_macs == prefill_flops(model.config.get_text_config(), counts, counts)
+    assert report.relevance_seconds == 0  # it is part of the prefill
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_own_attention_leaves_the_forward_as_it_is(case):
+    """What is generated is what the same scores give, and the model is as before."""
+    model, inputs, layout = case()
+    dense = model(**inputs).logits
+    with fftriton.reduce(model, KVTP(0.4, "attention"), layout) as reduction:
+        tokens, logits = generate(model, inputs)
+    scores = [one.scores for one in reduction.report.frame_scores]
+    assert len(torch.cat(scores).unique()) > 1
+    with fftriton.reduce(model, KVTP(0.4, scores), layout):
+        expected, expected_logits = generate(model, inputs)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(logits, expected_logits)
+    assert torch.equal(model(**inputs).logits, dense)
+
+
+@torch.no_grad()
+def test_own_attention_of_a_padded_batch_and_other_back_ends():
+    family = FAMILIES["qwen2_vl"]
+    model, samples = family.model(), [family.inputs(seed=0), family.inputs(videos=(3,), image=False, seed=1)]
+    with fftriton.reduce(model, KVTP(0.3, "attention")) as reduction:
+        alone = []
+        for sample in samples:
+            model(**sample)
+            alone.append(reduction.report.frame_scores)
+        model(**collate(samples, "left"))
+        together = [sample.frame_scores for sample in reduction.report.samples]
+        model.set_attn_implementation("eager")
+        model(**samples[0])
+        eager = reduction.report.frame_scores
+    for one, other in [*zip(alone, together, strict=True), (alone[0], eager)]:
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-4)
+
+
+def test_own_attention_after_another_method_and_where_it_cannot_work():
+    model, inputs, layout = qwen2()
+    _, report = forward(model, inputs, UniformFrames(0.5) + KVTP(0.2, "attention"), layout)
+    assert len(report.frame_scores[0].scores) == 6
+    with pytest.raises(ValueError, match="OwnAttention: layer must be below the number of layers, 3, got 3"):
+        fftriton.reduce(model, KVTP(0.3, OwnAttention(layer=3)), layout)
+    for name, value in (("tokens", 0), ("layer", -1), ("queries", 0)):
+        with pytest.raises(ValueError, match=f"OwnAttention: {name} must be at least"):
+            OwnAttention(**{name: value})
+
+
+def test_own_attention_as_text():
+    method = parse("kvtp:relevance=attention(tokens=2;layer=1)", 0.2)
+    assert method.relevance == OwnAttention(2, 1)
+    assert parse("kvtp:relevance=attention", 0.2).relevance == OwnAttention()
+    assert from_dict(to_dict(method)).relevance == parse(to_text(method)).relevance == method.relevance
+    assert Setting("kvtp:relevance=attention", 0.2).relevances == []
