@@ -1,8 +1,9 @@
-"""Memory of a training step of the predictor at the size of SigLIP so400m, from layers of this size.
+"""Memory of a training step of the predictor at the size of SigLIP so400m, extrapolated from one layer of this size.
 
-One and two layers of the vision tower are measured on a few frames, forward and backward, in bf16 with checkpointing as
-`train.py --precision bfloat16 --checkpointing` runs them. The rest is arithmetic: weights, gradients and Adam's two
-moments in fp32, what a layer saves for each frame, and what the backward pass of one batch of frames needs on top.
+One layer of the vision tower runs on a few frames in bf16, as `train.py --precision bfloat16 --checkpointing` runs it:
+counted are the bytes of its input, which checkpointing keeps, and of all that its backward pass needs. The rest is
+arithmetic: fp32 weights, gradients and Adam's two moments, the bf16 copies of the weights, the inputs of all layers for
+all frames, and twice (with gradients) what the backward pass of one layer needs for one batch of frames.
 
     python -m bench.kvtp.memory
 """
@@ -14,32 +15,44 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
-
-from bench.kvtp.train import enable_checkpointing
-from fftriton.runtime.measure import memory_before, peak_memory
 
 SIZE = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 VISION = SIZE | {"image_size": 384, "patch_size": 14}
 TEXT = SIZE | {"vocab_size": 32000, "max_position_embeddings": 64, "projection_size": 1152}
 BATCH = 32  # frames that are encoded at a time, as SiglipRelevance does
-BYTES = 16  # of a weight: itself, its gradient and two moments, all fp32
+BYTES = 16 + 2  # of a weight: itself, its gradient and two moments in fp32, and a copy in bf16
 
 
-def peak_of_layers(layers: int, frames: int, device: torch.device) -> int:
-    """Bytes above the weights and gradients that a forward and backward of so many layers takes at its peak."""
-    model = SiglipVisionModel(SiglipVisionConfig(**VISION | {"num_hidden_layers": layers})).to(device).train()
-    enable_checkpointing(model)
-    pixels = torch.randn(frames, 3, VISION["image_size"], VISION["image_size"], device=device)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    before = memory_before(device)
-    if before is None:
-        raise OSError("the peak memory of this process cannot be read on this system")
-    with torch.autocast(device.type, torch.bfloat16):
-        output = model(pixel_values=pixels).pooler_output
-    output.float().square().sum().backward()
-    return peak_memory(device) - before
+def measure_layer(frames: int) -> tuple[float, float]:
+    """Bytes per frame of a layer's input, and of what its backward pass needs; weights are not counted."""
+    model = SiglipVisionModel(SiglipVisionConfig(**VISION | {"num_hidden_layers": 1})).train()
+    (layer,) = [module for module in model.modules() if type(module).__name__ == "SiglipEncoderLayer"]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    given: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and frames in tensor.shape[:1]:  # the others are copies of weights
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def before(layer: nn.Module, args: tuple) -> None:
+        given.append(args[0].nbytes)
+        hooks.__enter__()
+
+    def after(layer: nn.Module, args: tuple, output: object) -> None:
+        hooks.__exit__(None, None, None)
+
+    hooks = saved_tensors_hooks(note, lambda tensor: tensor)
+    layer.register_forward_pre_hook(before)
+    layer.register_forward_hook(after)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(pixel_values=torch.randn(frames, 3, VISION["image_size"], VISION["image_size"]))
+    return given[0] / frames, sum(kept.values()) / frames
 
 
 def num_weights() -> int:
@@ -51,20 +64,19 @@ def num_weights() -> int:
 
 def main(
     frames: Annotated[int, typer.Option(min=1, help="Frames of the video of the step.")] = 128,
-    measured: Annotated[int, typer.Option(min=1, help="Frames that are measured.")] = 4,
+    measured: Annotated[int, typer.Option(min=2, help="Frames that are measured.")] = 3,
 ) -> None:
-    """Measure one and two layers, and extrapolate."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    one, two = (peak_of_layers(layers, measured, device) for layers in (1, 2))
-    saved = (two - one) / measured  # by a layer, for each frame
-    working = max(0.0, one / measured - saved)  # of the backward pass through one layer, for each frame
+    """Measure one layer, and extrapolate."""
+    given, needed = measure_layer(measured)
     weights = num_weights() * BYTES
-    total = weights + frames * SIZE["num_hidden_layers"] * saved + min(frames, BATCH) * working
+    inputs = frames * SIZE["num_hidden_layers"] * given
+    backward = 2 * min(frames, BATCH) * needed
     console = Console()
     for name, value in (
-        (f"measured: one layer, {measured} frames", one), (f"measured: two layers, {measured} frames", two),
-        ("weights, gradients, moments", weights), ("saved by a layer for a frame", saved),
-        ("needed on top for a frame", working), (f"extrapolated: a step of {frames} frames", total),
+        ("measured: input of a layer, per frame", given), ("measured: needed backward, per frame", needed),
+        ("weights, gradients, moments, bf16 copies", weights), (f"inputs of all layers, {frames} frames", inputs),
+        (f"backward through a layer, {min(frames, BATCH)} frames", backward),
+        (f"extrapolated: a step of {frames} frames", weights + inputs + backward),
     ):  # fmt: skip
         console.print(f"{name}: {value / 2**30:.3f} GiB", highlight=False)
 

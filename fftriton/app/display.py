@@ -108,7 +108,8 @@ def _rows(result: Result, ways: list[Way]) -> Iterator[tuple[str, list[str], str
 
 def _relevance_cell(report: Report) -> str:
     """What the scores of the frames cost."""
-    return f"{_milliseconds(report.relevance_seconds)}, {report.relevance_macs / 1e9:.3g} GMACs"
+    seconds = f"{_milliseconds(report.relevance_seconds)}, " if report.relevance_seconds else ""
+    return f"{seconds}{report.relevance_macs / 1e9:.3g} GMACs"
 
 
 def _vision_tokens(way: Way, report: Report) -> list[int]:
@@ -156,7 +157,7 @@ def _notes(options: Options, result: Result) -> Iterator[str]:
     if _lacks_relevance(result.reduced.method):
         yield (
             "KVTP gave every frame the same number of tokens, because it knows no relevance. Give --relevance the "
-            "checkpoint of a SigLIP."
+            "checkpoint of a SigLIP, or take --method kvtp:relevance=attention."
         )
     if report.budget < report.least_budget:
         yield f"No budget below {report.least_budget:.1%} can be met for this prompt with this method."

@@ -38,7 +38,7 @@ class Row:
         by_kind: accuracy for each kind of question.
         vision_tokens: for each layer, the video tokens in its attention, mean over samples.
         relevance_gigaflops: the predictor's part of `gigaflops`; None without a predictor.
-        relevance_ms: median time of the predictor; None without one.
+        relevance_ms: median time of the predictor; None without one, 0 if it is part of the decoder's.
         note: the reason why there is no accuracy.
     """
 
