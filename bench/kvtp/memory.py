@@ -32,11 +32,12 @@ def measure_layer(frames: int) -> tuple[float, float]:
     (layer,) = [module for module in model.modules() if type(module).__name__ == "SiglipEncoderLayer"]
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
+    tokens = frames * (VISION["image_size"] // VISION["patch_size"]) ** 2
     given: list[int] = []
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and frames in tensor.shape[:1]:  # the others are copies of weights
+        if storage.data_ptr() not in weights and tensor.numel() % tokens == 0:  # the others are copies of weights
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
