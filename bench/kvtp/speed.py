@@ -90,7 +90,7 @@ def main(
     width: Annotated[int, typer.Option(min=1)] = 3584,
     budget: Annotated[float, typer.Option()] = 0.2,
     turns: Annotated[int, typer.Option(min=1)] = 20,
-    longest: Annotated[int, typer.Option(min=128, help="Frames of the longest video, an eighth as wide.")] = 1024,
+    longest: Annotated[int, typer.Option(min=256, help="Frames of the longest video.")] = 1024,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     file: Annotated[Path | None, typer.Option("--csv", help="Where to write the rows.")] = None,
 ) -> None:
@@ -100,8 +100,8 @@ def main(
     seconds = medians(functions, turns)
     peaks = {name: peak(function) for name, function in functions.items()}
     del functions
-    lengths = [length for length in (64, 128, 256, 512, 1024, 2048, 4096) if length <= longest]
-    growing = [medians(calls(length, patches, max(1, width // 8), budget), 3) for length in lengths]
+    lengths = [length for length in (64, 256, 1024, 4096) if length <= longest]
+    growing = [medians(calls(length, patches, width, budget), 2) for length in lengths]
     rows = [
         {
             "name": name, "frames": frames, "patches": patches, "width": width, "budget": budget,
