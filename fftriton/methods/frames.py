@@ -64,7 +64,8 @@ class FrameRows:
 
     def parts(self, width: int) -> list[FrameRows]:
         """The frames in parts that are small enough to compare all their tokens, of this width, with each other."""
-        size = max(1, _PART_BYTES // (4 * max(1, self.rows.shape[1] * width)))
+        patches = self.rows.shape[1]
+        size = max(1, _PART_BYTES // (4 * max(1, patches * max(width, patches))))
         return [FrameRows(rows) for rows in self.rows.split(size)]
 
     def contexts(self, tokens: VideoTokens) -> Iterator[FrameContext]:
