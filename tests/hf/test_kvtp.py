@@ -14,7 +14,7 @@ from families import FAMILIES, collate
 from models import tiny_qwen2, video_embeddings
 
 import fftriton
-from fftriton import KVTP, FastV, FrameFusion, PruMerge, TopKPruner, UniformFrames, frame_budgets
+from fftriton import KVTP, FastV, FrameFusion, PruMerge, ToMe, TopKPruner, UniformFrames, frame_budgets
 from fftriton.evaluate import Setting
 from fftriton.hf.flops import prefill_flops
 from fftriton.methods import BeforeLayers, OwnAttention, from_dict, parse, to_dict, to_text
@@ -82,7 +82,7 @@ class Grouped(ByHand):
         return self.groups + [[place] for place in position if place >= self.length]
 
 
-@pytest.mark.parametrize("pruner", ["topk", "tome"])
+@pytest.mark.parametrize("pruner", ["topk", ToMe("weighted")], ids=["topk", "tome"])
 @EVERY_FAMILY
 @torch.no_grad()
 def test_equals_a_recomputation_by_hand(case, pruner):
