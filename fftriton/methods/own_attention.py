@@ -37,7 +37,7 @@ class OwnAttention:
             have.
 
     Source:
-        After DyToK, arXiv:2512.06866, which takes the attention of the model or of a smaller one to whole frames.
+        The idea is that of DyToK, which takes attention to whole frames.
     """
 
     tokens: int = 4
