@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -118,10 +119,41 @@ def test_kvtp_takes_its_budgets_from_a_predictor(tmp_path):
     result = invoke(*arguments, "--out", tmp_path / "out", "--no-compare")
     assert result.exit_code == 0, result.output
     assert "KVTP" in result.output
+    assert re.search(r"of which relevance\D+[\d.]+ ms, [\d.e-]+ GMACs", result.output)
+    assert "because it knows no relevance" not in result.output
+    (clip,) = json.loads((tmp_path / "out" / "report.json").read_text())["clips"]
+    (scored,), (counts,) = clip["relevance"], clip["tokens_of_frames"]
+    assert len(scored["scores"]) == len(counts) == clip["frames"]
+    assert sum(counts) == round(0.3 * clip["vision_tokens"])
+    assert scored["macs"] > 0
+    reduced = clip["reduced"]
+    assert reduced["seconds_to_first_token"] == pytest.approx(reduced["seconds_prefill"] + scored["seconds"])
     options = Options(method="kvtp", relevance=str(tmp_path / "siglip"), video=NEEDLE.path, out=tmp_path / "out")
     (job,) = prepare(options, lambda _: nullcontext(lambda done, total: None))
     expected = predictor(job.video.frames, job.clip.question)
     torch.testing.assert_close(job.method.relevance.scores, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "printed"),
+    [
+        ("kvtp", "because it knows no relevance. Give --relevance the checkpoint of a SigLIP, or take"),
+        ("kvtp:pruner=tome:temperature=1 + framefusion", "because it knows no relevance"),
+        ("kvtp:relevance=attention(tokens=2)", r"of which relevance\D+[\d.e-]+ GMACs"),
+        ("kvtp:pruner=tome(means=plain):relevance=attention + framefusion:start_layer=1", "score of each frame"),
+    ],
+)
+def test_kvtp_without_a_predictor(tmp_path, method, printed):
+    result = invoke("--method", method, "--video", NEEDLE.path, "--out", tmp_path, "--no-compare", "--budget", "0.2")
+    assert result.exit_code == 0, result.output
+    assert re.search(printed, " ".join(result.output.split()))
+    assert ("no relevance" in result.output) != ("attention" in method)
+
+
+def test_a_budget_below_the_floor_of_kvtp_is_met_as_closely_as_possible(tmp_path):
+    result = invoke("--method", "kvtp", "--video", NEEDLE.path, "--out", tmp_path, "--no-compare", "--budget", "0.05")
+    assert result.exit_code == 0, result.output
+    assert "No budget below 6.2% can be met" in result.output
 
 
 def test_a_predictor_may_be_named_in_the_method(tmp_path):
@@ -132,6 +164,8 @@ def test_a_predictor_may_be_named_in_the_method(tmp_path):
         prepare(options, lambda _: nullcontext(lambda done, total: None)) for options in (named, given)
     )
     torch.testing.assert_close(first.method.relevance.scores, second.method.relevance.scores)
+    with pytest.raises(ValueError, match="relevance must be given once, got 'x' and method"):
+        replace(named, relevance="x")
     with pytest.raises(ValueError, match="must be told the question that is asked"):
         replace(named, method=named.method + ":question=unrelated")
 

@@ -21,9 +21,9 @@ import fftriton
 import fftriton.app.cli
 from bench.needle import ablations
 from fftriton.evaluate import Plan, Setting, evaluate, mcnemar_exact, runner, summarise, wilson_interval
-from fftriton.evaluate.flops import prefill_flops
 from fftriton.evaluate.records import Record, RecordFolder
 from fftriton.evaluate.rows import depth_cells
+from fftriton.hf.flops import prefill_flops
 from fftriton.needle import generate_sample
 from fftriton.needle.task import NeedleTask
 from fftriton.runtime.shipped import NEEDLE

@@ -8,7 +8,7 @@ import torch
 import fftriton
 from bench.kvtp.needle import WORDS
 from bench.kvtp.small import small_siglip
-from fftriton import KVTP
+from fftriton import KVTP, ToMe, TopKPruner
 from fftriton.evaluate import Plan, Setting, evaluate
 from fftriton.evaluate.relevance import SampleRelevance, sample_relevance
 from fftriton.evaluate.runner import Answerer
@@ -85,6 +85,9 @@ class Noting(SampleRelevance):
     def __init__(self):
         self.questions = []
 
+    def to(self, device):
+        return self
+
     def bind(self, frames, question):
         self.questions.append(question)
         return BoundRelevance(torch.arange(len(frames)).float())
@@ -116,8 +119,8 @@ class _NoBar:
 def test_frames_are_encoded_once_and_answers_are_those_of_the_library(predictor, monkeypatch):
     names = [f"kvtp:relevance='{predictor}':pruner='{pruner}'" for pruner in ("random", "topk")]
     settings = {Setting(name, 0.2): name for name in names}
-    calls, encode = [], SiglipRelevance.encode
-    monkeypatch.setattr(SiglipRelevance, "encode", lambda *args, **named: calls.append(1) or encode(*args, **named))
+    calls, look = [], SiglipRelevance.look
+    monkeypatch.setattr(SiglipRelevance, "look", lambda *args, **named: calls.append(1) or look(*args, **named))
     answerer = Answerer(Target(), NeedleTask())
     sample = generate_sample("easy", 0, 1)
     records = answerer.answer(sample, settings)
@@ -127,6 +130,55 @@ def test_frames_are_encoded_once_and_answers_are_those_of_the_library(predictor,
         token = answerer.model(**answerer.processor(sample.video, sample.question)).logits[0, -1].argmax()
     assert records[1].answer == answerer.processor.tokenizer.decode(token)
     assert records[1].vision_tokens == reduction.report.vision_tokens_per_layer
+
+
+def test_features_of_a_video_serve_for_all_its_questions(predictor, monkeypatch):
+    """However the frames come, and if other videos come in between; patches are looked at once they are wanted."""
+    calls, look = [], SiglipRelevance.look
+    monkeypatch.setattr(SiglipRelevance, "look", lambda *args, **named: calls.append(1) or look(*args, **named))
+    relevance = sample_relevance(str(predictor))
+    one, other = (generate_sample("easy", 0, index).frames for index in (0, 1))
+    first = relevance.bind(one, "where is the red box")
+    relevance.bind(other, "where is the red box")
+    again = relevance.bind([*one.copy()], "where is the red box")
+    assert torch.equal(first.scores, again.scores)
+    assert (len(calls), first.macs) == (2, again.macs)
+    assert relevance.bind(one, "where is it", patches=True).patches is not None
+    assert len(calls) == 3
+
+
+def test_the_rows_have_the_cost_of_the_predictor(predictor, tmp_path):
+    name = f"kvtp:relevance='{predictor}'"
+    rows, records = evaluate(
+        Plan(methods=("kvtp", name), budgets=(0.2,), samples=2, out=tmp_path / "out"), lambda description: _NoBar()
+    )
+    without, scored = rows
+    assert without.relevance_ms is without.relevance_gigaflops is None
+    assert scored.gigaflops == pytest.approx(without.gigaflops + scored.relevance_gigaflops)
+    assert scored.relative_flops == pytest.approx(scored.gigaflops / without.gigaflops * without.relative_flops)
+    sample = generate_sample("easy", 0, 0)
+    bound = SiglipRelevance.from_pretrained(predictor).bind(sample.frames, sample.question)
+    own = records[Setting(name, 0.2)][0]
+    assert own.relevance_flops == bound.macs
+    assert own.relevance_seconds > 0
+    assert scored.prefill_ms > scored.relevance_ms > 0
+
+
+@pytest.mark.parametrize("pruner", ["topk(importance=predictor)", "tome(keys=predictor)"])
+def test_pruners_take_importance_and_keys_from_the_predictor(predictor, pruner):
+    sample = generate_sample("easy", 0, 0)
+    inputs = Target().load_processor()(sample.video, sample.question)
+    method = Setting(f"kvtp:relevance='{predictor}':pruner={pruner}", 0.2).method()
+    model = Target().load_model()
+    with torch.no_grad(), fftriton.reduce(model, method.about(sample.frames, sample.question)) as reduction:
+        model(**inputs)
+    patches = SiglipRelevance.from_pretrained(predictor).look(sample.frames, patches=True).patches
+    given = {"importance": patches.importance} if "importance" in pruner else {"keys": patches.vectors}
+    by_hand = (TopKPruner if "importance" in pruner else ToMe)(**given)
+    bound = SiglipRelevance.from_pretrained(predictor).bind(sample.frames, sample.question)
+    with torch.no_grad(), fftriton.reduce(model, KVTP(0.2, bound, by_hand)) as expected:
+        model(**inputs)
+    assert torch.equal(reduction.report.kept_positions[0], expected.report.kept_positions[0])
 
 
 def test_a_retrained_predictor_is_another_one(predictor):

@@ -38,6 +38,47 @@ def test_loss_by_hand():
     assert float(train.relevance_loss(clips, torch.tensor([5.0, 1.0]))) == pytest.approx(expected)
 
 
+def test_a_short_last_clip():
+    frames = torch.tensor([1.0, 3.0, -2.0, 0.5, 1.5])
+    clips = train.clip_logits(frames, 3)
+    last = torch.tensor([0.5, 1.5])
+    assert float(clips[1]) == pytest.approx(float((last.softmax(0) * last).sum()))
+    assert torch.equal(clips[:1], train.clip_logits(frames[:3], 3))
+    assert train.clip_logits(frames[:2], 3).shape == (1,)
+
+
+def test_the_short_last_clip_of_a_video(tmp_path):
+    np.save(tmp_path / "video.npy", np.arange(11 * 12, dtype=np.uint8).reshape(11, 2, 2, 3))
+    triple = triples.Triple(tmp_path / "video.npy", "q", (0.0, 5.0, 0.0), 11)
+    triples.write_triples(tmp_path / "data.jsonl", [triple])
+    assert triples.read_triples(tmp_path / "data.jsonl") == [triple]
+    assert np.array_equal(triple.frames(4), np.load(triple.video))
+    assert train.score_clips(small(ContextFusion(4), width=16, depth=1), triple, 4).shape == (3,)
+    with pytest.raises(ValueError, match="relevance must have a number for each of the 2 clips of 11 frames, got 3"):
+        triple.frames(8)
+
+
+def test_the_rate_falls_to_zero_and_bf16_moves_small_steps(planted, tmp_path):
+    """Adam's first step is the rate itself, in any precision; with checkpointing the gradients are the same."""
+    steps = {}
+    for precision, checkpointing in (("float32", False), ("float32", True), ("bfloat16", True)):
+        relevance = small(ContextFusion(2), width=16, depth=1)
+        recipe = train.Recipe(clip=2, precision=precision, checkpointing=checkpointing)
+        trainer = train.Trainer(relevance, planted[0][:4], recipe, tmp_path / f"{precision}{checkpointing}")
+        weights = [parameter.detach().clone() for parameter in trainer.modules.parameters()]
+        rates = []
+        for _ in range(4):
+            trainer.train_step()
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+        assert rates == pytest.approx([1e-6, 0.75e-6, 0.5e-6, 0.25e-6])
+        moved = [(a - b).detach().abs() for a, b in zip(weights, trainer.modules.parameters(), strict=True)]
+        assert 1e-6 < float(max(one.max() for one in moved)) < 3e-6
+        assert float(torch.cat([one.flatten() for one in moved]).count_nonzero()) > 1000
+        assert trainer.modules[0].dtype == torch.float32
+        steps[precision, checkpointing] = torch.cat([p.detach().flatten() for p in trainer.modules.parameters()])
+    assert torch.equal(steps["float32", False], steps["float32", True])
+
+
 def test_auc_by_hand(monkeypatch):
     videos = [triples.Triple(Path("x"), "q", labels) for labels in ((5.0, 0.0, 0.0), (1.0, 4.0))]
     scores = iter([torch.tensor([2.0, 1.0, 2.0]), torch.tensor([0.0, 3.0])])
@@ -112,6 +153,7 @@ def test_triples_from_a_video_file(tmp_path):
             '{"video": "a.npy", "question": "q", "relevance": []}',
             r"relevance must be finite numbers, one a clip, got \[\]",
         ),
+        ('{"video": "a.npy", "question": "q", "relevance": [1], "frames": 0}', "frames must be an integer of at least"),
         ('{"video": "a.npy", "question": "q", "relevance": [NaN]}', r"relevance must be finite numbers"),
         ('{"video": "a.npy", "question": " ", "relevance": [1]}', "question must not be empty"),
         ('{"video": "a.npy", "question": "q", "relevance": [1]}', "video must be a file, got 'a.npy' in line 1"),
@@ -130,6 +172,7 @@ def test_command_line(planted, tmp_path):
     arguments = [
         str(tmp_path / "held.jsonl"), "--checkpoint", str(tmp_path / "siglip"), "--out", str(tmp_path / "out"),
         "--eval-data", str(tmp_path / "held.jsonl"), "--clip", "2", "--head", "unscaled", "--device", "cpu",
+        "--batch-size", "8", "--precision", "bfloat16", "--checkpointing",
     ]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

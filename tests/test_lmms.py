@@ -1,15 +1,27 @@
 """The adapter to lmms-eval: its task files, and the same scores as `fftriton eval` where lmms-eval is installed."""
 
+import importlib
 import json
+import sys
+import types
 from importlib.metadata import entry_points
 
+import numpy as np
 import pytest
+import torch
 
+from bench.kvtp.needle import WORDS
+from bench.kvtp.small import small_siglip
 from fftriton.evaluate import Plan, Setting, evaluate
+from fftriton.evaluate.runner import Answerer
 from fftriton.lmms import needle
+from fftriton.lmms.asking import as_frames
 from fftriton.needle import generate_sample
+from fftriton.needle.task import NeedleTask
+from fftriton.relevance import SiglipRelevance
+from fftriton.runtime.answers import TokenClock, generate
 from fftriton.runtime.shipped import MODEL
-from fftriton.runtime.target import Target
+from fftriton.runtime.target import Target, to_model
 
 pytest.importorskip("av")  # reads videos
 
@@ -42,12 +54,17 @@ def test_task_files(tmp_path):
         assert needle.process_results(doc, ["nothing"]) == {"accuracy": 0.0}
 
 
-@pytest.mark.parametrize("method", ["framefusion:similarity_threshold=0.9", "fastv:layer=1", "keep-all"])
+METHODS = ["framefusion:similarity_threshold=0.9", "fastv:layer=1", "keep-all", "kvtp:relevance=PREDICTOR"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_scores_are_those_of_the_harness(tmp_path, method, monkeypatch):
     pytest.importorskip("lmms_eval.evaluator", reason=REASON)
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
+    small_siglip(WORDS, side=64, patch=16, width=16, depth=1).save_pretrained(tmp_path / "predictor")
+    method = method.replace("PREDICTOR", str(tmp_path / "predictor"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     needle.write_task(tmp_path / "tasks", "hard", samples=20)
     found = simple_evaluate(
@@ -105,6 +122,110 @@ def test_a_base_of_lmms_eval_is_reduced(monkeypatch):
     assert len(adapter.generate_until([Request])) == 1
     assert adapter.reduction.report.budget_achieved == pytest.approx(0.3, abs=0.01)
     assert adapter.reduction.method == Setting("framefusion", 0.3).method()
+
+
+@pytest.fixture
+def without_lmms_eval(monkeypatch):
+    """fftriton.lmms.model on a stand-in for what it uses of lmms-eval."""
+    names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.models")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules["lmms_eval.api.model"].lmms = type("lmms", (), {"rank": 0, "world_size": 1, "cache_hook": None})
+    modules["lmms_eval.models"].get_model = None
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "fftriton.lmms.model", raising=False)
+    yield importlib.import_module("fftriton.lmms.model")
+    sys.modules.pop("fftriton.lmms.model", None)
+
+
+class Request:
+    def __init__(self, index):
+        doc = {"split": "easy", "seed": 0, "index": index}
+        self.question = generate_sample("easy", 0, index).question
+        self.args = (self.question, {}, lambda doc: needle.doc_to_visual(doc), index, "task", "test")
+        self.doc = doc
+
+
+@pytest.mark.parametrize("processing", ["fftriton", "base"])
+def test_every_question_is_told_to_the_predictor(without_lmms_eval, processing, tmp_path, monkeypatch):
+    """The answers are those of the harness, whoever prepares the inputs; frames may be floats, channels first."""
+    adapter_of, folder = without_lmms_eval, tmp_path / "predictor"
+    small_siglip(WORDS, side=64, patch=16, width=16, depth=1).save_pretrained(folder)
+
+    class Base(adapter_of.VideoModel):
+        def __init__(self, pretrained):
+            super().__init__("qwen2_vl", pretrained)
+            self.own, self.processor = self.processor, self.process
+
+        def process(self, videos, text):
+            return self.own(self.video, text)
+
+        def _answer(self, question, settings, doc_to_visual, doc_id, task, split):
+            (self.video,) = doc_to_visual(self.task_dict[task][split][doc_id])
+            frames = torch.from_numpy(self.video.frames).movedim(-1, 1).float()
+            inputs = to_model(self.processor(videos=[frames], text=question), self.model)
+            tokens = generate(self.model, inputs, TokenClock(), self.target.answer_length(self.model))
+            return str(self.own.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    monkeypatch.setattr(adapter_of, "get_model", lambda name, force_simple: Base)
+    name = f"kvtp:relevance={folder}:pruner=topk(importance=predictor)"
+    adapter = adapter_of.FFTriton("qwen2_vl", name, 0.2, processing, pretrained=str(MODEL))
+    requests = [Request(index) for index in range(4)]
+    adapter.task_dict = {"task": {"test": [request.doc for request in requests]}}
+    setting = Setting(name, 0.2)
+    answerer = Answerer(Target(str(MODEL)), NeedleTask())
+    for request in requests:  # one by one: what is kept, too
+        (answer,) = adapter.generate_until([request])
+        kept = adapter.reduction.report
+        (record,) = answerer.answer(answerer.task.sample(request.args[3]), {setting: ""})
+        assert (answer, kept.relevance_macs) == (record.answer, record.relevance_flops)
+        sample = generate_sample("easy", 0, request.args[3])
+        bound = SiglipRelevance.from_pretrained(folder).bind(sample.frames, request.question)
+        torch.testing.assert_close(kept.frame_scores[0].scores, bound.scores, rtol=0, atol=1e-6)
+    assert adapter.generate_until(requests[:2]) == [adapter.generate_until([request])[0] for request in requests[:2]]
+    with pytest.raises(ValueError, match="answers single questions only"):
+        adapter.generate_until_multi_round(requests)
+    with pytest.raises(ValueError, match="generates answers only"):
+        adapter.loglikelihood(requests)
+
+
+def test_a_base_that_hides_its_frames_is_refused(without_lmms_eval, tmp_path, monkeypatch):
+    small_siglip(WORDS, side=64, patch=16, width=16, depth=1).save_pretrained(tmp_path / "predictor")
+
+    class Base(without_lmms_eval.VideoModel):
+        def __init__(self, pretrained):
+            super().__init__("qwen2_vl", pretrained)
+
+    monkeypatch.setattr(without_lmms_eval, "get_model", lambda name, force_simple: Base)
+    name = f"kvtp:relevance={tmp_path / 'predictor'}"
+    adapter = without_lmms_eval.FFTriton("qwen2_vl", name, 0.2, pretrained=str(MODEL))
+    adapter.task_dict = {"task": {"test": [Request(0).doc]}}
+    with pytest.raises(ValueError, match="the frames must be known for kvtp with relevance"):
+        adapter.generate_until([Request(0)])
+    with pytest.raises(ValueError, match="method must be told the question that is asked"):
+        without_lmms_eval.FFTriton("qwen2_vl", f"{name}:question=unrelated", 0.2, pretrained=str(MODEL))
+
+
+def test_frames_of_any_form():
+    frames = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
+    channels_first = torch.from_numpy(frames).movedim(-1, 1)
+    forms = (
+        frames,
+        [frames],
+        [[*frames]],
+        frames[None],
+        channels_first,
+        [channels_first.float()],
+        channels_first[None],
+    )
+    for videos in forms:
+        assert np.array_equal(as_frames(videos), frames)
+    for videos, message in (
+        ([frames, frames], "about one video .* got 2"), (frames / 255, "pixels must be from 0 to 255"),
+        (frames[0], "a video must be"), (np.zeros((2, 4, 6, 5, 3), np.uint8), "about one video .* got 2"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            as_frames(videos)
 
 
 def test_the_entry_point_is_there():

@@ -155,7 +155,7 @@ def test_methods_by_name(name):
         ("no_such_module:Method", "method must be a class that can be imported, got 'no_such_.*: No module"),
         ("math:Method", "method must be a class that can be imported, got 'math:Method'"),
         ("math:pi", "method must be a subclass of Method, got 'math:pi'"),
-        ("fftriton.methods.pruners:ToMe", "method must be a subclass of Method, got"),
+        ("fftriton.methods.tome:ToMe", "method must be a subclass of Method, got"),
     ],
 )  # fmt: skip
 def test_texts_that_cannot_be(text, message):
@@ -310,7 +310,8 @@ def test_dicts():
         ],
     }
     assert to_dict(KVTP(pruner=PruMerge(neighbours=16)))["pruner"] == {
-        "pruner": "prumerge", "importance": "distinctness", "neighbours": 16,
+        "pruner": "prumerge", "importance": "distinctness", "neighbours": 16, "keys": "tokens", "weights": "softmax",
+        "adds": "dropped",
     }  # fmt: skip
     assert to_dict(Loudest())["method"] == f"{Loudest.__module__}:Loudest"
     assert from_dict({"method": "FrameFusion", "stages": ["prune"]}) == FrameFusion(stages=("prune",))
@@ -356,7 +357,10 @@ def test_methods_that_cannot_be_written():
         (KVTP(relevance=torch.rand(3)), "KVTP: relevance must be a number, .* to be written, got Tensor"),
         (KVTP(relevance=[torch.rand(3)]), "KVTP: relevance must be a number, .* to be written, got Tensor"),
         (KVTP(relevance=lambda context: context), "KVTP: relevance must be .* got function"),
-        (KVTP(pruner=TopKPruner(fftriton.methods.pruners.feature_norm)), "TopKPruner: importance must be .* function"),
+        (
+            KVTP(pruner=TopKPruner(lambda context: context)),
+            "TopKPruner: importance must be .* function",
+        ),
         (UniformFrames() + KVTP(relevance=torch.rand(3)), "KVTP: relevance must be a number"),
         (Plain(), "method must be a dataclass to be written, got Plain"),
         (Local(), "method must be a class that can be imported, got .*<locals>.Local"),

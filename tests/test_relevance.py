@@ -1,14 +1,23 @@
 """Relevance by SigLIP: against the model's own forward, the fusion head against its formula, and files."""
 
+import math
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from models import tiny_qwen2_vl, video_prompt
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fftriton
 from bench.kvtp.small import small_siglip
-from fftriton.relevance import BoundRelevance, ContextFusion, SiglipRelevance
+from bench.kvtp.train import clip_logits, relevance_loss
+from fftriton.methods import FrameContext, FrameRows, VideoTokens
+from fftriton.relevance import BoundRelevance, ContextFusion, Patches, SiglipRelevance
+from fftriton.relevance.patches import token_grid
 
 WORDS = ["when", "does", "the", "red", "green", "box", "appear", "where", "is"]
 QUESTION = "When does the red box appear"
@@ -93,6 +102,52 @@ def test_fusion_head_by_its_formula(scaled):
             torch.testing.assert_close(head(images, texts)[video, i], expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("frames", [40, 43])
+def test_fusion_and_its_loss_are_the_authors(frames):
+    """Recorded from their code: 43 frames in clips of 8 for the context, the first 40 for the loss."""
+    recorded = load_file(Path(__file__).parent / "golden" / "kvtp" / "fusion.safetensors")
+    head = ContextFusion(clip=8)
+    with torch.no_grad():
+        head.log_temperature.copy_(recorded["log_temperature"])
+    if frames == 43:
+        for name, context in zip(("local", "global"), head.context(recorded["frames"]), strict=True):
+            torch.testing.assert_close(F.normalize(context, dim=-1), recorded[name], rtol=0, atol=1e-5)
+        return
+    scale, bias = recorded["scale_bias"]
+    logits = scale.exp() * head(recorded["frames"][:40], recorded["questions"]) + bias
+    clips = clip_logits(logits.amax(-1), 8)
+    torch.testing.assert_close(clips, recorded["clip_logits_40"], rtol=0, atol=1e-5)
+    loss = relevance_loss(clips, recorded["labels"])
+    loss.backward()
+    torch.testing.assert_close(loss, recorded["loss_40"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(head.log_temperature.grad, recorded["grad_log_temperature"], rtol=0, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@torch.no_grad()
+def test_the_context_of_a_long_video_takes_no_square_of_its_frames():
+    images = torch.randn(2051, 8, generator=torch.Generator().manual_seed(0))
+    head = ContextFusion(clip=8)
+    with Largest() as mode:
+        local, everywhere = head.context(images)
+    assert mode.numel < len(images) ** 2 / 7
+    unit = F.normalize(images, dim=-1)
+    similar = unit @ unit.T / math.sqrt(8)
+    torch.testing.assert_close(everywhere, similar.softmax(-1) @ images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(local[2048:], similar[2048:, 2048:].softmax(-1) @ images[2048:], rtol=0, atol=1e-5)
+
+
 def test_the_scale_makes_attention_almost_uniform():
     """At the width of SigLIP so400m, what frames see of their video differs a hundred times less with it."""
     images = torch.randn(64, 1152, generator=torch.Generator().manual_seed(0))
@@ -150,14 +205,100 @@ def test_runs_kvtp():
     assert counts == fftriton.frame_budgets(bound.scores.view(4, 2).amax(1), 6, 0.5, temperature=0.01).tolist()
 
 
-def test_an_odd_number_of_frames():
-    class Context:
-        num_frames = 4
+def context_of(frames, seed=0, width=8):
+    """A video of this many frames of three tokens."""
+    x = torch.randn(frames, 3, width, generator=torch.Generator().manual_seed(seed))
+    rows = torch.arange(3 * frames).view(frames, 3)
+    tokens = VideoTokens(x.view(1, -1, width), rows.view(1, -1), (rows % 3).view(1, -1), 3 * frames)
+    return FrameContext(0, 0, FrameRows(rows), tokens)
 
-    assert BoundRelevance(torch.tensor([1.0, 2, 5, 3, 0, -1, -7]))(Context).tolist() == [2, 5, 0, -7]
-    for taken in (3, 9):
-        with pytest.raises(ValueError, match=rf"whose tokens make 4 frames, got {taken}"):
-            BoundRelevance(torch.zeros(taken))(Context)
+
+def test_an_odd_number_of_frames():
+    bound = BoundRelevance(torch.tensor([1.0, 2, 5, 3, 0, -1, -7]))
+    assert bound(context_of(4)).tolist() == [2, 5, 0, -7]
+    for taken, frames in ((3, 4), (9, 4), (12, 4), (28, 4)):
+        with pytest.raises(ValueError, match=rf"whose tokens make {frames} frames, got {taken}"):
+            BoundRelevance(torch.zeros(taken))(context_of(frames))
+
+
+def test_a_binding_belongs_to_its_video():
+    bound = BoundRelevance(torch.tensor([1.0, 2, 5, 3]))
+    context = context_of(4)
+    rounded = replace(context, tokens=replace(context.tokens, hidden=context.tokens.hidden.bfloat16()))
+    assert torch.equal(bound(context), bound(rounded))
+    assert torch.equal(bound(context_of(4, width=16)), bound.scores)  # of another model
+    with pytest.raises(ValueError, match="a relevance belongs to the video that it was first used for"):
+        bound(context_of(4, seed=1))
+    assert torch.equal(bound(context), bound.scores)
+
+
+def test_the_cost_of_a_predictor(frames):
+    """Operations by the formula of each part; seconds of both towers, or of one if the features are given."""
+    relevance = small_siglip(WORDS, side=32, patch=8, width=64, depth=2)
+    width, patches, length, depth = 64, 16, 16, 2
+    layer = [n * 8 * width * width + 2 * n * n * width for n in (patches, length)]
+    head = 2 * patches * width**2 + 2 * width**2 + 2 * patches * width + 4 * width**2
+    vision = depth * layer[0] + patches * 3 * 8 * 8 * width + head
+    text = depth * layer[1] + width * width
+    bound = relevance.bind(frames, QUESTION)
+    assert bound.macs == len(frames) * vision + text
+    looked = relevance.look(frames)
+    assert looked.macs == len(frames) * vision
+    assert looked.seconds > 0
+    again = relevance.bind(looked, QUESTION)
+    assert torch.equal(again.scores, bound.scores)
+    assert again.seconds > looked.seconds
+    long = " ".join(WORDS * 4)
+    assert relevance.bind(relevance.encode(frames), long).macs == len(relevance.chunks(long)) * text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("naflex", [False, True], ids=["siglip", "siglip2-naflex"])
+def test_patches_are_those_of_the_pooling_head(frames, naflex):
+    relevance = small_siglip(WORDS, naflex=naflex)
+    relevance.batch_size = 3
+    frames = frames[:, :24]
+    patches = relevance.look(frames, patches=True).patches
+    pixels, tower = relevance.pixels(frames), relevance.model.vision_model
+    last = tower(**pixels).last_hidden_state
+    rows, columns = patches.attention.shape[1:]
+    last = last[:, : rows * columns]
+    assert (rows, columns) == (tuple(pixels["spatial_shapes"][0].tolist()) if naflex else (4, 4))
+    assert (rows != columns) == naflex
+    module = tower.head.attention
+    query, key, _ = (part for part in module.in_proj_weight.split(64))
+    bias = module.in_proj_bias.split(64)
+    q = (tower.head.probe[0] @ query.T + bias[0]).view(4, 16)
+    k = last @ key.T + bias[1]
+    heads = k.view(len(frames), rows * columns, 4, 16)
+    attention = torch.einsum("hd,tnhd->tnh", q / 4, heads).softmax(1).mean(-1)
+    torch.testing.assert_close(patches.attention.flatten(1), attention, rtol=0, atol=1e-6)
+    torch.testing.assert_close(patches.keys.flatten(1, 2), k, rtol=0, atol=1e-5)
+    assert patches.aspect == 24 / 48
+
+
+def test_patches_of_tokens():
+    """Two rows of three tokens for two pictures each: the mean over their place and over both pictures."""
+    attention = torch.arange(4 * 4 * 6).float().view(4, 4, 6)
+    patches = Patches(attention, torch.stack([attention, -attention], -1), aspect=0.6)
+    rows = torch.arange(12).view(2, 6)
+    context = FrameContext(0, 0, FrameRows(rows), context_of(4).tokens)
+    expected = attention.view(2, 2, 2, 2, 3, 2).mean((1, 3, 5)).flatten(1)
+    torch.testing.assert_close(patches.importance(context), expected)
+    torch.testing.assert_close(patches.vectors(context), torch.stack([expected, -expected], -1))
+    odd = Patches(attention[:3], patches.keys[:3], 0.6).importance(context)  # the last picture stands for both
+    torch.testing.assert_close(odd[1], attention[2].view(2, 2, 3, 2).mean((1, 3)).flatten())
+    grids = [token_grid(*case) for case in ((196, 1.0), (187, 11 / 17), (187, 17 / 11), (7, 0.5), (12, 4 / 3))]
+    assert grids == [(14, 14), (11, 17), (17, 11), (1, 7), (4, 3)]
+
+
+def test_patches_that_are_not_there(frames):
+    relevance = small_siglip(WORDS)
+    with pytest.raises(ValueError, match=r"video must be frames or made by look\(frames, patches=True\)"):
+        relevance.bind(relevance.encode(frames), QUESTION, patches=True)
+    relevance.model.vision_model.head = torch.nn.Identity()
+    with pytest.raises(ValueError, match="must have a pooling head with attention to score patches"):
+        relevance.look(frames, patches=True)
 
 
 def test_errors(frames):

@@ -73,7 +73,7 @@ def test_only_what_the_model_knows_is_moved():
         ("import fftriton", ("torch", "transformers", "numpy", "matplotlib", "av")),
         ("import fftriton.app.cli", ("torch", "transformers", "matplotlib", "av")),
         ("import fftriton.needle, fftriton.needle.task", ("matplotlib", "av")),
-        ("import fftriton.evaluate.flops", ("av",)),
+        ("import fftriton.hf.flops", ("av",)),
     ],
 )
 def test_what_is_not_imported(statement, absent):

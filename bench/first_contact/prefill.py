@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fftriton
 from bench.kernels.ops import Shape, video
-from fftriton.evaluate.flops import prefill_flops
+from fftriton.hf.flops import prefill_flops
 
 from .tracing import synchronize, trace
 from .worker import Run

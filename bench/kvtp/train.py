@@ -3,8 +3,12 @@
     python -m bench.kvtp.train triples.jsonl --checkpoint google/siglip-so400m-patch14-384 --out predictor
 
 The loss is the paper's. A clip's logit z_c is the mean of its frames' logits, weighted by their softmax; with y_c its
-relevance less the mean over the video's clips, the loss of a video is - sum over c of log sigmoid(z_c y_c). Adam, a
-learning rate of 1e-6, one epoch, gradients clipped to a norm of 1.
+relevance less the mean over the video's clips, the loss of a video is - sum over c of log sigmoid(z_c y_c). The
+defaults are the authors': Adam, a learning rate of 1e-6 that falls linearly to 0, one triple per step, one epoch,
+gradients clipped to a norm of 1. More triples per step are accumulated, one after the other.
+
+`--precision bfloat16` computes in bf16 and keeps the weights in fp32: a step of 1e-6 is below the resolution of bf16
+weights, which would stay as they are. `--checkpointing` computes the layers' activations anew in the backward pass.
 
 `out` holds the last checkpoint, which `SiglipRelevance.from_pretrained` loads, and what training needs to resume: the
 same command continues an interrupted training. `log.csv` has a row per checkpoint.
@@ -45,33 +49,45 @@ class Head(str, Enum):
     none = "none"
 
 
+class Precision(str, Enum):
+    """What products are computed in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train.
 
     Args:
-        learning_rate: of Adam, constant.
+        learning_rate: of Adam at the first step; it falls linearly to 0.
         epochs: passes over the triples.
-        batch_size: triples per step.
+        batch_size: triples per step, accumulated.
         clip: frames of a clip.
         max_norm: that gradients are clipped to.
         seed: of the order of the triples.
         save_every: steps from one checkpoint to the next.
+        precision: that products are computed in: "float32" or "bfloat16"; weights are fp32.
+        checkpointing: whether the backward pass computes activations anew, which saves memory.
     """
 
     learning_rate: float = 1e-6
     epochs: int = 1
-    batch_size: int = 8
+    batch_size: int = 1
     clip: int = 8
     max_norm: float = 1.0
     seed: int = 0
     save_every: int = 500
+    precision: str = "float32"
+    checkpointing: bool = False
 
 
 def clip_logits(frames: Tensor, clip: int) -> Tensor:
-    """[C * clip] logits of frames -> [C] of clips: their means, weighted by their softmax."""
-    frames = frames.view(-1, clip)
-    return (frames.softmax(1) * frames).sum(1)
+    """[T] logits of frames -> [C] of clips, the last of which may be short: means, weighted by their softmax."""
+    exists = F.pad(torch.ones_like(frames, dtype=torch.bool), (0, -len(frames) % clip)).view(-1, clip)
+    frames = F.pad(frames, (0, -len(frames) % clip)).view(-1, clip)
+    return (frames.masked_fill(~exists, float("-inf")).softmax(1) * frames).sum(1)
 
 
 def relevance_loss(clips: Tensor, relevance: Tensor) -> Tensor:
@@ -127,6 +143,8 @@ class Trainer:
         parts = [relevance.model] if relevance.head is None else [relevance.model, relevance.head]
         self.modules = nn.ModuleList(parts)
         self.optimizer = torch.optim.Adam(self.modules.parameters(), lr=recipe.learning_rate)
+        if recipe.checkpointing:
+            enable_checkpointing(relevance.model)
         self.step, self.rows = 0, []
         if (out / STATE).is_file():
             self._resume()
@@ -158,15 +176,23 @@ class Trainer:
         total = 0.0
         for triple in batch:
             labels = torch.tensor(triple.relevance, dtype=torch.float32, device=self.relevance.model.device)
-            loss = relevance_loss(score_clips(self.relevance, triple, self.recipe.clip), labels) / len(batch)
+            with self._precision():
+                clips = score_clips(self.relevance, triple, self.recipe.clip)
+            loss = relevance_loss(clips.float(), labels) / len(batch)
             loss.backward()
             total += float(loss.detach())
         nn.utils.clip_grad_norm_(self.modules.parameters(), self.recipe.max_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * (1 - self.step / self.num_steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.modules.eval()
         self.step += 1
         return total
+
+    def _precision(self) -> torch.autocast:
+        device = self.relevance.model.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def _batch(self, step: int) -> list[Triple]:
         """The triples of one step: the same ones whenever training was interrupted."""
@@ -213,9 +239,16 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a training must share with the checkpoint that it resumes from."""
-        recipe = {name: value for name, value in asdict(self.recipe).items() if name != "save_every"}
+        free = ("save_every", "checkpointing")
+        recipe = {name: value for name, value in asdict(self.recipe).items() if name not in free}
         head = None if self.relevance.head is None else self.relevance.head.extra_repr()
         return recipe | {"triples": len(self.triples), "head": head}
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Have the backward pass compute activations anew; transformers renamed the call in 5.24."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def progress_bar() -> Progress:
@@ -237,6 +270,8 @@ def main(
     save_every: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = Recipe.save_every,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the triples.")] = 0,
     device: Annotated[str | None, typer.Option(help="A torch device; the default is the GPU, if there is one.")] = None,
+    precision: Annotated[Precision, typer.Option(help="Of products; weights are float32.")] = Precision.float32,
+    checkpointing: Annotated[bool, typer.Option(help="Less memory, for a third more time.")] = False,
 ) -> None:
     """Train a SigLIP and its context fusion head to tell the clips that a question is about."""
     fusion = None if head is Head.none else ContextFusion(clip, scaled=head is Head.scaled)
@@ -248,7 +283,10 @@ def main(
         relevance.head = None
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     relevance.to(place)
-    recipe = Recipe(learning_rate, epochs, batch_size, clip, seed=seed, save_every=save_every)
+    recipe = Recipe(
+        learning_rate, epochs, batch_size, clip, seed=seed, save_every=save_every, precision=precision.value,
+        checkpointing=checkpointing,
+    )  # fmt: skip
     held_out = read_triples(eval_data) if eval_data else []
     try:
         trainer = Trainer(relevance, read_triples(data), recipe, out, held_out)

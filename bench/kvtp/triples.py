@@ -4,7 +4,8 @@ One line a triple, paths relative to the file:
 
     {"video": "clips/0001.mp4", "question": "When does she open the door?", "relevance": [0, 0, 4, 5, 0, 1]}
 
-`relevance` has one number, 0 to 5, for each of as many equal stretches of the video. A video is a file that FFmpeg
+`relevance` has one number, 0 to 5, for each of as many equal stretches of the video. With `"frames": 43` it has one for
+each clip of the 43 frames that are sampled, of which the last clip may have fewer. A video is a file that FFmpeg
 reads, or frames in a NumPy file: [T, H, W, 3] uint8.
 """
 
@@ -29,19 +30,28 @@ class Triple:
         video: the file.
         question: about it.
         relevance: of each clip, higher for more.
+        num_frames: frames to sample, of which the last clip may have fewer; None for as many of each clip.
     """
 
     video: Path
     question: str
     relevance: tuple[float, ...]
+    num_frames: int | None = None
 
     def frames(self, clip: int) -> np.ndarray:
-        """[clips * clip, H, W, 3] uint8: the same number of frames of each clip, evenly spaced.
+        """[T, H, W, 3] uint8: as many frames of each clip, evenly spaced.
+
+        With `num_frames` it is that many, and the last clip may be short.
 
         Raises:
             ValueError: a video that cannot be read, or none of [T, H, W, 3] uint8.
         """
-        wanted = clip * len(self.relevance)
+        wanted = self.num_frames or clip * len(self.relevance)
+        if -(-wanted // clip) != len(self.relevance):
+            raise ValueError(
+                f"relevance must have a number for each of the {-(-wanted // clip)} clips of {wanted} frames, got "
+                f"{len(self.relevance)} for {self.video}"
+            )
         frames = np.load(self.video) if self.video.suffix == ".npy" else read_video(self.video, wanted).frames
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
             raise ValueError(f"video must be [T, H, W, 3] uint8, got {frames.shape} of {frames.dtype} in {self.video}")
@@ -73,6 +83,7 @@ def write_triples(path: str | Path, triples: Iterable[Triple]) -> None:
                 "question": triple.question,
                 "relevance": triple.relevance,
             }
+            | ({} if triple.num_frames is None else {"frames": triple.num_frames})
         )
         for triple in triples
     ]
@@ -87,10 +98,13 @@ def _parse(line: str, path: Path, number: int) -> Triple:
     except (ValueError, TypeError, KeyError) as error:
         rule = 'data must hold {"video", "question", "relevance"} in each line'
         raise ValueError(f"{rule}, got {error!r} in {where}") from None
+    num_frames = value.get("frames")
+    if num_frames is not None and (not isinstance(num_frames, int) or num_frames < 1):
+        raise ValueError(f"frames must be an integer of at least 1, got {num_frames!r} in {where}")
     if not relevance or not all(map(math.isfinite, relevance)):
         raise ValueError(f"relevance must be finite numbers, one a clip, got {relevance} in {where}")
     if not str(question).strip():
         raise ValueError(f"question must not be empty, in {where}")
     if not (path.parent / video).is_file():
         raise ValueError(f"video must be a file, got '{video}' in {where}")
-    return Triple(path.parent / video, question, tuple(relevance))
+    return Triple(path.parent / video, question, tuple(relevance), num_frames)

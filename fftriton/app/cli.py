@@ -208,6 +208,13 @@ def evaluate(
                 console.print(
                     f"{row.method} at {row.budget:.0%}: {row.note}", markup=False, highlight=False, soft_wrap=True
                 )
+            if row.relevance_ms is not None:
+                time = f"{row.relevance_ms:.1f} of {row.prefill_ms:.1f} ms and " if row.relevance_ms else ""
+                console.print(
+                    f"{row.method} at {row.budget:.0%}: relevance takes {time}{row.relevance_gigaflops:.3g} of "
+                    f"{row.gigaflops:.3g} GMACs",
+                    markup=False, highlight=False, soft_wrap=True,
+                )  # fmt: skip
         console.print("Written: " + ", ".join(str(path) for path in files), highlight=False, soft_wrap=True)
 
 

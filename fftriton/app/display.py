@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..hf import Report
-from ..methods import Method
+from ..methods import KVTP, Chain, Method
 from ..methods.text import to_dict
 from ..runtime.answers import is_right
 from ..runtime.files import writing
@@ -111,16 +111,27 @@ def _rows(result: Result, ways: list[Way]) -> Iterator[tuple[str, list[str], str
     yield "vision tokens in layer", [summarise_layers(_vision_tokens(way, report)) for way in ways], ""
     yield "budget asked", [*alone, f"{report.budget:.0%}"], ""
     yield "budget achieved", [*alone, f"{report.budget_achieved:.1%}"], ""
+    for scores, counts in zip(report.frame_scores, report.frame_counts, strict=False):
+        yield "tokens of each frame", [*alone, " ".join(map(str, counts.tolist()))], ""
+        yield "score of each frame", [*alone, " ".join(f"{score:.3g}" for score in scores.scores.tolist())], ""
     if result.vision_seconds is not None:
         yield "vision encoder", [_milliseconds(result.vision_seconds)] * len(ways), ""
-    prefills = [way.cost.prefill for way in ways]
+    prefills = [way.first_token for way in ways]
     yield "prefill, to the first token", [_milliseconds(seconds) for seconds in prefills], _speed_up(prefills)
+    if report.frame_scores:
+        yield "  of which relevance", [*alone, _relevance_cell(report)], ""
     own = sum(report.seconds.get(stage, 0.0) for stage in ("merge", "prune"))
     yield "  of which merging and pruning", [*alone, _milliseconds(own)], ""
     decodes = [way.cost.decode for way in ways]
     yield "decode, per token", [_milliseconds(seconds) for seconds in decodes], _speed_up(decodes)
     peaks = [way.cost.peak_memory for way in ways]
     yield "peak memory above rest", [_mebibytes(peak) for peak in peaks], _saving(peaks)
+
+
+def _relevance_cell(report: Report) -> str:
+    """What the scores of the frames cost."""
+    seconds = f"{_milliseconds(report.relevance_seconds)}, " if report.relevance_seconds else ""
+    return f"{seconds}{report.relevance_macs / 1e9:.3g} GMACs"
 
 
 def _vision_tokens(way: Way, report: Report) -> list[int]:
@@ -165,8 +176,19 @@ def _notes(options: Options, result: Result) -> Iterator[str]:
         yield f"The model's vocabulary does not contain {words}. The model read only the rest of the question."
     if options.target.is_shipped and result.job.clip.path != NEEDLE.path:
         yield MODEL_LIMITS
+    if _lacks_relevance(result.reduced.method):
+        yield (
+            "KVTP gave every frame the same number of tokens, because it knows no relevance. Give --relevance the "
+            "checkpoint of a SigLIP, or take --method kvtp:relevance=attention."
+        )
     if report.budget < report.least_budget:
         yield f"No budget below {report.least_budget:.1%} can be met for this prompt with this method."
+
+
+def _lacks_relevance(method: Method | None) -> bool:
+    """Whether a KVTP is among the methods and has no scores."""
+    parts = method.methods if isinstance(method, Chain) else [method]
+    return any(isinstance(part, KVTP) and part.relevance is None for part in parts)
 
 
 def _as_dict(result: Result) -> dict[str, Any]:
@@ -186,6 +208,11 @@ def _as_dict(result: Result) -> dict[str, Any]:
         "prune_layer": report.prune_layer,
         "seconds_vision_encoder": result.vision_seconds,
         "seconds_of_stages": report.seconds,
+        "relevance": [
+            {"scores": scores.scores.tolist(), "seconds": scores.seconds, "macs": scores.macs}
+            for scores in report.frame_scores
+        ],
+        "tokens_of_frames": [counts.tolist() for counts in report.frame_counts],
         "dense": _way_as_dict(result.dense, report) if result.dense else None,
         "reduced": _way_as_dict(result.reduced, report),
         "pictures": [path.name for path in result.pictures],
@@ -197,6 +224,7 @@ def _way_as_dict(way: Way, report: Report) -> dict[str, Any]:
         "answer": way.answer,
         "vision_tokens_per_layer": _vision_tokens(way, report),
         "seconds_prefill": way.cost.prefill,
+        "seconds_to_first_token": way.first_token,
         "seconds_per_decoded_token": way.cost.decode,
         "peak_memory_bytes": way.cost.peak_memory,
     }

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checks import check_count
 from ..evaluate import Setting
+from ..evaluate.relevance import sample_relevance
 from ..methods import KVTP, Chain, Method
-from ..relevance import load_relevance
 from ..runtime.files import check_out
 from ..runtime.processing import Processor, unknown_words
 from ..runtime.progress import OpenBar
@@ -64,6 +64,8 @@ class Options:
         method = self.make_method()
         if self.relevance is not None and not any(isinstance(part, KVTP) for part in _parts(method)):
             raise ValueError(f"relevance must go with method kvtp, got method '{self.method}'")
+        if self.relevance is not None and any(getattr(part, "relevance", None) is not None for part in _parts(method)):
+            raise ValueError(f"relevance must be given once, got '{self.relevance}' and method '{self.method}'")
         if self.max_pixels is not None:
             check_count("fftriton", "max_pixels", self.max_pixels, 1)
 
@@ -159,15 +161,18 @@ def _encode(processor: Processor, clip: Clip, video: Video, method: Method) -> J
 
 def _methods(options: Options, clips: list[Clip], videos: list[Video], open_bar: OpenBar) -> list[Method]:
     """The method for each clip, with the relevance of the frames if requested."""
-    if options.relevance is None:
-        pairs = zip(clips, videos, strict=True)
-        return [options.make_method().about(video.frames, clip.question) for clip, video in pairs]
-    predictor = load_relevance(options.relevance).to(options.target.torch_device())
+    method, predictors = options.make_method(), Setting(options.method, options.budget).relevances
+    if options.relevance is not None:
+        predictors = [sample_relevance(options.relevance)]
+        method = _with_relevance(method, predictors[0])
+    for predictor in predictors:
+        predictor.to(options.target.torch_device())
+    if not predictors:
+        return [method.about(video.frames, clip.question) for clip, video in zip(clips, videos, strict=True)]
     methods = []
     with open_bar("Scoring the frames") as on_progress:
         for clip, video in zip(clips, videos, strict=True):
-            features = predictor.encode(video.frames, progress=False)
-            methods.append(_with_relevance(options.make_method(), predictor.bind(features, clip.question)))
+            methods.append(method.about(video.frames, clip.question))
             on_progress(len(methods), len(clips))
     return methods
 

@@ -49,6 +49,11 @@ class Way:
             raise RuntimeError(f"'{self.name}' has not run a reduction")
         return self._report
 
+    @property
+    def first_token(self) -> float:
+        """Seconds to the first token: the relevance predictor if there is one, and the prefill."""
+        return self.cost.prefill + (0.0 if self._report is None else self.report.relevance_seconds)
+
     @contextmanager
     def running(self, model: Any) -> Iterator[None]:
         """Run the model in this way inside the block."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 from ..checks import check_budget, check_choice, check_count
 from ..methods import KeepAll, Method, RandomTokens
 from ..methods.components import Component, class_of, make
+from ..methods.registry import RELEVANCES
 from ..methods.text import read
 from ..runtime.target import Target
 from .relevance import UNRELATED, SampleRelevance, sample_relevance
@@ -42,7 +44,7 @@ class Setting:
     def relevances(self) -> list[SampleRelevance]:
         """The predictors that are named."""
         named = [part.parameters.get("relevance") for part in read(self.name)]
-        return [sample_relevance(checkpoint) for checkpoint in named if checkpoint is not None]
+        return [sample_relevance(checkpoint) for checkpoint in named if _is_checkpoint(checkpoint)]
 
     @property
     def is_control(self) -> bool:
@@ -55,7 +57,7 @@ class Setting:
         if class_of(part) is RandomTokens:
             parameters.setdefault("seed", index)
         check_choice("methods", "question", parameters.pop("question", UNRELATED), (UNRELATED,))
-        if parameters.get("relevance") is not None:
+        if _is_checkpoint(parameters.get("relevance")):
             parameters["relevance"] = sample_relevance(parameters["relevance"])
         return Component(part.name, parameters)
 
@@ -135,6 +137,11 @@ class Plan:
         if setting.name == reference or _keeps_all(setting.name):
             return None
         return Setting(reference, 1.0 if _keeps_all(reference) else setting.budget)
+
+
+def _is_checkpoint(relevance: object) -> TypeGuard[str]:
+    """Whether a relevance names a checkpoint, and not the model's own attention."""
+    return isinstance(relevance, str) and relevance not in RELEVANCES
 
 
 def _keeps_all(name: str) -> bool:

@@ -24,11 +24,13 @@ class Record:
         answer, expected: the model's answer and the right answer.
         right: whether they agree.
         budget_achieved: mean over layers of the video tokens in attention, as a fraction of the prompt's.
-        flops: multiply-accumulates of the prefill, see `prefill_flops`.
+        flops: multiply-accumulates of the prefill, see `prefill_flops`, and of the relevance predictor.
         dense_flops: multiply-accumulates with all tokens.
         prefill_seconds: time of the decoder for the prompt.
         peak_memory: peak bytes above those in use before; None if it was not measured.
         vision_tokens: for each layer, the video tokens in its attention.
+        relevance_seconds: time of the relevance predictor, which comes before the prefill.
+        relevance_flops: its multiply-accumulates.
     """
 
     key: str
@@ -45,6 +47,8 @@ class Record:
     prefill_seconds: float
     peak_memory: int | None
     vision_tokens: list[int]
+    relevance_seconds: float = 0.0
+    relevance_flops: float = 0.0
 
 
 class RecordFolder:

@@ -28,14 +28,17 @@ class Row:
         samples: number of answers.
         accuracy: fraction of right answers; None if the method cannot work at this budget.
         accuracy_low, accuracy_high: its 95 % interval (Wilson).
-        relative_flops: multiply-accumulates of the prefill, relative to all tokens; mean over samples.
-        gigaflops: 10^9 multiply-accumulates of the prefill; mean over samples.
-        prefill_ms: median time of the decoder for a prompt, in milliseconds.
+        relative_flops: multiply-accumulates of the prefill and of the relevance predictor, relative to the prefill of
+            all tokens; mean over samples.
+        gigaflops: 10^9 multiply-accumulates of the prefill and of the predictor; mean over samples.
+        prefill_ms: median time of the predictor and the decoder for a prompt, in milliseconds.
         peak_mib: peak memory of a prompt above rest; median of the first samples.
         against: the method that `p_value` compares with at the same budget.
         p_value: p-value of McNemar's exact test on the same samples, two-sided.
         by_kind: accuracy for each kind of question.
         vision_tokens: for each layer, the video tokens in its attention, mean over samples.
+        relevance_gigaflops: the predictor's part of `gigaflops`; None without a predictor.
+        relevance_ms: median time of the predictor; None without one, 0 if it is part of the decoder's.
         note: the reason why there is no accuracy.
     """
 
@@ -54,6 +57,8 @@ class Row:
     p_value: float | None = None
     by_kind: dict[str, float] = field(default_factory=dict)
     vision_tokens: list[float] = field(default_factory=list)
+    relevance_gigaflops: float | None = None
+    relevance_ms: float | None = None
     note: str | None = None
 
 
@@ -92,6 +97,7 @@ def _row(setting: Setting, records: Sequence[Record], other: Setting | None, oth
     right = sum(record.right for record in records)
     low, high = wilson_interval(right, len(records))
     peaks = [record.peak_memory for record in records if record.peak_memory is not None]
+    scored = any(record.relevance_flops for record in records)
     kinds = dict.fromkeys(record.kind for record in records)
     return Row(
         setting.name,
@@ -103,10 +109,12 @@ def _row(setting: Setting, records: Sequence[Record], other: Setting | None, oth
         accuracy_high=high,
         relative_flops=statistics.fmean(record.flops / record.dense_flops for record in records),
         gigaflops=statistics.fmean(record.flops for record in records) / 1e9,
-        prefill_ms=statistics.median(record.prefill_seconds for record in records) * 1e3,
+        prefill_ms=statistics.median(record.prefill_seconds + record.relevance_seconds for record in records) * 1e3,
         peak_mib=statistics.median(peaks) / 2**20 if peaks else None,
         against=other.name if other and others else None,
         p_value=_p_value(records, others) if others else None,
+        relevance_gigaflops=statistics.fmean(record.relevance_flops for record in records) / 1e9 if scored else None,
+        relevance_ms=statistics.median(record.relevance_seconds for record in records) * 1e3 if scored else None,
         by_kind={kind: _accuracy([record for record in records if record.kind == kind]) for kind in kinds},
         vision_tokens=[statistics.fmean(counts) for counts in zip(*(r.vision_tokens for r in records), strict=True)],
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..hf import reduce
+from ..hf.flops import prefill_flops
 from ..methods import Method
 from ..runtime.answers import TokenClock, generate
 from ..runtime.encoding import encoded_once
@@ -22,7 +23,6 @@ from ..runtime.processes import this_process, wait_for_all
 from ..runtime.progress import OpenBar
 from ..runtime.target import Target, to_model
 from .digests import digest_of_code, digest_of_method, digest_of_weights
-from .flops import prefill_flops
 from .plan import Plan, Setting
 from .records import Record, RecordFolder
 from .rows import Row, summarise
@@ -59,6 +59,8 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
         problems = {setting: why for setting in plan.settings if (why := setting.problem(layers)) is not None}
         origin = answerer.describe()
         keys = {setting: _key(origin, setting) for setting in plan.settings if setting not in problems}
+        for relevance in {relevance for setting in keys for relevance in setting.relevances}:
+            relevance.to(answerer.model.device)
         folder = RecordFolder(plan.out, process.index)
         done = folder.read(keys.values())
         own = range(process.index, plan.samples, process.count)
@@ -148,11 +150,13 @@ class Answerer:
             sample.answer,
             self.task.score(sample, answer),
             report.budget_achieved,
-            prefill_flops(self.config, report.rows_per_layer, report.tokens_per_layer),
+            prefill_flops(self.config, report.rows_per_layer, report.tokens_per_layer) + report.relevance_macs,
             prefill_flops(self.config, all_tokens, all_tokens),
             report.seconds["prefill"],
             peak,
             report.vision_tokens_per_layer,
+            report.relevance_seconds,
+            report.relevance_macs,
         )
 
 

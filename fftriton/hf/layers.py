@@ -6,17 +6,18 @@ The layers have hooks only while some thread has a forward open that needs them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .compat import first_of, with_first
+from .compat import UnknownReleaseError, causal_mask, first_of, with_first
 from .continuation import Continuation
 from .hooks import Hook, Undo
-from .importance import AttentionTap
+from .importance import Attention, AttentionTap
 from .modules import has_attention
 from .prefill import Prefill
 
@@ -110,13 +111,54 @@ class LayerHooks:
         hidden = args[0] if args else kwargs["hidden_states"]
         if isinstance(forward, Prefill):
             if index == 0:
-                forward.begin(hidden, kwargs)
+                forward.begin(hidden, kwargs, self._decoder.config, partial(self._first_layers, kwargs))
                 forward.residual.note_state(hidden)
             hidden = forward.before_attention(index, hidden)
         kwargs.update(forward.layer_arguments(index, hidden, kwargs, self._decoder.config))
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
+
+    def _first_layers(
+        self, given: dict[str, Any], hidden: Tensor, rotary: tuple[Tensor, ...], additions: Sequence[Tensor], last: int
+    ) -> Attention:
+        """Run the layers up to the attention of one of them on some tokens, beside the forward that is open.
+
+        Args:
+            given: the arguments of layer 0.
+            hidden: [1, M, D]: the tokens.
+            rotary: their rotary embeddings.
+            additions: [1, M, D] each, what the decoder adds to the outputs of its first layers.
+            last: index of the layer whose attention is returned.
+        """
+        config, layers = self._decoder.config, self._decoder.layers
+        own = {"past_key_values": None, "cache": None, "use_cache": False, "position_ids": None, "cache_position": None}
+        arguments = given | {name: value for name, value in own.items() if name in given}
+        arguments |= {"attention_mask": causal_mask(config, hidden, None, 0), "position_embeddings": rotary or None}
+        arguments.pop("hidden_states", None)
+        forward, self._forward.open = self._forward.open, None  # the hooks of the layers do nothing meanwhile
+        before = layers[last].self_attn.register_forward_pre_hook(lambda *_: self._tap.listen())
+        after = layers[last].self_attn.register_forward_hook(_stop)
+        try:
+            with torch.no_grad():
+                for index, layer in enumerate(layers):
+                    masks = {} if has_attention(layer) else {"attention_mask": None}
+                    hidden = first_of(layer(hidden, **(arguments | masks)))
+                    if index < len(additions):
+                        hidden = hidden + additions[index].to(hidden.device, hidden.dtype)
+        except _Heard:
+            pass
+        finally:
+            before.remove()
+            after.remove()
+            self._tap.stop()
+            self._forward.open = forward
+        heard = self._tap.take()
+        if heard is None:
+            raise UnknownReleaseError(
+                f"the attention of layer {last} must choose its function by config._attn_implementation, but does not"
+            )
+        return heard
 
     def _before_attention(self, index: int, attention: nn.Module, args: tuple) -> None:
         prefill = self._prefill
@@ -156,6 +198,14 @@ class LayerHooks:
             hidden = prefill.restore(hidden)
         prefill.residual.note_state(hidden)
         return None if hidden is given else with_first(output, hidden)
+
+
+class _Heard(Exception):  # noqa: N818
+    """The attention of the last of the first layers has been heard."""
+
+
+def _stop(attention: nn.Module, args: tuple, output: Any) -> None:
+    raise _Heard
 
 
 class _Shared:

@@ -35,7 +35,7 @@ features and padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,6 +48,7 @@ from ..methods.base import Method, Prompt, VideoTokens, Window, start
 from .compat import UnknownReleaseError
 from .continuation import CacheLayers, Continuation
 from .finder import PlacedVideo
+from .flops import prefill_flops
 from .importance import Attention
 from .invariants import Invariants
 from .report import Report, SampleReport, Stopwatch
@@ -91,8 +92,17 @@ class Prefill(Continuation):
         self._rotary_like: Sequence[Tensor] = ()
         self._stopwatch = Stopwatch(source.device)
 
-    def begin(self, hidden: Tensor, given: Mapping[str, Any]) -> None:
-        """Take the prompt's hidden states [B, N, D] and the arguments of layer 0."""
+    def begin(
+        self, hidden: Tensor, given: Mapping[str, Any], config: Any, first_layers: Callable[..., Attention]
+    ) -> None:
+        """Take the prompt's hidden states [B, N, D] and the arguments of layer 0.
+
+        Args:
+            hidden, given: these.
+            config: the decoder's.
+            first_layers: runs the first layers beside this forward, see LayerHooks.
+        """
+        self._config, self._run_first_layers = config, first_layers
         if given.get("position_embeddings") is None and any(self.attends):
             raise UnknownReleaseError(
                 f"the decoder must call its layers with 'position_embeddings', got {', '.join(given)}"
@@ -119,8 +129,9 @@ class Prefill(Continuation):
             if videos:
                 own_layouts = [without_padding(layout, places) for layout in layouts] if is_padded else layouts
                 prompt = Prompt(
-                    len(self.attends), tokens.length, own_layouts, self.attends, [video.number for video in videos]
-                )
+                    len(self.attends), tokens.length, own_layouts, self.attends, [video.number for video in videos],
+                    1 + max(video.number for video in self.videos),
+                )  # fmt: skip
                 state = start(self.method, prompt)
             report = SampleReport(str(self.method), self.method.budget, layouts, tokens.length, count)
             tail = self._tail(layouts, rows)
@@ -151,6 +162,17 @@ class Prefill(Continuation):
             if self._rotary_like:
                 changed["position_embeddings"] = self._rotary
         return changed
+
+    def _first_layers(self, row: int, tokens: VideoTokens, layer: int, queries: int | None) -> tuple[Tensor, float]:
+        """See `VideoTokens.first_layers`, for one sample."""
+        rotary = tuple(
+            as_rotary(part, original) for part, original in zip(tokens.companions, self._rotary_like, strict=True)
+        )
+        heard = self._run_first_layers(tokens.hidden, rotary, tokens.additions, layer)
+        later = min(self.samples[row].later, tokens.length - 1)
+        received = heard.received(0, slice(0, tokens.length), None, later, queries)
+        counts = [tokens.length] * (layer + 1) + [0]  # the last one ends after its attention
+        return received.to(tokens.hidden.device), prefill_flops(self._config, counts, counts)
 
     def after_attention(self, index: int, hidden: Tensor, heard: Attention | None) -> Tensor | None:
         """The rows [B, M, D] that the feed-forward block is to see, or None if nothing changed."""
@@ -199,6 +221,7 @@ class Prefill(Continuation):
         for sample in self.samples:
             if sample.state is not None:
                 sample.report.least_budget = sample.state.least_budget
+                sample.report.frame_scores = list(sample.state.frame_scores)
         return Report([sample.report for sample in self.samples], self._stopwatch)
 
     def hide_targets(self) -> None:
@@ -259,7 +282,7 @@ class Prefill(Continuation):
     def _reduce(self, stage: str, index: int, hidden: Tensor, attention: Attention | None) -> Tensor:
         """Ask the method about every sample. Returns `hidden` itself if nothing changed."""
         before = [
-            sample.tokens.at(hidden[row : row + 1, sample.rows], self._scores(attention, index, row))
+            sample.tokens.at(hidden[row : row + 1, sample.rows], *self._senses(stage, attention, index, row))
             for row, sample in enumerate(self.samples)
         ]
         self.asking = True
@@ -275,6 +298,11 @@ class Prefill(Continuation):
         if all(left.hidden is given.hidden for left, given in zip(after, before, strict=True)):
             return hidden
         return self._pack([tokens.hidden for tokens in after])
+
+    def _senses(self, stage: str, attention: Attention | None, index: int, row: int) -> tuple[Any, Any]:
+        """What `VideoTokens.attention` and `VideoTokens.first_layers` are to be for one sample."""
+        first = partial(self._first_layers, row) if stage == "before_attention" and index == 0 else None
+        return self._scores(attention, index, row), first
 
     def _scores(self, attention: Attention | None, index: int, row: int) -> Any:
         """What `VideoTokens.attention` is to be for one sample."""

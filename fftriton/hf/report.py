@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.layout import VideoLayout
-from ..methods.base import Merge, Window
+from ..methods.base import FrameScores, Merge, Window
 from . import report_tables
 
 
@@ -104,6 +104,8 @@ class SampleReport:
         prune_layer: index of the layer that pruned last (after its attention; layer 0: before it), or None.
         least_budget: the lowest budget that could have been met on this prompt.
         window: which tokens each token may attend to, or None if to all in the layer.
+        frame_scores: the scores by which the method shared its budget among the frames, one per video; empty if it did
+            not.
     """
 
     method: str
@@ -118,12 +120,29 @@ class SampleReport:
     prune_layer: int | None = None
     least_budget: float = 1.0
     window: Window | None = None
+    frame_scores: list[FrameScores] = field(default_factory=list)
     _prunings: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # positions [n] before and after
 
     @property
     def tokens_per_layer(self) -> list[int]:
         """Per layer, the most tokens that one token attends to: the rows in its attention, or those in its window."""
         return [len(kept) for kept in self.kept_positions]
+
+    @property
+    def frame_counts(self) -> list[Tensor]:
+        """Per video, how many tokens of each frame are in the attention of the first layer: int64 [F]."""
+        kept = self.kept_positions[0].cpu()
+        return [torch.isin(layout.positions.cpu(), kept).sum(1) for layout in self.layouts]
+
+    @property
+    def relevance_seconds(self) -> float:
+        """Seconds that predictors took before the forward to score the frames; not part of "prefill"."""
+        return sum(scores.seconds for scores in self.frame_scores)
+
+    @property
+    def relevance_macs(self) -> float:
+        """Multiply-accumulates of these predictors, each of which counts once."""
+        return sum(scores.macs for scores in self.frame_scores)
 
     @property
     def budget_achieved(self) -> float:
@@ -156,6 +175,13 @@ class SampleReport:
             "prune_layer": self.prune_layer,
             "pruned": self.pruned.tolist(),
             "window": None if window is None else {"sinks": window.sinks, "recent": window.recent},
+            "relevance_seconds": float(self.relevance_seconds),
+            "relevance_macs": float(self.relevance_macs),
+            "frame_counts": [counts.tolist() for counts in self.frame_counts],
+            "frame_scores": [
+                {"video": one.video, "scores": one.scores.tolist(), "seconds": one.seconds, "macs": one.macs}
+                for one in self.frame_scores
+            ],
         }
 
     def __repr__(self) -> str:
@@ -269,6 +295,26 @@ class Report:
     def window(self) -> Window | None:
         """As `SampleReport.window`."""
         return self._only("window").window
+
+    @property
+    def frame_scores(self) -> list[FrameScores]:
+        """As `SampleReport.frame_scores`."""
+        return self._only("frame_scores").frame_scores
+
+    @property
+    def frame_counts(self) -> list[Tensor]:
+        """As `SampleReport.frame_counts`."""
+        return self._only("frame_counts").frame_counts
+
+    @property
+    def relevance_seconds(self) -> float:
+        """As `SampleReport.relevance_seconds`."""
+        return self._only("relevance_seconds").relevance_seconds
+
+    @property
+    def relevance_macs(self) -> float:
+        """As `SampleReport.relevance_macs`."""
+        return self._only("relevance_macs").relevance_macs
 
     def _only(self, name: str) -> SampleReport:
         # an AttributeError: hasattr, inspect.getmembers and a notebook's completion take any other error for a failure

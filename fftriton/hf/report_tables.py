@@ -40,6 +40,13 @@ def of_sample(sample: SampleReport) -> tuple[list[str], Table]:
     ]
     if sample.window is not None:
         sentences.append(f"attention to the first {sample.window.sinks} and the last {sample.window.recent} tokens")
+    for scores, counts in zip(sample.frame_scores, sample.frame_counts, strict=False):
+        sentences.append(
+            f"video {scores.video}: {int(counts.min())} to {int(counts.max())} tokens a frame, scores "
+            f"{float(scores.scores.min()):.3g} to {float(scores.scores.max()):.3g}"
+        )
+    if sample.relevance_seconds:
+        sentences.append(f"relevance: {sample.relevance_seconds:.3g} s, {sample.relevance_macs / 1e9:.3g} GMACs")
     return sentences, [["layers", "rows", "tokens attended", "video tokens", "of all", "step"], *_layers(sample)]
 
 

@@ -14,6 +14,7 @@ from ..hf import apply
 from ..runtime.answers import TokenClock, generate
 from ..runtime.target import Target, to_model
 from ..runtime.video import Video, read_video
+from .asking import AskedRelevance, noting, with_asked
 
 PROCESSING = ("base", "fftriton")
 
@@ -24,7 +25,8 @@ class FFTriton(lmms):
     Args:
         base: name of the model in lmms-eval: qwen2_vl, qwen2_5_vl, llava_onevision, ... It must be a model for simple
             tasks (`models/simple`) with a Hugging Face model of a supported family in `.model`.
-        method: method as text, as for `fftriton eval` ("framefusion:similarity_threshold=0.9").
+        method: method as text, as for `fftriton eval` ("framefusion:similarity_threshold=0.9"). kvtp with a relevance
+            is told each question, and the frames that the base passes to its processor.
         budget: fraction of the vision tokens to keep, in (0, 1].
         processing: "base" leaves loading, frame sampling and prompts to lmms-eval's model. "fftriton" does them itself,
             see `VideoModel`, for machines on which lmms-eval's model cannot run (it needs torchvision and decord).
@@ -42,11 +44,17 @@ class FFTriton(lmms):
     ) -> None:
         super().__init__()
         check_choice("fftriton", "processing", processing, PROCESSING)
-        chosen = Setting(method, float(budget)).method()
+        setting = Setting(method, float(budget))
+        if setting.is_control:
+            raise ValueError(f"fftriton: method must be told the question that is asked, got '{method}'")
+        chosen, self.asked = with_asked(setting.method())
         if processing == "base":
             self.base = get_model(base, force_simple=True)(**arguments)
         else:
             self.base = VideoModel(base, **arguments)
+            self.base.asked = self.asked
+        for relevance in setting.relevances:
+            relevance.to(self.base.model.device)
         self.reduction = apply(self.base.model, chosen)
         self._rank, self._world_size = self.base.rank, self.base.world_size
 
@@ -57,16 +65,41 @@ class FFTriton(lmms):
         return getattr(self.base, name)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answer each request, as in lmms-eval."""
-        return self._base().generate_until(requests)
+        """Answer each request, as in lmms-eval; one after the other if a method has to know the question.
+
+        Raises:
+            ValueError: the base does not tell its processor the frames.
+        """
+        if not self.asked:
+            return self._base().generate_until(requests)
+        with noting(self.base, self.asked):
+            return [self._ask(request) for request in requests]
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Answer each request over several rounds, as in lmms-eval."""
+        """Answer each request over several rounds, as in lmms-eval.
+
+        Raises:
+            ValueError: a method has to know the question, which differs from round to round.
+        """
+        if self.asked:
+            raise ValueError("fftriton: kvtp with relevance answers single questions only")
         return self._base().generate_until_multi_round(requests)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """The log-likelihoods of given answers, as in lmms-eval."""
+        """The log-likelihoods of given answers, as in lmms-eval.
+
+        Raises:
+            ValueError: a method has to know the question, which is not told apart from the answer here.
+        """
+        if self.asked:
+            raise ValueError("fftriton: kvtp with relevance generates answers only")
         return self._base().loglikelihood(requests)
+
+    def _ask(self, request: Any) -> str:
+        """Answer one request, whose question the method is told."""
+        for relevance in self.asked:
+            relevance.ask(request.args[0])
+        return self._base().generate_until([request])[0]
 
     def _base(self) -> Any:
         self.base.task_dict, self.base.cache_hook = self.task_dict, self.cache_hook
@@ -101,6 +134,7 @@ class VideoModel(lmms):
             raise ValueError(
                 f"fftriton: base must be {self.model.config.model_type}, as the checkpoint is, got {family}"
             )
+        self.asked: list[AskedRelevance] = []
         self._frames = int(max_num_frames)
         check_count("fftriton", "max_num_frames", self._frames, 1)
 
@@ -123,6 +157,8 @@ class VideoModel(lmms):
             raise ValueError(f"fftriton: a question must be about one video, got {len(visuals)} of '{task}'")
         video = visuals[0] if isinstance(visuals[0], Video) else read_video(visuals[0], self._frames)
         most = settings.get("max_new_tokens") or self.target.answer_length(self.model)
+        for relevance in self.asked:
+            relevance.see(video.frames)
         inputs = to_model(self.processor(video, question), self.model)
         tokens = generate(self.model, inputs, TokenClock(), most)
         answer = str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from .chain import Chain
     from .fastv import FastV
     from .framefusion import FrameFusion
+    from .frames import FrameContext, FrameRows
     from .keep_all import KeepAll
-    from .kvtp import KVTP, FrameContext
-    from .pruners import FrameRows, PruMerge, Pruner, RandomPruner, ToMe, TopKPruner
+    from .kvtp import KVTP
+    from .own_attention import OwnAttention
+    from .pruners import PruMerge, Pruner, RandomPruner, TopKPruner
     from .random_tokens import RandomTokens
     from .registry import names
     from .streaming_llm import StreamingLLM
     from .temporal_merge import TemporalMerge
     from .text import from_dict, parse, split_methods, to_dict, to_text
+    from .tome import ToMe
     from .uniform_frames import UniformFrames
 
 _MODULES = {
@@ -32,15 +35,18 @@ _MODULES = {
     "budgets": ("frame_budgets",),
     "chain": ("Chain",),
     "fastv": ("FastV",),
+    "frames": ("FrameContext", "FrameRows"),
     "framefusion": ("FrameFusion",),
     "keep_all": ("KeepAll",),
-    "kvtp": ("KVTP", "FrameContext"),
-    "pruners": ("FrameRows", "PruMerge", "Pruner", "RandomPruner", "ToMe", "TopKPruner"),
+    "kvtp": ("KVTP",),
+    "own_attention": ("OwnAttention",),
+    "pruners": ("PruMerge", "Pruner", "RandomPruner", "TopKPruner"),
     "random_tokens": ("RandomTokens",),
     "registry": ("names",),
     "streaming_llm": ("StreamingLLM",),
     "temporal_merge": ("TemporalMerge",),
     "text": ("from_dict", "parse", "split_methods", "to_dict", "to_text"),
+    "tome": ("ToMe",),
     "uniform_frames": ("UniformFrames",),
 }
 _MODULE_OF = {name: module for module, exported in _MODULES.items() for name in exported}
@@ -61,6 +67,7 @@ __all__ = [
     "KeepAll",
     "Method",
     "MethodState",
+    "OwnAttention",
     "Prompt",
     "PruMerge",
     "Pruner",

@@ -31,6 +31,7 @@ class Prompt:
         layouts: where its videos stand among these tokens.
         attends: whether each layer has attention scores; empty if all layers do.
         video_numbers: the number of each video in the batch, counted sample by sample; empty if they are 0, 1, ...
+        videos_in_batch: how many videos the batch has; 0 if that is not known.
     """
 
     num_layers: int
@@ -38,6 +39,7 @@ class Prompt:
     layouts: Sequence[VideoLayout]
     attends: Sequence[bool] = ()
     video_numbers: Sequence[int] = ()
+    videos_in_batch: int = 0
 
     @cached_property
     def num_video_tokens(self) -> int:
@@ -57,6 +59,23 @@ class Prompt:
         """[length] int64 on the CPU: the frame of each token, counted across videos; -1 for tokens outside videos."""
         layouts = [replace(layout, sample=0) for layout in self.layouts]
         return frame_ids(layouts, 1, self.length, torch.device("cpu"))[0]
+
+
+@dataclass(frozen=True)
+class FrameScores:
+    """How relevant a method took the frames of one video to be, for reports.
+
+    Args:
+        video: number of the video in the batch.
+        scores: [F] fp32, higher for more.
+        seconds: what it took a predictor to find them out before the forward.
+        macs: its multiply-accumulates, each of which counts once.
+    """
+
+    video: int
+    scores: Tensor
+    seconds: float = 0.0
+    macs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +117,9 @@ class Merge:
         return self.roots != torch.arange(self.roots.shape[1], device=self.roots.device)
 
 
+FirstLayers = Callable[["VideoTokens", int, int | None], tuple[Tensor, float]]
+
+
 @dataclass(frozen=True)
 class VideoTokens:
     """All tokens of a sample at one point of the prefill, including text, and the ways to shorten them.
@@ -114,6 +136,10 @@ class VideoTokens:
         attention: after attention, `attention(n)` returns the attention that each row received in this layer, [B, N]
             fp32, summed over the last n queries (None: all queries) and averaged over the heads. None before attention.
         merge: the merge that produced these tokens, or None.
+        first_layers: before the first layer, `first_layers(rows, layer, n)` runs the layers up to the attention of
+            `layer` on some of the sample's tokens, given as VideoTokens. It returns the attention that each of them
+            received there from the last n of them (None: from all), [1, M] fp32, the mean over the heads, and the
+            multiply-accumulates that this took. None elsewhere.
     """
 
     hidden: Tensor
@@ -124,6 +150,7 @@ class VideoTokens:
     attention: Callable[[int | None], Tensor] | None = None
     merge: Merge | None = None
     additions: tuple[Tensor, ...] = ()
+    first_layers: FirstLayers | None = None
     _links: Tensor | None = None
 
     @property
@@ -145,7 +172,8 @@ class VideoTokens:
         hidden = hidden if hidden.shape[1] < self.length else self.hidden  # nothing merged: nothing new
         return VideoTokens(
             hidden, position, patch, self.num_video - (self.length - hidden.shape[1]), tuple(companions),
-            merge=Merge(roots, self.position), additions=tuple(additions), _links=merged.predecessor,
+            merge=Merge(roots, self.position), additions=tuple(additions), first_layers=self.first_layers,
+            _links=merged.predecessor,
         )  # fmt: skip
 
     def keep_top(self, scores: Tensor, count: int) -> VideoTokens:
@@ -161,12 +189,17 @@ class VideoTokens:
             rows, self.hidden, self.position, self.patch, *self.companions, *self.additions
         )
         companions, additions = others[: len(self.companions)], others[len(self.companions) :]
-        return VideoTokens(hidden, position, patch, num_video, tuple(companions), additions=tuple(additions))
+        return VideoTokens(
+            hidden, position, patch, num_video, tuple(companions), additions=tuple(additions),
+            first_layers=self.first_layers,
+        )  # fmt: skip
 
-    def at(self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None) -> VideoTokens:
+    def at(
+        self, hidden: Tensor, attention: Callable[[int | None], Tensor] | None, first_layers: FirstLayers | None = None
+    ) -> VideoTokens:
         """The same tokens at a later point, with other hidden states, which may be on another device."""
         links = self.__dict__.get("predecessor", self._links)
-        there = replace(self, hidden=hidden, attention=attention, merge=None, _links=links)
+        there = replace(self, hidden=hidden, attention=attention, merge=None, first_layers=first_layers, _links=links)
         return there if self.position.device == hidden.device else there._follow()
 
     def _follow(self) -> VideoTokens:
@@ -244,6 +277,11 @@ class MethodState:
     def least_budget(self) -> float:
         """The lowest budget that this prefill could have met; asked after the prefill."""
         return self.method.budget
+
+    @property
+    def frame_scores(self) -> Sequence[FrameScores]:
+        """The scores by which this prefill shared its budget among frames, one per video; asked after the prefill."""
+        return ()
 
     def window(self, length: int) -> Window | None:
         """Which tokens a token may attend to, or None if it may attend to all of them.

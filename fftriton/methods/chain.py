@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..layouts.layout import VideoLayout
-from .base import Method, MethodState, Prompt, Steps, VideoTokens, Window, list_steps, start, wrong_kind
+from .base import FrameScores, Method, MethodState, Prompt, Steps, VideoTokens, Window, list_steps, start, wrong_kind
 from .before_layers import BeforeLayers
 
 
@@ -127,6 +127,10 @@ class _ChainState(MethodState):
     @property
     def least_budget(self) -> float:
         return self.method.budget if self.last is None else self.last.least_budget * self.left
+
+    @property
+    def frame_scores(self) -> Sequence[FrameScores]:
+        return [scores for state in self.states for scores in state.frame_scores]
 
     def window(self, length: int) -> Window | None:
         return None if self.last is None else self.last.window(length)

@@ -16,10 +16,11 @@ from ..checks import check_budget
 from .base import Method
 from .before_layers import BeforeLayers
 from .chain import Chain
+from .own_attention import OwnAttention
 from .pruners import Pruner
 from .registry import closest, find, name_of, unfold
 
-COMPONENTS: dict[str, type] = {"method": Method, "pruner": Pruner}
+COMPONENTS: dict[str, type] = {"method": Method, "pruner": Pruner, "relevance": OwnAttention}
 """The classes that a parameter may be an instance of, by the key that names them in a dict."""
 
 _SPECIAL = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # that JSON has no numbers for

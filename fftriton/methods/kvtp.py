@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import check_bool, check_budget, check_choice, check_count, check_positive
-from .base import MethodState, Prompt, Steps, VideoTokens
-from .before_layers import BeforeLayers
+from .base import FrameScores, MethodState, Prompt, Steps, VideoTokens
+from .before_layers import BeforeLayers, BeforeLayersState
 from .budgets import frame_budgets
-from .pruners import FrameRows, Pruner, ToMe
+from .frames import FrameContext, FrameRows
+from .own_attention import OwnAttention
+from .pruners import Pruner
 from .registry import PRUNERS, find
+from .tome import ToMe
+
+Relevance = Tensor | np.ndarray | Callable[[FrameContext], Tensor]
 
 
-@dataclass(frozen=True)
-class FrameContext:
-    """One video of a prompt, as it is passed to a relevance function.
-
-    Args:
-        sample: the row of the batch.
-        video: number of the video in the batch, counted sample by sample.
-        hidden: [F, P, D] its tokens, as the first layer would get them; `present` [F, P] bool is False at holes.
-        text: [n, D] the prompt's tokens that are in no video.
-    """
-
-    sample: int
-    video: int
-    hidden: Tensor
-    present: Tensor
-    text: Tensor
-
-    @property
-    def num_frames(self) -> int:
-        """F: frames of tokens. In Qwen2-VL each of them stands for two frames of the video."""
-        return self.hidden.shape[0]
-
-
-Relevance = Tensor | Callable[[FrameContext], Tensor]
+ATTENTION = "attention"
+"""The name of the relevance that is the model's own attention."""
 
 
 class Unbound(Protocol):
@@ -60,11 +45,14 @@ class KVTP(BeforeLayers):
 
     Args:
         budget: video tokens to keep, as a fraction of the prompt's, in (0, 1].
-        relevance: how relevant each frame is to the question; higher is more. A tensor [F] of scores, where F is the
-            number of frames of tokens; a function that takes a FrameContext and returns [F], such as the result of
-            `SiglipRelevance.bind`, which is called for every video; or a list of these, one per video of the batch,
-            sample by sample. A SiglipRelevance itself needs the video and the question first, from `about`. None gives
-            every frame the same number of tokens.
+        relevance: how relevant each frame is to the question; higher is more. Scores [F] of the one video of the batch,
+            a tensor or an array, where F is the number of frames of tokens; the result of `SiglipRelevance.bind`, which
+            also belongs to one video; a function that takes a FrameContext and returns [F], which is called for every
+            video; or a list of these with one for each video of the batch, sample by sample, where None gives the
+            frames of that video as much as the average frame of the sample's other videos; or "attention" or an
+            `OwnAttention`, which needs no second model: what the model itself attends to in a cheap first pass. A
+            SiglipRelevance itself needs the video and the question first, from `about`. None gives every frame the same
+            number of tokens.
         pruner: how a frame is shortened: "random", "topk", "prumerge", "tome" or a Pruner.
         temperature: above 0, as for `frame_budgets`; if low, only the most relevant frames get more than `min_tokens`.
         min_tokens: the fewest tokens that any frame keeps. With 0 and a temperature near 0 the most relevant frames
@@ -72,16 +60,18 @@ class KVTP(BeforeLayers):
         renumber: number the remaining tokens without gaps, as the authors' code does, instead of keeping their
             positions. Only for models whose positions are single numbers (Qwen2, LLaVA, InternVL), not for M-RoPE.
 
+    A budget below `min_tokens` per frame is met as closely as possible.
+
     Raises:
-        TypeError, ValueError: a parameter out of range. While it runs: ValueError for scores that are too few, too many
-            or not finite, and for a budget below `min_tokens` per frame.
+        TypeError, ValueError: a parameter out of range. While it runs: ValueError for scores that are too few, too
+            many, not finite or of another video.
 
     Source:
         KVTP, ICCV 2025, arXiv:2503.10742. The counts are exact, while the authors' code loses part of the budget.
     """
 
     budget: float = 0.2
-    relevance: Relevance | Unbound | Sequence[Relevance] | None = field(default=None, repr=False)
+    relevance: OwnAttention | Relevance | Unbound | Sequence[Relevance | None] | None = field(default=None, repr=False)
     pruner: str | Pruner = "topk"
     temperature: float = 2.0
     min_tokens: int = 1
@@ -96,9 +86,15 @@ class KVTP(BeforeLayers):
             check_choice("KVTP", "pruner", self.pruner, tuple(PRUNERS))
         if self.min_tokens == 0 and (self.pruner == "tome" or isinstance(self.pruner, ToMe)):
             raise ValueError("KVTP: min_tokens must be at least 1 for ToMe, which merges and drops nothing, got 0")
-        for relevance in () if hasattr(self.relevance, "bind") else self.relevances or ():
-            if not callable(relevance):
-                _check_scores(relevance)
+        if isinstance(self.relevance, str) and self.relevance == ATTENTION:
+            object.__setattr__(self, "relevance", OwnAttention())
+        if not hasattr(self.relevance, "bind") and not isinstance(self.relevance, OwnAttention):
+            object.__setattr__(self, "relevance", _as_relevance(self.relevance))
+
+    def check(self, num_layers: int) -> None:
+        """Raise a ValueError if the relevance wants a layer that a decoder of `num_layers` layers does not have."""
+        if isinstance(self.relevance, OwnAttention):
+            self.relevance.layer_of(num_layers)
 
     @property
     def renumbers(self) -> bool:
@@ -107,62 +103,104 @@ class KVTP(BeforeLayers):
     def about(self, frames: Any, question: str) -> KVTP:
         """The same method with the relevance of these frames to this question."""
         bind = getattr(self.relevance, "bind", None)
-        return self if bind is None else replace(self, relevance=bind(frames, question))
+        if bind is None:
+            return self
+        wanted = {"patches": True} if self.make_pruner().wants_predictor else {}
+        return replace(self, relevance=bind(frames, question, **wanted))
+
+    def make_pruner(self) -> Pruner:
+        """The pruner, made if it is given by name."""
+        return find(Pruner, self.pruner)() if isinstance(self.pruner, str) else self.pruner
 
     def begin(self, prompt: Prompt) -> MethodState:
         if hasattr(self.relevance, "bind"):
             raise ValueError("KVTP: relevance must know the video and the question: bind them, or use `about`")
-        return super().begin(prompt)
+        return _KVTPState(self, prompt)
 
-    def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:
-        frames = FrameRows.of(prompt.layouts, tokens)
-        scores = self._scores(tokens, prompt, frames)
-        counts = frame_budgets(scores, frames.sizes, self.budget, self.temperature, self.min_tokens)
-        pruner = find(Pruner, self.pruner)() if isinstance(self.pruner, str) else self.pruner
-        left = pruner(tokens, frames, counts, total=round(self.budget * tokens.num_video))
-        return _renumbered(left, tokens) if self.renumber else left
+    def relevances(self, prompt: Prompt) -> Callable[[int], Any]:
+        """The relevance of a video by its number in the batch; None for one without.
+
+        Raises:
+            ValueError: there are not as many as the batch has videos.
+        """
+        given: Any = self.relevance
+        is_function = callable(given) and not getattr(given, "of_one_video", False)
+        if given is None or is_function or isinstance(given, OwnAttention):
+            return lambda video: given
+        listed = given if isinstance(given, list) else [given]
+        videos = prompt.videos_in_batch or 1 + max(map(prompt.number_of, range(len(prompt.layouts))))
+        if len(listed) != videos:
+            raise ValueError(
+                f"KVTP: relevance must hold scores for each video of the batch, got {len(listed)} for {videos}"
+            )
+        return listed.__getitem__
+
+
+class _KVTPState(BeforeLayersState):
+    method: KVTP
+    _least: float | None = None
+    _scores: Sequence[FrameScores] = ()
 
     @property
-    def relevances(self) -> Sequence[Relevance] | None:
-        """The given relevance, as a list."""
-        if isinstance(self.relevance, Tensor) or callable(self.relevance):
-            return [self.relevance]
-        return self.relevance  # type: ignore[return-value]  # bound by now
+    def least_budget(self) -> float:
+        return self.method.budget if self._least is None else self._least
 
-    def relevance_of(self, video: int) -> Relevance:
-        """The relevance of one video of the batch. Raises a ValueError if none was given for it."""
-        if callable(self.relevance):
-            return self.relevance
-        assert self.relevances is not None
-        if video >= len(self.relevances):
-            raise ValueError(
-                f"KVTP: relevance must hold scores for each video of the batch, got {len(self.relevances)} for "
-                f"{video + 1} or more"
-            )
-        return self.relevances[video]
+    @property
+    def frame_scores(self) -> Sequence[FrameScores]:
+        return self._scores
 
-    def _scores(self, tokens: VideoTokens, prompt: Prompt, frames: FrameRows) -> Tensor:
+    def shorten(self, tokens: VideoTokens) -> Steps:
+        method, prompt = self.method, self.prompt
+        numbers = [prompt.number_of(video) for video in range(len(prompt.layouts))]
+        frames = FrameRows.of(prompt.layouts, tokens, numbers)
+        scores = self._score(tokens, frames)
+        budget, floor = method.budget, int(frames.sizes.clamp_max(method.min_tokens).sum())
+        if round(budget * tokens.num_video) < floor:
+            self._least = budget = floor / tokens.num_video
+        counts = frame_budgets(scores, frames.sizes, budget, method.temperature, method.min_tokens)
+        pruner = method.make_pruner().with_predictor(method.relevances(prompt))
+        left = pruner(tokens, frames, counts, total=round(budget * tokens.num_video))
+        return _renumbered(left, tokens) if method.renumber else left
+
+    def _score(self, tokens: VideoTokens, frames: FrameRows) -> Tensor:
         """[F] fp32: the scores of all frames of all videos of the sample."""
-        sizes = [len(layout.positions) for layout in prompt.layouts]
-        if self.relevances is None:
-            return torch.zeros(sum(sizes), device=tokens.hidden.device)
-        text = tokens.hidden[0, tokens.patch[0] < 0]
-        parts = [FrameRows(rows) for rows in frames.rows.split(sizes)]
-        scores = []
-        for video, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-            number = prompt.number_of(video)
-            relevance = self.relevance_of(number)
-            if callable(relevance):
-                sample = prompt.layouts[0].sample
-                relevance = relevance(FrameContext(sample, number, part.take(tokens.hidden), part.present, text))
-                _check_scores(relevance)
-            if len(relevance) != size:
-                raise ValueError(
-                    f"KVTP: relevance must hold one score for each of the {size} frames of video {number}, "
-                    f"got {len(relevance)}"
-                )
-            scores.append(relevance.to(tokens.hidden.device, torch.float32))
-        return torch.cat(scores)
+        if isinstance(self.method.relevance, OwnAttention):
+            self._scores = self.method.relevance.score(tokens, frames, self.prompt)
+            return torch.cat([one.scores for one in self._scores])
+        relevance_of = self.method.relevances(self.prompt)
+        device, found = tokens.hidden.device, []
+        for context in frames.contexts(tokens):
+            relevance = relevance_of(context.video)
+            scores = relevance(context) if callable(relevance) else relevance
+            if scores is not None:
+                scores = _as_scores(scores)
+                if len(scores) != context.num_frames:
+                    raise ValueError(
+                        f"KVTP: relevance must hold one score for each of the {context.num_frames} frames of video "
+                        f"{context.video}, got {len(scores)}"
+                    )
+                scores = scores.to(device, torch.float32)
+            found.append((context, relevance, scores))
+        known = [scores for _, _, scores in found if scores is not None]
+        if not known:
+            return torch.zeros(len(frames.rows), device=device)
+        self._scores = [
+            FrameScores(context.video, scores, getattr(given, "seconds", 0.0), getattr(given, "macs", 0.0))
+            for context, given, scores in found
+            if scores is not None
+        ]
+        typical = _typical(torch.cat(known), self.method.temperature)
+        return torch.cat([
+            typical.expand(context.num_frames) if scores is None else scores for context, _, scores in found
+        ])  # fmt: skip
+
+
+def _typical(scores: Tensor, temperature: float) -> Tensor:
+    """[1]: the score that a frame would have to have to get as much as the mean frame."""
+    if math.isinf(temperature):
+        return scores.mean()[None]
+    peak = scores.max()
+    return (peak + temperature * ((scores - peak) / temperature).exp().mean().log())[None]
 
 
 def _renumbered(left: VideoTokens, tokens: VideoTokens) -> VideoTokens:
@@ -173,12 +211,28 @@ def _renumbered(left: VideoTokens, tokens: VideoTokens) -> VideoTokens:
     return replace(left, companions=tuple(part[:, tokens.length - left.length :] for part in tokens.companions))
 
 
-def _check_scores(scores: Tensor) -> None:
+def _as_relevance(relevance: Any) -> Any:
+    """The relevance with arrays as tensors; of lists and tuples, too."""
+    if relevance is None or callable(relevance):
+        return relevance
+    if isinstance(relevance, list | tuple):
+        return [one if one is None or callable(one) else _as_scores(one) for one in relevance]
+    return _as_scores(relevance)
+
+
+def _as_scores(scores: Any) -> Tensor:
+    """Scores [F] as a tensor.
+
+    Raises:
+        TypeError, ValueError: something else than finite real numbers [F].
+    """
+    if isinstance(scores, np.ndarray) and scores.dtype.kind in "fiub":
+        scores = torch.from_numpy(scores.copy())
     if not isinstance(scores, Tensor):
-        raise TypeError(
-            f"KVTP: relevance must be a tensor, a list of tensors, a function or None, got {type(scores).__name__}"
-        )
+        got = f"an array of {scores.dtype}" if isinstance(scores, np.ndarray) else type(scores).__name__
+        raise TypeError(f"KVTP: relevance must be a tensor, an array, a list of these, a function or None, got {got}")
     if scores.ndim != 1 or scores.dtype == torch.bool or scores.is_complex():
         raise ValueError(f"KVTP: relevance must be real numbers [F], got {list(scores.shape)} of {scores.dtype}")
     if not bool(scores.isfinite().all()):
         raise ValueError(f"KVTP: relevance must be finite, got {scores[~scores.isfinite()][0].item()}")
+    return scores

@@ -2,17 +2,16 @@
 
 A pruner works within each frame, on all frames at once. The remaining tokens stay in raster and time order.
 
-Sources: PruMerge, arXiv:2403.15388; ToMe, arXiv:2210.09461, section 3; both as KVTP uses them, arXiv:2503.10742. KVTP's
-code takes importance and similarity from the vision tower's attention; here both come from the tokens that the language
-model gets, so a pruner needs no access to the tower.
+Sources: PruMerge, arXiv:2403.15388, as KVTP uses it, arXiv:2503.10742. ToMe is in tome.py.
 """
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,76 +21,39 @@ from torch import Tensor
 from fftriton_kernels import segmented_topk_keep, topk_keep
 
 from ..checks import check_choice, check_count, check_seed
-from ..layouts.layout import VideoLayout
 from .base import VideoTokens
-
-_FRAMES = 64  # number of frames whose tokens are compared at a time
-
-
-@dataclass(frozen=True)
-class FrameRows:
-    """Where the tokens of each frame stand in a sequence.
-
-    Args:
-        rows: [F, P] int64, ascending; -1 for a hole. The frames of several videos follow one another.
-    """
-
-    rows: Tensor
-
-    @classmethod
-    def of(cls, layouts: Sequence[VideoLayout], tokens: VideoTokens) -> FrameRows:
-        """The frames of one sample's videos, whose tokens are all in the sequence."""
-        widest = max(layout.positions.shape[1] for layout in layouts)
-        padded = [F.pad(layout.positions, (0, widest - layout.positions.shape[1]), value=-1) for layout in layouts]
-        positions = torch.cat(padded).to(tokens.position.device)
-        rows = torch.searchsorted(tokens.position[0].contiguous(), positions)
-        return cls(rows.where(positions >= 0, -1))
-
-    @property
-    def present(self) -> Tensor:
-        """[F, P] bool: False for holes."""
-        return self.rows >= 0
-
-    @property
-    def sizes(self) -> Tensor:
-        """[F] int64: the number of tokens of each frame."""
-        return self.present.sum(1)
-
-    def take(self, x: Tensor) -> Tensor:
-        """[1, N, ...] -> [F, P, ...]; the values at holes are arbitrary."""
-        return x[0, self.rows.clamp_min(0)]
-
-    def spread(self, values: Tensor, onto: Tensor) -> Tensor:
-        """A copy of `onto` [1, N, ...] with the values [F, P, ...] at their tokens."""
-        spread = onto.clone()
-        spread[0, self.rows[self.present]] = values[self.present].to(onto.dtype)
-        return spread
-
-    def split(self) -> list[FrameRows]:
-        """The frames in parts that are small enough to compare all their tokens with each other."""
-        return [FrameRows(rows) for rows in self.rows.split(_FRAMES)]
-
-
-def distinctness(x: Tensor, present: Tensor) -> Tensor:
-    """x [F, P, D], present [F, P] bool -> [F, P]: 1 - the cosine with the frame's mean direction."""
-    direction = F.normalize(x.float(), dim=-1)
-    mean = (direction * present[..., None]).sum(1, keepdim=True)
-    return 1 - F.cosine_similarity(direction, mean, dim=-1)
-
-
-def feature_norm(x: Tensor, present: Tensor) -> Tensor:
-    """x [F, P, D] -> [F, P]: the length of each token."""
-    return x.float().norm(dim=-1)
-
-
-Importance = Callable[[Tensor, Tensor], Tensor]
-"""Tokens [F, P, D] and which of them exist [F, P] bool -> how important each is [F, P]."""
-
-IMPORTANCES: dict[str, Importance] = {"distinctness": distinctness, "norm": feature_norm}
+from .frames import FrameRows
+from .importances import (
+    PREDICTOR,
+    Importance,
+    Keys,
+    check_importance,
+    check_keys,
+    importance_of,
+    keys_of,
+    of_predictor,
+)
 
 
 class Pruner(ABC):
     """Shortens each frame to its count."""
+
+    @property
+    def wants_predictor(self) -> bool:
+        """Whether importance or keys are to be those of the relevance predictor."""
+        return PREDICTOR in (getattr(self, "importance", None), getattr(self, "keys", None))
+
+    def with_predictor(self, relevance_of: Callable[[int], Any]) -> Pruner:
+        """The pruner with the importance and keys of the predictor, if it wants them.
+
+        Args:
+            relevance_of: the relevance of a video by its number in the batch.
+        """
+        owner, found = type(self).__name__, {}
+        for name in ("importance", "keys"):
+            if getattr(self, name, None) == PREDICTOR:
+                found[name] = of_predictor(owner, name, relevance_of)
+        return replace(self, **found) if found else self  # type: ignore[type-var]
 
     @abstractmethod
     def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
@@ -121,7 +83,7 @@ class RandomPruner(Pruner):
     def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
         generator = torch.Generator().manual_seed(self.seed)
         scores = torch.rand(1, tokens.length, generator=generator).to(counts.device)
-        return tokens.keep(_best(tokens, frames, frames.take(scores), counts, total), total)
+        return tokens.keep(best_rows(tokens, frames, frames.take(scores), counts, total), total)
 
 
 @dataclass(frozen=True)
@@ -130,101 +92,101 @@ class TopKPruner(Pruner):
 
     Args:
         importance: "distinctness" (1 - the cosine with the frame's mean: how much a token differs from the rest of the
-            frame), "norm" (the token's), or a function of tokens [F, P, D] and present [F, P] bool that returns [F, P].
+            frame), "norm" (the token's), "predictor" (the attention in the pooling head of the vision tower by which
+            KVTP's relevance was found), or a function of a FrameContext that returns [F, P] for its video.
 
     Raises:
-        ValueError: an unknown importance.
+        ValueError: an unknown importance. While it runs, TypeError or ValueError for what the function returns.
     """
 
     importance: str | Importance = "distinctness"
 
     def __post_init__(self) -> None:
-        _check_importance("TopKPruner", self.importance)
+        check_importance("TopKPruner", self.importance)
 
     def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
-        scores = _importance(self.importance, tokens, frames)
-        return tokens.keep(_best(tokens, frames, scores, counts, total), total)
+        scores = importance_of("TopKPruner", self.importance, tokens, frames)
+        return tokens.keep(best_rows(tokens, frames, scores, counts, total), total)
 
 
 @dataclass(frozen=True)
 class PruMerge(Pruner):
-    """Keep the most important tokens of each frame, and add to each the dropped tokens that are similar to it.
+    """Keep the most important tokens of each frame, and add to each the tokens that are similar to it.
 
-    A kept token becomes x_i + sum of a_j x_j, over the dropped ones among its nearest tokens (by cosine, in its frame),
-    with a = softmax of the importance over the frame.
+    A kept token becomes x_i + sum of a_j x_j over its nearest tokens (by the cosine of their keys, in its frame).
 
     Args:
         importance: as for TopKPruner.
         neighbours: number of nearest tokens, at least 1.
+        keys: "tokens", "predictor" (the keys in that pooling head), or a function of a FrameContext that returns
+            vectors [F, P, E] for its video.
+        weights: what a is: "softmax" of the importance over the frame, or the "importance" itself.
+        adds: which of the nearest tokens are added: the "dropped" ones, or "all".
 
     Raises:
-        TypeError, ValueError: a parameter out of range.
+        TypeError, ValueError: a parameter out of range. While it runs, what a function returns.
+
+    Source:
+        PruMerge, arXiv:2403.15388. The code of KVTP, arXiv:2503.10742, has weights="importance" and adds="all", with
+        importance and keys from the pooling head of the vision tower.
     """
 
     importance: str | Importance = "distinctness"
     neighbours: int = 32
+    keys: str | Keys = "tokens"
+    weights: str = "softmax"
+    adds: str = "dropped"
 
     def __post_init__(self) -> None:
-        _check_importance("PruMerge", self.importance)
+        check_importance("PruMerge", self.importance)
         check_count("PruMerge", "neighbours", self.neighbours, 1)
+        check_keys("PruMerge", self.keys)
+        check_choice("PruMerge", "weights", self.weights, ("softmax", "importance"))
+        check_choice("PruMerge", "adds", self.adds, ("dropped", "all"))
 
     def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
-        scores = _importance(self.importance, tokens, frames)
-        rows = _best(tokens, frames, scores, counts, total)
+        scores = importance_of("PruMerge", self.importance, tokens, frames)
+        keys = keys_of("PruMerge", self.keys, tokens, frames)
+        rows = best_rows(tokens, frames, scores, counts, total)
         stays = torch.zeros_like(tokens.position, dtype=torch.bool).scatter_(1, rows, True)
-        weights = scores.masked_fill(~frames.present, float("-inf")).softmax(1)
-        hidden = tokens.hidden
-        for part, weight in zip(frames.split(), weights.split(_FRAMES), strict=True):
+        weights = scores.masked_fill(~frames.present, float("-inf")).softmax(1) if self.weights == "softmax" else scores
+        left, start, host_counts = tokens.keep(rows, total), 0, counts.tolist()
+        for part in frames.parts(tokens.hidden.shape[-1]):
+            own = slice(start, start := start + len(part.rows))
+            kept = part.take(stays) & part.present
+            added = part.present if self.adds == "all" else part.present & ~kept
             x = part.take(tokens.hidden).float()
-            lost = weight * (part.present & ~part.take(stays))
-            hidden = part.spread(x + self._around(x, part.present, lost), hidden)
-        return replace(tokens, hidden=hidden).keep(rows, total)
+            column, sums = self._sums(
+                x, x if keys is None else keys[own], part.present, kept, weights[own].where(added, 0),
+                max(host_counts[own]),
+            )  # fmt: skip
+            places = part.rows.gather(1, column.clamp_min(0))
+            put(left.hidden, rows, places, column >= 0, sums, sum(host_counts[own]))
+        return left
 
-    def _around(self, x: Tensor, present: Tensor, weight: Tensor) -> Tensor:
-        """x [F, P, D], weight [F, P] -> [F, P, D]: the weighted sum of each token's nearest ones."""
-        others = present[:, None] & ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        similarity = _cosines(x).masked_fill(~others, float("-inf"))
-        nearest = similarity.topk(min(self.neighbours, x.shape[1]), dim=-1).indices
-        near = torch.zeros_like(others).scatter_(2, nearest, True) & others
-        return (near * weight[:, None]) @ x
-
-
-@dataclass(frozen=True)
-class ToMe(Pruner):
-    """Merge the most similar tokens of each frame, by bipartite soft matching, until its count is left.
-
-    In each round every second token of the frame proposes to the most similar of the others, and the best proposals are
-    accepted, at most half of the tokens. A remaining token is the mean of the patches that merged into it.
-    """
-
-    def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
-        roots = torch.arange(tokens.length, device=counts.device)[None]
-        for part, count in zip(frames.split(), counts.split(_FRAMES), strict=True):
-            column = _matching(part.take(tokens.hidden).float(), part.present, count)
-            roots = part.spread(part.rows.gather(1, column), roots)
-        return tokens.merge_groups(roots)
+    def _sums(
+        self, x: Tensor, keys: Tensor, present: Tensor, kept: Tensor, weight: Tensor, most: int
+    ) -> tuple[Tensor, Tensor]:
+        """The columns [F, K] that are kept, -1 for padding, and x + the weighted sum of the nearest ones [F, K, D]."""
+        column, _ = topk_keep(kept.float(), kept.sum(1), capacity=most)
+        index = column.clamp_min(0)
+        patches = present.shape[1]
+        others = present[:, None] & (torch.arange(patches, device=x.device) != index[..., None])
+        similarity = cosines(keys, index).masked_fill(~others, float("-inf"))
+        count = min(self.neighbours, patches)
+        near, _ = topk_keep(similarity.flatten(0, 1), count, capacity=count)
+        near = torch.zeros_like(others).scatter_(2, near.view(*index.shape, -1), True) & others
+        own = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+        return column, own + torch.bmm(near * weight[:, None], x)
 
 
-def _matching(x: Tensor, present: Tensor, counts: Tensor) -> Tensor:
-    """x [F, P, D] fp32, present [F, P], counts [F] -> [F, P] int64: the column that each token merges into."""
-    column = torch.arange(x.shape[1], device=x.device).expand(present.shape)
-    root, alive, total = column, present, x
-    while bool(((excess := alive.sum(1) - counts) > 0).any()):
-        place = alive.cumsum(1)
-        proposes, takes = alive & (place % 2 == 1), alive & (place % 2 == 0)
-        cosines = _cosines(total).nan_to_num(-1.0)  # a sum has the direction of its mean
-        similarity, partner = cosines.masked_fill(~takes[:, None], -2.0).max(-1)
-        proposals = torch.where(proposes & takes.any(1, keepdim=True), similarity, float("-inf"))
-        taken = topk_keep(proposals, torch.minimum(excess, takes.sum(1)).clamp_min(0))  # [F, K], -1 for none
-        joins = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool, device=x.device)
-        joins = joins.scatter_(1, taken % (x.shape[1] + 1), True)[:, :-1]  # -1 goes to a column of its own
-        moved = torch.where(joins, partner, column)
-        total = torch.zeros_like(total).scatter_add_(1, moved[..., None].expand_as(total), total)
-        root, alive = moved.gather(1, root), alive & ~joins
-    return root
+def cosines(x: Tensor, index: Tensor) -> Tensor:
+    """x [F, P, D] fp32, index [F, K] -> [F, K, P]: the cosines of these tokens of each frame with all its tokens."""
+    direction = F.normalize(x, dim=-1)
+    return torch.bmm(direction.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), direction.mT)
 
 
-def _best(tokens: VideoTokens, frames: FrameRows, scores: Tensor, counts: Tensor, total: int) -> Tensor:
+def best_rows(tokens: VideoTokens, frames: FrameRows, scores: Tensor, counts: Tensor, total: int) -> Tensor:
     """[1, M] int64: each frame's `counts` best rows by `scores` [F, P], and all rows outside frames."""
     frame = torch.arange(len(counts), device=counts.device)[:, None].expand_as(frames.rows)
     segments = frames.spread(frame, torch.full_like(tokens.position, -1))
@@ -234,25 +196,33 @@ def _best(tokens: VideoTokens, frames: FrameRows, scores: Tensor, counts: Tensor
     return kept
 
 
-def _cosines(x: Tensor) -> Tensor:
-    """[F, P, D] -> [F, P, P]."""
-    direction = F.normalize(x, dim=-1)
-    return direction @ direction.mT
+def put(hidden: Tensor, kept: Tensor, rows: Tensor, chosen: Tensor, values: Tensor, number: int) -> None:
+    """Write values to rows that are kept.
+
+    Args:
+        hidden: [1, M, D] the kept rows, written to.
+        kept: [1, M] int64 ascending: where they stand in the sequence.
+        rows: [F, K] int64: where the values belong there.
+        chosen: [F, K] bool: which of them are meant.
+        values: [F, K, D].
+        number: how many are meant.
+    """
+    places, _ = topk_keep(chosen.flatten()[None].float(), number, capacity=number)
+    row = torch.searchsorted(kept[0], rows.flatten()[places[0]])
+    hidden[0].index_copy_(0, row, values.flatten(0, 1)[places[0]].to(hidden.dtype))
 
 
-def _check_importance(owner: str, importance: str | Importance) -> None:
-    if not callable(importance):
-        check_choice(owner, "importance", importance, tuple(IMPORTANCES))
-
-
-def _importance(importance: str | Importance, tokens: VideoTokens, frames: FrameRows) -> Tensor:
-    """[F, P] fp32."""
-    function = IMPORTANCES[importance] if isinstance(importance, str) else importance
-    return torch.cat([function(part.take(tokens.hidden), part.present) for part in frames.split()]).float()
+_MOVED = {
+    "Frames": ("frames", "FrameRows"), "FrameRows": ("frames", "FrameRows"), "ToMe": ("tome", "ToMe"),
+    "distinctness": ("importances", "distinctness"), "feature_norm": ("importances", "feature_norm"),
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Frames":
-        warnings.warn("fftriton.methods.pruners.Frames is now called FrameRows", DeprecationWarning, stacklevel=2)
-        return FrameRows
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, present = _MOVED[name]
+    warnings.warn(
+        f"fftriton.methods.pruners.{name} is now fftriton.methods.{module}.{present}", DeprecationWarning, stacklevel=2
+    )
+    return getattr(import_module(f".{module}", __package__), present)

@@ -30,8 +30,9 @@ PRUNERS = {
     "random": "fftriton.methods.pruners:RandomPruner",
     "topk": "fftriton.methods.pruners:TopKPruner",
     "prumerge": "fftriton.methods.pruners:PruMerge",
-    "tome": "fftriton.methods.pruners:ToMe",
+    "tome": "fftriton.methods.tome:ToMe",
 }
+RELEVANCES = {"attention": "fftriton.methods.own_attention:OwnAttention"}
 FORMER: dict[str, tuple[str, dict[str, Any]]] = {
     "merge-only": ("framefusion", {"stages": ("merge",)}),
     "prune-only": ("framefusion", {"stages": ("prune",)}),
@@ -40,7 +41,8 @@ FORMER: dict[str, tuple[str, dict[str, Any]]] = {
 """Deprecated names: the method and the parameters that they stand for."""
 
 _CHAIN = {"chain": "fftriton.methods.chain:Chain"}  # in dicts; texts have a plus
-_TABLES = {"Method": METHODS | _CHAIN, "Pruner": PRUNERS}
+_TABLES = {"Method": METHODS | _CHAIN, "Pruner": PRUNERS, "OwnAttention": RELEVANCES}
+_PARAMETERS = {"Method": "method", "Pruner": "pruner", "OwnAttention": "relevance"}
 
 
 def names() -> list[str]:
@@ -75,7 +77,7 @@ def find(kind: type, name: str) -> type:
     Raises:
         ValueError: there is no such class, or it cannot be imported.
     """
-    parameter = kind.__name__.lower()
+    parameter = _PARAMETERS[kind.__name__]
     path = _path(kind.__name__, name)
     point = entry_point(GROUP, name) if kind.__name__ == "Method" and path is None else None
     place = path or (point.value if point else name)
@@ -95,7 +97,7 @@ def name_of(kind: type, cls: type) -> str:
     """
     own = f"{cls.__module__}:{cls.__qualname__}"
     if "<locals>" in own:
-        raise TypeError(f"fftriton: a {kind.__name__.lower()} must be a class that can be imported, got {own}")
+        raise TypeError(f"fftriton: a {_PARAMETERS[kind.__name__]} must be a class that can be imported, got {own}")
     places = {path: name for name, path in _TABLES[kind.__name__].items()}
     if kind.__name__ == "Method":
         places = {point.value: point.name for point in entry_points(group=GROUP)} | places
@@ -109,10 +111,10 @@ def closest(word: str, choices: list[str]) -> str:
 
 
 def _unknown(kind: type, name: str) -> str:
-    known = names() if kind.__name__ == "Method" else list(PRUNERS)
+    known = names() if kind.__name__ == "Method" else list(_TABLES[kind.__name__])
     choices = ", ".join(map(repr, known))
     return (
-        f"fftriton: {kind.__name__.lower()} must be one of {choices} or MODULE:CLASS, got {name!r}"
+        f"fftriton: {_PARAMETERS[kind.__name__]} must be one of {choices} or MODULE:CLASS, got {name!r}"
         f"{closest(_normal(name), known)}"
     )
 

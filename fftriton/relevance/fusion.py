@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..checks import check_count
 
+_BLOCK = 256
+
 WEIGHTS = (0.9, 0.05, 0.05)
 """Weights of the frame's own logit, its clip's and its video's."""
 
@@ -45,13 +47,22 @@ class ContextFusion(nn.Module):
         return f"clip={self.clip}, scaled={self.scaled}"
 
     def context(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Local and global attention over the frames: images [..., T, D] -> two tensors [..., T, D]."""
+        """Local and global attention over the frames: images [..., T, D] -> two tensors [..., T, D].
+
+        Frames attend to the video in blocks of 256, so that memory is linear in T.
+        """
         unit = F.normalize(images, dim=-1)
-        similarity = unit @ unit.mT / (math.sqrt(images.shape[-1]) if self.scaled else 1.0)
-        local, everywhere = similarity / self.log_temperature.exp().view(2, *[1] * similarity.ndim)
-        clip = torch.arange(images.shape[-2], device=images.device) // self.clip
-        local = local.masked_fill(clip[:, None] != clip, float("-inf"))
-        return local.softmax(-1) @ images, everywhere.softmax(-1) @ images
+        factor = self.log_temperature.neg().exp() / (math.sqrt(images.shape[-1]) if self.scaled else 1.0)
+        everywhere = torch.cat([_attend(block, unit, images, factor[1]) for block in unit.split(_BLOCK, -2)], -2)
+        return self._local(unit, images, factor[0]), everywhere
+
+    def _local(self, unit: Tensor, images: Tensor, factor: Tensor) -> Tensor:
+        """Attention inside of each clip; the last one may be short."""
+        length = images.shape[-2]
+        missing = -length % self.clip
+        clips, values = (F.pad(part, (0, 0, 0, missing)).unflatten(-2, (-1, self.clip)) for part in (unit, images))
+        exists = (torch.arange(length + missing, device=images.device) < length).view(-1, 1, self.clip)
+        return _attend(clips, clips, values, factor, exists).flatten(-3, -2)[..., :length, :]
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         """Fused cosines: images [..., T, D], texts [..., C, D] -> [..., T, C]."""
@@ -80,3 +91,11 @@ class ContextFusion(nn.Module):
             head = cls(int(settings["clip"]), settings["scaled"] == "True")
             head.load_state_dict({"log_temperature": file.get_tensor("log_temperature")})
         return head
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, factor: Tensor, exists: Tensor | None = None) -> Tensor:
+    """softmax(factor * queries keys^T) values, over the keys that exist."""
+    logits = queries @ keys.mT * factor
+    if exists is not None:
+        logits = logits.masked_fill(~exists, float("-inf"))
+    return logits.softmax(-1) @ values

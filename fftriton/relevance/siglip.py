@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checks import check_count
 from ..hf.compat import pooled
-from ..methods import FrameContext
+from .bound import BoundRelevance, Encoded
 from .fusion import ContextFusion
+from .patches import Heard, join_patches, listening, patch_grid
 
 HEAD_FILE = "context_fusion.safetensors"
 """File name of the head in a checkpoint folder."""
@@ -58,6 +61,7 @@ class SiglipRelevance:
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.head = None if head is None else head.to(model.device)
         self.batch_size = batch_size
+        self._macs: dict[Any, float] = {}
 
     @classmethod
     def from_pretrained(
@@ -117,11 +121,31 @@ class SiglipRelevance:
         Raises:
             ValueError: frames is empty or has another shape.
         """
+        return self.look(frames, progress=progress).features
+
+    def look(self, frames: Frames, patches: bool = False, progress: bool = True) -> Encoded:
+        """Compute all that `bind` needs of a video, once for all questions.
+
+        Args:
+            frames, progress: as for `encode`.
+            patches: whether also to keep the attention and the keys of the vision tower's pooling head.
+
+        Raises:
+            ValueError: frames is empty or has another shape, or the tower has no such head.
+        """
         frames = _as_pictures(frames)
         starts = range(0, len(frames), self.batch_size)
         bar = track(starts, "frames", console=Console(stderr=True), transient=True, disable=not progress)
-        with torch.no_grad():
-            return torch.cat([self.embed_images(self.pixels(frames[low : low + self.batch_size])) for low in bar])
+        parts, shapes, begin = [], [], self._now()
+        hearing: AbstractContextManager[Heard] = listening(self.model) if patches else nullcontext([])
+        with torch.no_grad(), hearing as heard:
+            for low in bar:
+                pixels = self.pixels(frames[low : low + self.batch_size])
+                shapes.append(patch_grid(self.model, pixels))
+                parts.append(self.embed_images(pixels))
+        features, seconds = torch.cat(parts), self._now() - begin
+        found = join_patches(heard, shapes, frames[0]) if patches else None
+        return Encoded(features, found, seconds, len(features) * self._macs_of_a_frame(frames))
 
     def score(self, features: Tensor, question: str) -> Tensor:
         """Relevance logits [T] fp32 from features [T, D] of `encode`; higher is more relevant."""
@@ -134,16 +158,52 @@ class SiglipRelevance:
         """Relevance logits [T] fp32 of frames, given as for `encode`."""
         return self.score(self.encode(frames), question)
 
-    def bind(self, video: Frames, question: str) -> BoundRelevance:
+    def bind(self, video: Frames | Encoded, question: str, patches: bool = False) -> BoundRelevance:
         """The relevance of one video to one question, for `fftriton.KVTP`.
 
         Args:
-            video: features [T, D] from `encode`, or frames as it takes them: the T frames that the language model gets,
-                in order.
+            video: what `look` or `encode` returned, or frames as they take them: the T frames that the language model
+                gets, in order.
             question: question about the video.
+            patches: whether the relevance is to bring along the importance and keys of patches, for pruners.
+
+        Raises:
+            ValueError: an empty question, or patches of features that were made without them.
         """
-        encoded = isinstance(video, Tensor) and video.ndim == 2
-        return BoundRelevance(self.score(video, question) if encoded else self(video, question))  # type: ignore[arg-type]
+        if isinstance(video, Tensor) and video.ndim == 2:
+            video = Encoded(video)
+        elif not isinstance(video, Encoded):
+            video = self.look(video, patches)
+        if patches and video.patches is None:
+            raise ValueError("SiglipRelevance: video must be frames or made by look(frames, patches=True) for patches")
+        begin = self._now()
+        scores = self.score(video.features, question)
+        seconds = self._now() - begin
+        return BoundRelevance(
+            scores,
+            video.seconds + seconds,
+            video.macs + self._macs_of_texts(question),
+            video.patches if patches else None,
+        )  # fmt: skip
+
+    def _now(self) -> float:
+        """Seconds on a clock, once the device has done its work."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
+
+    def _macs_of_a_frame(self, frames: Any) -> float:
+        """Multiply-accumulates of the vision tower for a picture of this size; counted once."""
+        shape = tuple(np.asarray(frames[0]).shape)
+        if shape not in self._macs:
+            self._macs[shape] = count_macs(lambda: self.embed_images(self.pixels(frames[:1])))
+        return self._macs[shape]
+
+    def _macs_of_texts(self, question: str) -> float:
+        """Multiply-accumulates of the text tower for a question."""
+        if "text" not in self._macs:
+            self._macs["text"] = count_macs(lambda: self.embed_texts([""]))
+        return len(self.chunks(question)) * self._macs["text"]
 
     # ---- the steps, with gradients
 
@@ -185,28 +245,17 @@ class SiglipRelevance:
         return self.model.config.text_config.max_position_embeddings
 
 
-@dataclass(frozen=True, eq=False)
-class BoundRelevance:
-    """The scores of one video's frames, as a relevance function for KVTP.
+def count_macs(function: Callable[[], Any]) -> float:
+    """The multiply-accumulates of the products in a call, each of which counts once."""
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        function()
+    return counter.get_total_flops() / 2
 
-    Args:
-        scores: [T], one per frame that the model gets. If a token covers several frames (two in Qwen2-VL), their
-            highest score counts.
-    """
 
-    scores: Tensor
-
-    def __call__(self, context: FrameContext) -> Tensor:
-        """Scores [F] of the F frames of tokens. Raises a ValueError if T frames cannot have become F."""
-        taken, frames = len(self.scores), context.num_frames
-        group = -(-taken // frames)
-        if -(-taken // group) != frames:
-            raise ValueError(
-                f"BoundRelevance: scores must be of the frames that the model gets, whose tokens make {frames} frames, "
-                f"got {taken}"
-            )
-        padded = F.pad(self.scores, (0, group * frames - taken), value=float("-inf"))
-        return padded.view(frames, group).amax(1)
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the attention on a CPU, which the counter does not know; the arguments are shapes."""
+    return sdpa_flop_count(query, key, value)
 
 
 def _as_pictures(frames: Frames) -> np.ndarray | Sequence[Any]:

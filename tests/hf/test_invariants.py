@@ -505,4 +505,4 @@ def test_a_model_that_is_called_from_within():
 def test_tokens_have_the_fields_that_are_checked():
     """A field that joins them has to be looked at, too."""
     known = {"hidden", "position", "patch", "num_video", "companions", "additions"}
-    assert set(VideoTokens.__dataclass_fields__) - known == {"attention", "merge", "_links"}
+    assert set(VideoTokens.__dataclass_fields__) - known == {"attention", "first_layers", "merge", "_links"}

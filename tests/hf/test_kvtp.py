@@ -1,17 +1,24 @@
 """KVTP in the wrapper: exact counts before the first layer, true positions, and another method behind it."""
 
+import json
 import math
+import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from by_hand import ByHand, Scripted, generate, see_prompt
 from families import FAMILIES, collate
 from models import tiny_qwen2, video_embeddings
 
 import fftriton
-from fftriton import KVTP, FastV, FrameFusion, UniformFrames, frame_budgets
-from fftriton.methods import BeforeLayers
+from fftriton import KVTP, FastV, FrameFusion, PruMerge, ToMe, TopKPruner, UniformFrames, frame_budgets
+from fftriton.evaluate import Setting
+from fftriton.hf.flops import prefill_flops
+from fftriton.methods import BeforeLayers, OwnAttention, from_dict, parse, to_dict, to_text
+from fftriton.relevance import BoundRelevance
 
 PRUNERS = ["random", "topk", "prumerge", "tome"]
 SCORES = torch.tensor([0.0, 6.0, -1.0, 0.5, 3.0, 0.0, 1.0, 2.0])
@@ -75,7 +82,7 @@ class Grouped(ByHand):
         return self.groups + [[place] for place in position if place >= self.length]
 
 
-@pytest.mark.parametrize("pruner", ["topk", "tome"])
+@pytest.mark.parametrize("pruner", ["topk", ToMe("weighted")], ids=["topk", "tome"])
 @EVERY_FAMILY
 @torch.no_grad()
 def test_equals_a_recomputation_by_hand(case, pruner):
@@ -297,11 +304,16 @@ def test_chains_that_cannot_be():
     ("method", "message"),
     [
         (lambda: KVTP(0.3, SCORES[:5]), r"one score for each of the 6 frames of video 0, got 5"),
-        (lambda: KVTP(0.3, []), r"relevance must hold scores for each video of the batch, got 0 for 1 or more"),
+        (lambda: KVTP(0.3, []), r"relevance must hold scores for each video of the batch, got 0 for 1"),
         (lambda: KVTP(0.3, lambda context: SCORES[:4]), r"one score for each of the 6 frames of video 0, got 4"),
         (lambda: KVTP(0.3, lambda context: SCORES[:6] * math.nan), r"relevance must be finite, got nan"),
-        (lambda: KVTP(0.1), r"budget must leave min_tokens = 1 to each of 6 frames, so at least 6 of 48 .* is 5"),
-        (lambda: KVTP(0.3, min_tokens=4), r"budget must leave min_tokens = 4 to each of 6 frames"),
+        (lambda: KVTP(0.3, [SCORES[:6], SCORES[:6]]), r"for each video of the batch, got 2 for 1"),
+        (lambda: KVTP(0.3, BoundRelevance(torch.zeros(42))), r"whose tokens make 6 frames, got 42"),
+        (lambda: KVTP(0.3, SCORES[:6], TopKPruner("predictor")), r"needs a relevance that knows patches"),
+        (
+            lambda: KVTP(0.3, SCORES[:6], PruMerge(lambda context: context.hidden[..., 0] * math.nan)),
+            "PruMerge: importance must be finite",
+        ),
     ],
 )
 def test_bad_relevance_is_refused_and_the_model_stays_as_it_was(method, message):
@@ -315,8 +327,11 @@ def test_bad_relevance_is_refused_and_the_model_stays_as_it_was(method, message)
 
 
 def test_bad_parameters():
-    with pytest.raises(TypeError, match="relevance must be a tensor, a list of tensors, a function or None, got float"):
-        KVTP(0.2, [0.5, 0.7])
+    for relevance, got in (([0.5, 0.7], "float"), (np.array(["a"]), "an array of <U1"), ([[0.5]], "list")):
+        with pytest.raises(TypeError, match=f"relevance must be a tensor, an array, .* or None, got {got}"):
+            KVTP(0.2, relevance)
+    with pytest.raises(ValueError, match=r"relevance must be real numbers \[F\], got \[2, 3\] of torch.float64"):
+        KVTP(0.2, np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"relevance must be real numbers \[F\], got \[1, 8\] of torch.float32"):
         KVTP(0.2, SCORES[None])
     with pytest.raises(ValueError, match="relevance must be finite, got nan"):
@@ -329,6 +344,77 @@ def test_bad_parameters():
         KVTP(0.2, min_tokens=-1)
     with pytest.raises(ValueError, match="min_tokens must be at least 1 for ToMe, .* got 0"):
         KVTP(0.2, pruner="tome", min_tokens=0)
+
+
+def test_arrays_are_scores():
+    model, inputs, layout = qwen2()
+    logits, _ = forward(model, inputs, KVTP(0.3, SCORES[:6]), layout)
+    for scores in (SCORES[:6].numpy(), [SCORES[:6].double().numpy()], lambda context: SCORES[:6].numpy()):
+        assert torch.equal(forward(model, inputs, KVTP(0.3, scores), layout)[0], logits)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, math.inf])
+def test_a_video_without_scores_gets_what_the_average_frame_gets(temperature):
+    model, inputs, _ = CASES["qwen2_vl"]()
+    for scores in ([None, SCORES[:4]], [SCORES[:4], None]):
+        _, report = forward(model, inputs, KVTP(0.2, scores, temperature=temperature, min_tokens=0), None)
+        given = 1 if scores[0] is None else 0
+        counts, (noted,) = report.frame_counts, report.frame_scores
+        assert noted.video == given
+        assert max(counts[1 - given]) - min(counts[1 - given]) <= 1
+        assert sum(counts[1 - given]) / 4 == pytest.approx(sum(counts[given]) / 4, abs=1)
+        assert math.isinf(temperature) or counts[given].argmax() == 1
+    even = forward(model, inputs, KVTP(0.5, [None, None]), None)[0]
+    assert torch.equal(even, forward(model, inputs, KVTP(0.5), None)[0])
+
+
+def test_scores_of_one_video_do_not_serve_two():
+    model, inputs, _ = CASES["qwen2_vl"]()
+    for scores in (SCORES[:2], BoundRelevance(SCORES[:2])):
+        with pytest.raises(ValueError, match="relevance must hold scores for each video of the batch, got 1 for 2"):
+            forward(model, inputs, KVTP(0.3, scores), None)
+
+
+def test_a_binding_is_refused_for_another_video():
+    model, inputs, layout = qwen2()
+    method = KVTP(0.3, BoundRelevance(SCORES[:6]))
+    logits = forward(model, inputs, method, layout)[0]
+    assert torch.equal(forward(model, inputs, method, layout)[0], logits)
+    other = {"inputs_embeds": inputs["inputs_embeds"].roll(8, dims=1)}
+    with pytest.raises(ValueError, match="a relevance belongs to the video that it was first used for"):
+        forward(model, other, method, layout)
+
+
+@pytest.mark.parametrize(("method", "least"), [(KVTP(0.05), 6), (KVTP(0.3, SCORES[:6], "tome", min_tokens=4), 24)])
+def test_a_budget_below_the_floor_is_met_as_closely_as_possible(method, least):
+    model, inputs, layout = qwen2()
+    text = f"the budget {method.budget:g} cannot be reached on this prompt; the least possible is {least / 48:.4g}"
+    with warnings.catch_warnings(record=True) as warned, fftriton.reduce(model, method, layout) as reduction:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with torch.no_grad():
+                model(**inputs)
+    (warning,) = warned
+    assert text in str(warning.message)
+    assert reduction.report.vision_tokens_per_layer == [least] * 3
+    assert reduction.report.least_budget == least / 48
+
+
+def test_the_report_has_scores_counts_and_the_cost_of_the_predictor():
+    model, inputs, layout = qwen2()
+    bound = BoundRelevance(SCORES[:6], seconds=1.5, macs=2e9)
+    _, report = forward(model, inputs, KVTP(0.5, bound) + FrameFusion(0.4), layout)
+    (scores,), (counts,) = report.frame_scores, report.frame_counts
+    assert torch.equal(scores.scores, SCORES[:6])
+    kept = report.kept_positions[0]
+    assert counts.tolist() == [int(torch.isin(frame, kept).sum()) for frame in layout[0].positions]
+    assert (report.relevance_seconds, report.relevance_macs) == (1.5, 2e9)
+    written = json.loads(json.dumps(report.to_dict()))["samples"][0]
+    assert written["frame_counts"] == [counts.tolist()]
+    assert written["frame_scores"] == [{"video": 0, "scores": SCORES[:6].tolist(), "seconds": 1.5, "macs": 2e9}]
+    assert "relevance: 1.5 s, 2 GMACs" in str(report)
+    assert "tokens a frame, scores -1 to 6" in str(report)
+    assert forward(model, inputs, KVTP(0.5), layout)[1].frame_scores == []
 
 
 @torch.no_grad()
@@ -350,5 +436,115 @@ def test_a_batch_is_its_samples_and_beams_share_their_scores():
     assert [beam.kept_positions[0].tolist() for beam in beams] == [
         report.kept_positions[0].tolist() for report in reports for _ in range(2)
     ]
-    with pytest.raises(ValueError, match="relevance must hold scores for each video of the batch, got 2 for 3 or more"):
+    with pytest.raises(ValueError, match="relevance must hold scores for each video of the batch, got 2 for 3"):
         forward(model, inputs, KVTP(0.3, scores[:2]), None)
+
+
+def attention_by_hand(model, inputs, layout, tokens, layer, queries):
+    """The attention that the most attended of the most distinct tokens of each frame receives, in a short prompt."""
+    decoder, seen = model.get_decoder(), {}
+
+    def see(module, args, kwargs):
+        seen.update(kwargs)
+
+    with torch.no_grad():
+        handle = decoder.register_forward_pre_hook(see, with_kwargs=True)
+        model(**inputs)
+        handle.remove()
+        embeddings = seen["inputs_embeds"] if seen.get("inputs_embeds") is not None else None
+        frames = [frame[frame >= 0] for one in layout for frame in one.positions]
+        chosen = []
+        for frame in frames:
+            unit = F.normalize(embeddings[0, frame], dim=-1)
+            distinct = 1 - F.cosine_similarity(unit, unit.sum(0)[None])
+            chosen.append(frame[distinct.topk(min(tokens, len(frame))).indices])
+        video, kept = torch.cat(frames), torch.cat(chosen)
+        rows = torch.tensor([i for i in range(embeddings.shape[1]) if i not in video or i in kept])
+        position_ids = seen.get("position_ids")
+        positions = rows[None] if position_ids is None else position_ids[..., rows]
+        before, model.config._attn_implementation = model.config._attn_implementation, "eager"
+        model.set_attn_implementation("eager")
+        output = decoder(
+            inputs_embeds=embeddings[:, rows],
+            position_ids=positions,
+            output_attentions=True,
+            use_cache=False,
+            attention_mask=torch.ones(1, len(rows)),
+        )
+        model.set_attn_implementation(before)
+    received = output.attentions[layer][0].mean(0)[-queries:].sum(0)
+    return torch.stack([received[torch.isin(rows, own)].max() for own in chosen])
+
+
+@pytest.mark.parametrize(
+    ("own", "layer"), [(OwnAttention(), None), (OwnAttention(2, 0, 3), 0), (OwnAttention(9, 1, 1), 1)], ids=str
+)
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_vl", "llava_onevision"])
+def test_own_attention_is_that_of_a_short_prompt(name, own, layer):
+    model, inputs, layout = CASES[name]()
+    _, report = forward(model, inputs, KVTP(0.3, own), layout)
+    layer = len(model.get_decoder().layers) // 2 if layer is None else layer
+    expected = attention_by_hand(model, inputs, report.layouts, own.tokens, layer, own.queries)
+    scores = torch.cat([one.scores for one in report.frame_scores])
+    torch.testing.assert_close(scores, 2 * expected.log(), rtol=0, atol=1e-4)
+    rows = report.num_tokens - report.num_video_tokens + sum(
+        min(own.tokens, int((frame >= 0).sum())) for one in report.layouts for frame in one.positions
+    )  # fmt: skip
+    counts = [rows] * (layer + 1) + [0]
+    assert report.relevance_macs == prefill_flops(model.config.get_text_config(), counts, counts)
+    assert report.relevance_seconds == 0  # it is part of the prefill
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_own_attention_leaves_the_forward_as_it_is(case):
+    """What is generated is what the same scores give, and the model is as before."""
+    model, inputs, layout = case()
+    dense = model(**inputs).logits
+    with fftriton.reduce(model, KVTP(0.4, "attention"), layout) as reduction:
+        tokens, logits = generate(model, inputs)
+    scores = [one.scores for one in reduction.report.frame_scores]
+    assert len(torch.cat(scores).unique()) > 1
+    with fftriton.reduce(model, KVTP(0.4, scores), layout):
+        expected, expected_logits = generate(model, inputs)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(logits, expected_logits)
+    assert torch.equal(model(**inputs).logits, dense)
+
+
+@torch.no_grad()
+def test_own_attention_of_a_padded_batch_and_other_back_ends():
+    family = FAMILIES["qwen2_vl"]
+    model, samples = family.model(), [family.inputs(seed=0), family.inputs(videos=(3,), image=False, seed=1)]
+    with fftriton.reduce(model, KVTP(0.3, "attention")) as reduction:
+        alone = []
+        for sample in samples:
+            model(**sample)
+            alone.append(reduction.report.frame_scores)
+        model(**collate(samples, "left"))
+        together = [sample.frame_scores for sample in reduction.report.samples]
+        model.set_attn_implementation("eager")
+        model(**samples[0])
+        eager = reduction.report.frame_scores
+    for one, other in [*zip(alone, together, strict=True), (alone[0], eager)]:
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-4)
+
+
+def test_own_attention_after_another_method_and_where_it_cannot_work():
+    model, inputs, layout = qwen2()
+    _, report = forward(model, inputs, UniformFrames(0.5) + KVTP(0.2, "attention"), layout)
+    assert len(report.frame_scores[0].scores) == 6
+    with pytest.raises(ValueError, match="OwnAttention: layer must be below the number of layers, 3, got 3"):
+        fftriton.reduce(model, KVTP(0.3, OwnAttention(layer=3)), layout)
+    for name, value in (("tokens", 0), ("layer", -1), ("queries", 0)):
+        with pytest.raises(ValueError, match=f"OwnAttention: {name} must be at least"):
+            OwnAttention(**{name: value})
+
+
+def test_own_attention_as_text():
+    method = parse("kvtp:relevance=attention(tokens=2;layer=1)", 0.2)
+    assert method.relevance == OwnAttention(2, 1)
+    assert parse("kvtp:relevance=attention", 0.2).relevance == OwnAttention()
+    assert from_dict(to_dict(method)).relevance == parse(to_text(method)).relevance == method.relevance
+    assert Setting("kvtp:relevance=attention", 0.2).relevances == []
