@@ -28,7 +28,7 @@ class VisionTower(nn.Module):
     def __init__(self, num_patches_per_side):
         super().__init__()
         self.num_patches_per_side = num_patches_per_side
-        self.patch = nn.Linear(3, 8)
+        self.patch = nn.Linear(3, 8, bias=False)
 
     def forward(self, images):
         return self.patch(images.flatten(2).transpose(1, 2))
@@ -46,8 +46,8 @@ class LlavaQwenModel(Qwen2Model):
 
     def __init__(self, config):
         super().__init__(config)
-        self.vision_tower = VisionTower(5)
-        self.mm_projector = nn.Linear(8, WIDTH)
+        self.vision_tower = VisionTower(getattr(config, "side", 5))
+        self.mm_projector = nn.Linear(8, WIDTH, bias=False)
         self.image_newline = nn.Parameter(torch.randn(WIDTH))
 
     def get_vision_tower(self):
@@ -213,9 +213,7 @@ def llava_qwen(num_layers=5, **settings):
         "mm_spatial_pool_mode": "bilinear", "mm_newline_position": "grid", "mm_patch_merge_type": "spatial_unpad",
         "tokenizer_model_max_length": 900,
     }  # fmt: skip
-    config = text_config(LlavaQwenConfig, num_layers)
-    for name, value in (defaults | settings).items():
-        setattr(config, name, value)
+    config = text_config(LlavaQwenConfig, num_layers, **defaults | settings)
     return seeded(LlavaQwenForCausalLM(config))
 
 
@@ -294,12 +292,12 @@ class LlavaLlamaModel(PreTrainedModel):
     config_class = LlavaLlamaConfig
     main_input_name = "input_embeds"
 
-    def __init__(self, config, num_layers=5):
+    def __init__(self, config, num_layers=5, side=4):
         super().__init__(config)
         self.llm = Qwen2ForCausalLM(text_config(num_layers=num_layers))
         self.tokenizer = Words()
-        self.vision_tower = VisionTower(4)
-        self.mm_projector = nn.Linear(8, WIDTH)
+        self.vision_tower = VisionTower(side)
+        self.mm_projector = nn.Linear(8, WIDTH, bias=False)
         self.encoders = {"image": BasicImageEncoder(self), "video": BasicVideoEncoder(self)}
         self.videos, self.projected = [], []
 
@@ -370,8 +368,8 @@ class LlavaLlamaModel(PreTrainedModel):
         return self.llm.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **generation_kwargs)
 
 
-def nvila(num_layers=5, padding_side="right", encoder=BasicVideoEncoder, **settings):
-    model = seeded(LlavaLlamaModel(LlavaLlamaConfig(**TEXT), num_layers))
+def nvila(num_layers=5, side=4, padding_side="right", encoder=BasicVideoEncoder, **settings):
+    model = seeded(LlavaLlamaModel(LlavaLlamaConfig(**TEXT), num_layers, side))
     model.tokenizer.padding_side = padding_side
     model.encoders["video"] = encoder(model, **settings)
     return model
@@ -390,7 +388,7 @@ class MiniCPMV(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.llm = Qwen2ForCausalLM(config)
-        self.resampler = nn.Linear(3, WIDTH)
+        self.resampler = nn.Linear(3, WIDTH, bias=False)
         self.processor = None
         self.videos = []
 
@@ -446,12 +444,12 @@ def minicpm_v(num_layers=5):
     return seeded(MiniCPMV(text_config(MiniCPMVConfig, num_layers)))
 
 
-QUERIES = 4  # tokens of a unit; the real model has 64
+QUERIES = 4  # tokens of a unit in most tests; the real model has 64
 IM_START, IM_END, SLICE_START, SLICE_END, NEWLINE, UNKNOWN = 140, 141, 142, 143, 9, 0
 
 
 class Processor:
-    """Turns messages, lists of words (ids) and images [units, 4, 3], into what the model takes; pads on the left.
+    """Turns messages, lists of words (ids) and images [units, patches, 3], into what the model takes; pads on the left.
 
     Args:
         image_id: whether each image has a number before it.
@@ -489,8 +487,8 @@ class Processor:
             number += 1
             for index, unit in enumerate(part):
                 ids.append(SLICE_START if index else IM_START)
-                bounds.append([len(ids), len(ids) + QUERIES])
-                ids += [UNKNOWN] * QUERIES + [SLICE_END if index else IM_END]
+                bounds.append([len(ids), len(ids) + len(unit)])
+                ids += [UNKNOWN] * len(unit) + [SLICE_END if index else IM_END]
                 pixels.append(unit)
         return ids, bounds, pixels
 
@@ -511,7 +509,7 @@ class InternVLChatModel(PreTrainedModel):
         super().__init__(config)
         self.num_image_token = 4
         self.language_model = Qwen2ForCausalLM(text_config(num_layers=num_layers))
-        self.vision_model = nn.Linear(3, WIDTH)
+        self.vision_model = nn.Linear(3, WIDTH, bias=False)
         self.img_context_token_id = None
 
     def get_input_embeddings(self):
