@@ -121,6 +121,11 @@ class LayoutFinder:
         """Whether the caller listed the layouts, as positions in the sequence."""
         return self._listed is not None
 
+    @property
+    def shows_vision(self) -> bool:
+        """Whether embeddings that reach the decoder may hold images or videos."""
+        return self._follower is None or self._follower.has_vision
+
     def labels(self, embeddings: Tensor) -> Tensor | None:
         """[B, N] labels of a prompt that a module further out computes a loss with, if it is known."""
         return None if self._follower is None else self._follower.labels(embeddings)

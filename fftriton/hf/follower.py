@@ -31,20 +31,23 @@ class Noted:
     Args:
         shape: [B, N].
         layouts: of their videos.
+        has_vision: whether they hold images or videos.
         labels: [B, N], a copy that may be written to, or None: those of a loss that the language model does not see.
         reached: whether the language model has got them.
     """
 
     shape: torch.Size
     layouts: list[VideoLayout]
+    has_vision: bool
     labels: Tensor | None = None
     reached: bool = False
 
 
 class _Thread(threading.local):
-    """What this thread's call of the model is about to give the language model, if it cannot be told by the object."""
+    """What this thread's call of the model does."""
 
-    expected: Noted | None = None
+    expected: Noted | None = None  # what the language model is about to get, if it cannot be told by the object
+    latest: Noted | None = None  # what it got last
     encoded: list[tuple[int, set[int]]] | None = None  # images, and tokens of each, that an encoder made in this call
 
 
@@ -96,8 +99,13 @@ class Follower(ABC):
                 f"layout: must be given if the language model of {type(self.model).__name__} gets embeddings of shape "
                 f"{list(arguments['inputs_embeds'].shape)} that are not just as {self._names()} made them in this block"
             )
-        noted.reached = True
+        noted.reached, self._thread.latest = True, noted
         return noted.layouts
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the last embeddings that the language model got in this thread held images or videos."""
+        return self._thread.latest is None or self._thread.latest.has_vision
 
     def labels(self, embeddings: Tensor) -> Tensor | None:
         """[B, N] labels that belong to the embeddings and may be written to, if the language model is given none."""
@@ -110,8 +118,8 @@ class Follower(ABC):
             return self._noted[embeddings]
         return expected if expected is not None and expected.shape == embeddings.shape[:2] else None
 
-    def _note(self, embeddings: Tensor, layouts: list[VideoLayout], labels: Tensor | None = None) -> None:
-        self._noted[embeddings] = Noted(embeddings.shape[:2], layouts, labels)
+    def _note(self, embeddings: Tensor, noted: Noted) -> None:
+        self._noted[embeddings] = noted
 
     @contextmanager
     def _expecting(self, noted: Noted | None) -> Iterator[None]:

@@ -132,7 +132,14 @@ class Intake:
             self._check_names(call)
             labels = self._finder.labels(source)
             call.targets = call.targets or ([] if labels is None else [(labels, 1)])
+        elif given.get("inputs_embeds") is not None:
+            call.has_vision = call.has_vision and self._finder.shows_vision
         return call
+
+    def may_expand(self, given: Mapping[str, Any]) -> bool:
+        """Whether a module around the decoder may make other tokens of a prompt that it is given as ids."""
+        ids = given.get("input_ids")
+        return self._expands and given.get("inputs_embeds") is None and ids is not None and ids.shape[1] > 1
 
     def _check_names(self, call: Call) -> None:
         """Raise a ValueError for an output without names for the hidden states that are asked for."""

@@ -43,7 +43,7 @@ class LlavaQwen(Follower):
             given = by_name(signature, args, kwargs).arguments
             ids = given["inputs"]
             is_text = given["images"] is None and isinstance(ids, Tensor)
-            with self._expecting(Noted(ids.shape, []) if is_text else None):
+            with self._expecting(Noted(ids.shape, [], has_vision=False) if is_text else None):
                 return generate(*args, **kwargs)
 
         return scoped
@@ -53,7 +53,7 @@ class LlavaQwen(Follower):
         if embeddings is None:  # no images, or a single token
             return output
         labels = None if labels is None else labels.clone()
-        self._note(embeddings, self._layouts(given, embeddings, mask), labels)
+        self._note(embeddings, Noted(embeddings.shape[:2], self._layouts(given, embeddings, mask), True, labels))
         return (*output[:5], labels)
 
     def _layouts(self, given: Mapping[str, Any], embeddings: Tensor, mask: Tensor | None) -> list[VideoLayout]:
@@ -116,7 +116,8 @@ class Nvila(Follower):
 
     def _embedded(self, given: Mapping[str, Any], output: Any) -> Any:
         embeddings, _, mask = output
-        self._note(embeddings, self._layouts(given, embeddings, mask))
+        layouts, has_vision = self._layouts(given, embeddings, mask), any(map(len, (given["media"] or {}).values()))
+        self._note(embeddings, Noted(embeddings.shape[:2], layouts, has_vision))
         return output
 
     def _layouts(self, given: Mapping[str, Any], embeddings: Tensor, mask: Tensor) -> list[VideoLayout]:
@@ -162,7 +163,8 @@ class MiniCPMV(Follower):
     def _embedded(self, given: Mapping[str, Any], output: Any) -> Any:
         data, embeddings = given["data"], output[0]
         bounds, ids = data["image_bound"], data["input_ids"]
-        self._note(embeddings, minicpm_v(bounds, ids, separators=self.separators) if any(map(len, bounds)) else [])
+        layouts = minicpm_v(bounds, ids, separators=self.separators)
+        self._note(embeddings, Noted(embeddings.shape[:2], layouts, any(map(len, bounds))))
         return output
 
 
@@ -192,7 +194,7 @@ class InternVLChat(Follower):
             if labels is not None:
                 bound.arguments["labels"] = labels = labels.clone()
             ids, has_images = bound.arguments["input_ids"], bound.arguments["pixel_values"] is not None
-            with self._expecting(Noted(ids.shape, self._layouts(ids) if has_images else [], labels)):
+            with self._expecting(Noted(ids.shape, self._layouts(ids) if has_images else [], has_images, labels)):
                 return call(*bound.args, **bound.kwargs)
 
         return followed

@@ -1,6 +1,11 @@
 """Models of remote code, whose videos are found without a layout: every way of calling them."""
 
+import copy
+import itertools
+import threading
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import remote_models as remote
@@ -9,6 +14,7 @@ from remote_prompts import STEPS, film, ids_of, listening, logits_of, pixels, st
 
 import fftriton
 from fftriton import FrameFusion, KeepAll
+
 
 @torch.no_grad()
 def check(model, call, expected=None, budget=0.3):
@@ -292,7 +298,7 @@ def internvl_way(kind, model, question, pixel_values, counts=None, **arguments):
 def numbered(count, seed=0):
     """The question to a video of frames: "Frame1: <image>" and so on."""
     frames = [[9, 30, *(20 + int(digit) for digit in str(number + 1)), 31, IMAGE] for number in range(count)]
-    return [*sum(frames, []), *words(7, seed)]
+    return [*itertools.chain(*frames), *words(7, seed)]
 
 
 @pytest.mark.parametrize("way", ["chat", "forward"])
@@ -332,5 +338,383 @@ def test_internvl_batch(way):
     assert [len(sample.layouts) for sample in report.samples] == [1, 2, 0, 0]
     for sample in range(2):
         with fftriton.reduce(model, FrameFusion(0.3)):
-            alone = internvl_way(way, model, questions[sample : sample + 1], parts[sample], counts[sample : sample + 1])()
+            alone = internvl_way(
+                way, model, questions[sample : sample + 1], parts[sample], counts[sample : sample + 1]
+            )()
         assert (logits_of(alone)[0] - logits_of(together)[sample]).abs().max() < 1e-4
+
+
+# ---- other calls, of any of them
+
+
+def llava_case():
+    model, ids = remote.llava_qwen(), torch.tensor([[*words(4), VIDEO, *words(6, 1)]])
+    return model, {"inputs": ids, "images": [pixels(8, 5)], "modalities": "video"}
+
+
+def nvila_case():
+    model, ids = remote.nvila(), torch.tensor([[*words(4), 151, *words(6, 1)]])
+    return model, {"input_ids": ids, "media": {"video": [pixels(8, 4)]}}
+
+
+def minicpm_case():
+    return remote.minicpm_v(), remote.Processor()([[*units(12), *words(6)]])
+
+
+def internvl_case():
+    model = remote.internvl_chat()
+    model.img_context_token_id = CONTEXT
+    ids = torch.tensor([model.query(numbered(12), [1] * 12)])
+    return model, {"pixel_values": film(12, 4), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+CASES = pytest.mark.parametrize("case", [llava_case, nvila_case, minicpm_case, internvl_case])
+
+
+def text_of(model, case):
+    """The arguments of generate for a prompt without images."""
+    ids = torch.tensor([words(9)])
+    if case is minicpm_case:
+        return {"input_ids": ids, "pixel_values": [[]], "image_bound": [torch.empty(0, 2, dtype=torch.int64)]}
+    return {llava_case: {"inputs": ids}, nvila_case: {"input_ids": ids, "media": {}}}.get(case, {"input_ids": ids})
+
+
+def image_of(model, case):
+    """The arguments of generate for a prompt with one image."""
+    if case is llava_case:
+        return {"inputs": torch.tensor([[5, VIDEO, 6]]), "images": [pixels(1, 5)[0]], "modalities": ["image"]}
+    if case is nvila_case:
+        return {"input_ids": torch.tensor([[5, 150, 6]]), "media": {"image": [*pixels(1, 4)]}}
+    if case is minicpm_case:
+        return remote.Processor()([[*units(1), 7]])
+    return {"pixel_values": film(1, 4), "input_ids": torch.tensor([model.query([5, IMAGE, 6], [1])])}
+
+
+@CASES
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}], ids=str
+)
+def test_generation(case, settings):
+    """Beams, several sequences, and no cache: as many rows as asked for, each within its budget."""
+    model, inputs = case()
+    if "use_cache" in settings and case is internvl_case:
+        pytest.skip("its generate insists on a cache")
+    with fftriton.reduce(model, FrameFusion(0.3)) as reduction:
+        model.generate(**inputs, max_new_tokens=4, do_sample=False, **settings)
+    for sample in reduction.report.samples:
+        assert abs(sample.budget_achieved - 0.3) <= 1 / sample.num_video_tokens
+
+
+@CASES
+def test_beams_are_those_of_a_listed_layout(case):
+    """What is found is what a list of the same layouts gives, to the language model and to the whole."""
+    model, inputs = case()
+    arguments = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3}
+    with fftriton.reduce(model, FrameFusion(0.3)) as reduction:
+        expected = model.generate(**inputs, **arguments)
+    listed = reduction.report.samples[0].layouts
+    with fftriton.reduce(model, FrameFusion(0.3), listed) as reduction:
+        assert torch.equal(model.generate(**inputs, **arguments), expected)
+    assert reduction.report is not None
+
+
+@CASES
+def test_text_is_left_alone(case):
+    model, _ = case()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fftriton.reduce(model, FrameFusion(0.3)) as reduction:
+            model.generate(**text_of(model, case), max_new_tokens=2)
+    assert reduction.report is None
+
+
+@CASES
+def test_an_image_alone_is_warned_about(case):
+    model, _ = case()
+    with pytest.warns(UserWarning, match="nothing was reduced"):
+        with fftriton.reduce(model, FrameFusion(0.3)) as reduction:
+            model.generate(**image_of(model, case), max_new_tokens=2)
+    assert reduction.report is None
+
+
+@CASES
+def test_embeddings_of_unknown_origin_are_refused(case):
+    model, inputs = case()
+    language_model = getattr(model, "llm", None) or getattr(model, "language_model", None) or model
+    embeddings = torch.randn(1, 9, 64)
+    with fftriton.reduce(model, FrameFusion(0.3)):
+        with pytest.raises(ValueError, match=r"layout: must be given if .* gets embeddings of shape \[1, 9, 64\]"):
+            language_model(inputs_embeds=embeddings)
+        model.generate(**inputs, max_new_tokens=2)  # works after that
+
+
+@CASES
+def test_an_exception_leaves_the_model_as_it_was(case):
+    model, inputs = case()
+    before = state(model)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    handle = decoder_of(model).layers[2].register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        with fftriton.reduce(model, FrameFusion(0.3)):
+            model.generate(**inputs, max_new_tokens=2)
+    handle.remove()
+    assert state(model) == before
+
+
+def decoder_of(model):
+    return (getattr(model, "llm", None) or getattr(model, "language_model", None) or model).model
+
+
+@CASES
+def test_copies_are_refused(case):
+    model, inputs = case()
+    with fftriton.reduce(model, KeepAll()):
+        with pytest.raises(RuntimeError, match="cannot be copied"):
+            copy.deepcopy(model)
+        model.generate(**inputs, max_new_tokens=2)
+    copy.deepcopy(model)
+
+
+@CASES
+def test_threads(case):
+    model, inputs = case()
+    found = []
+
+    def run():
+        for _ in range(2):
+            model.generate(**inputs, max_new_tokens=3)
+            found.append(reduction.report.samples[0].budget_achieved)
+
+    with fftriton.reduce(model, FrameFusion(0.3)) as reduction:
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 6
+    assert len(set(found)) == 1
+
+
+@CASES
+def test_wrapped_by_peft(case):
+    peft = pytest.importorskip("peft")
+    model, inputs = case()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    with fftriton.reduce(wrapped, FrameFusion(0.3)) as reduction:
+        wrapped.base_model.model.generate(**inputs, max_new_tokens=2)
+    assert abs(reduction.report.budget_achieved - 0.3) <= 1 / reduction.report.num_video_tokens
+
+
+def forward_of(case):
+    """A model, and the arguments of its forward."""
+    model, inputs = case()
+    if case is minicpm_case:
+        return model, {"data": inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}}
+    if case is internvl_case:
+        inputs["image_flags"] = torch.ones(12, 1)
+    return model, {"input_ids" if name == "inputs" else name: value for name, value in inputs.items()}
+
+
+@CASES
+@torch.no_grad()
+def test_compiled_as_a_whole(case):
+    """The compiled code of a module around the language model would know nothing of the reduction."""
+    model, inputs = forward_of(case)
+    model.compile(backend="eager")
+    with fftriton.reduce(model, FrameFusion(0.3)) as reduction:
+        model(**inputs)
+    assert abs(reduction.report.budget_achieved - 0.3) <= 1 / reduction.report.num_video_tokens
+
+
+@pytest.mark.parametrize("case", [llava_case, nvila_case, internvl_case])
+@torch.no_grad()
+def test_labels_of_an_answer(case):
+    """Its loss is that of a model without a reduction if all stays; it has no influence on what goes."""
+    model, inputs = forward_of(case)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    given = labels.clone()
+    dense = model(**inputs, labels=labels).loss
+    with fftriton.reduce(model, KeepAll()):
+        assert model(**inputs, labels=labels).loss == dense
+    with fftriton.reduce(model, fftriton.FastV(0.5, 1)) as reduction:
+        assert model(**inputs, labels=labels).loss != dense
+        answered = reduction.report.kept_positions
+        prompt = {name: inputs[name][:, :-3] for name in ("input_ids", "attention_mask") if name in inputs}
+        model(**inputs | prompt)
+        asked = reduction.report.kept_positions
+    assert torch.equal(labels, given)
+    assert [layer.tolist() for layer in asked] == [layer[:-3].tolist() for layer in answered]
+
+
+def test_generation_in_another_thread():
+    """As MiniCPM-V streams: the embeddings are made in one thread, and generate runs in another."""
+    model, inputs = minicpm_case()
+    with fftriton.reduce(model, FrameFusion(0.3)) as reduction:
+        with torch.inference_mode():
+            embeddings, _ = model.get_vllm_embedding(inputs)
+        thread = threading.Thread(
+            target=model.llm.generate, kwargs={"inputs_embeds": embeddings, "pad_token_id": 0, "max_new_tokens": 3}
+        )
+        thread.start()
+        thread.join()
+    assert abs(reduction.report.budget_achieved - 0.3) <= 1 / reduction.report.num_video_tokens
+
+
+@torch.no_grad()
+def test_more_turns_on_one_cache():
+    """A prompt, text, and a second video, by forward; and the whole conversation again, by generate."""
+    from models import behind, cache_of
+
+    model, inputs = llava_case()
+    ids, arguments = inputs.pop("inputs"), inputs
+    with fftriton.reduce(model, FrameFusion(0.3)) as reduction:
+        cache = cache_of(model.generate(ids, **arguments, max_new_tokens=1, return_dict_in_generate=True))
+        length = cache.get_seq_length()
+        conversation = torch.cat([ids, torch.tensor([[*words(3, 5), VIDEO, *words(5, 6)]])], 1)
+        both = {"images": [*arguments["images"], pixels(5, 5, 9)], "modalities": ["video", "video"]}
+        model.generate(conversation, **both, max_new_tokens=2, **behind(cache))
+        (layout,) = reduction.report.layouts
+    assert layout.positions.shape == (5, 12)
+    assert int(layout.positions[0, 0]) + length == ids.shape[1] - 1 + 8 * 12 + 3
+
+
+@CASES
+def test_listed_layouts_must_fit(case):
+    """A layout that was made for a prompt of another length would run on other tokens."""
+    model, inputs = case()
+    with fftriton.reduce(model, KeepAll()) as reduction:
+        model.generate(**inputs, max_new_tokens=2)
+    (layout,), length = reduction.report.layouts, reduction.report.tokens_per_layer[0]
+    for stated, message in [(length, None), (length + 1, rf"prompt of {length + 1} tokens, got {length}")]:
+        with fftriton.reduce(model, FrameFusion(0.3), [fftriton.VideoLayout(layout.positions, 0, stated)]):
+            with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+                model.generate(**inputs, max_new_tokens=2)
+
+
+# ---- what is refused
+
+
+def test_packed_sequences_are_refused():
+    model, inputs = nvila_case()
+    with fftriton.reduce(model, FrameFusion(0.3)):
+        with pytest.raises(ValueError, match="that are not just as _embed made them"):
+            model(**inputs, force_packing=True)
+
+
+def test_an_embedding_that_is_changed_is_refused():
+    class Timed(remote.LlavaLlamaModel):
+        def forward(self, input_ids, media):
+            embeddings, _, mask = self._embed(input_ids, media, {"video": {}}, None, None)
+            return self.llm(inputs_embeds=embeddings + 0.1, attention_mask=mask)
+
+    model, inputs = nvila_case()
+    model.__class__ = Timed
+    with fftriton.reduce(model, FrameFusion(0.3)):
+        with pytest.raises(ValueError, match="that are not just as _embed made them"):
+            model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([*range(106), 105], "107 tokens instead of 106 in sample 0"),
+        ([*range(1, 106), 0], "another order of text and videos in sample 0"),
+    ],
+    ids=["one more", "turned"],
+)
+@pytest.mark.parametrize("case", [llava_case, nvila_case])
+def test_another_arrangement_is_refused(case, order, message, monkeypatch):
+    """A class that puts a token more, or in another order, among the text."""
+    pad = remote.padded
+    model, inputs = case()
+    if case is nvila_case:
+        order = [*order[:-1], *range(106, 146), order[-1]] if order[-1] == 0 else [*range(146), 145]
+        message = message.replace("107", "147").replace("106", "146")
+
+    def changed(rows, labels, side):
+        return pad([row[order] for row in rows], [row[order] for row in labels], side)
+
+    monkeypatch.setattr(remote, "padded", changed)
+    with fftriton.reduce(model, FrameFusion(0.3)):
+        with pytest.raises(ValueError, match=f"layout: must be given if a model puts .* got {message}"):
+            model.generate(**inputs, max_new_tokens=2)
+
+
+def test_frames_of_different_sizes_are_refused():
+    class Ragged(remote.BasicVideoEncoder):
+        def forward(self, videos, config):
+            self.parent.projected.append([])
+            return [torch.cat(self.parent.encode_images(torch.cat(videos)))]
+
+    class Uneven(remote.LlavaLlamaModel):
+        def encode_images(self, images, block_sizes=None):
+            return [row[: 4 + at] for at, row in enumerate(super().encode_images(images))]
+
+    model, inputs = nvila_case()
+    model.__class__, model.encoders["video"] = Uneven, Ragged(model)
+    with fftriton.reduce(model, FrameFusion(0.3)):
+        with pytest.raises(ValueError, match="encode_images of Uneven does not make the same number"):
+            model.generate(**inputs, max_new_tokens=2)
+
+
+def test_a_language_model_that_is_not_called_is_noticed():
+    class Elsewhere(remote.InternVLChatModel):
+        def generate(self, pixel_values=None, input_ids=None, **arguments):
+            return input_ids
+
+    model, inputs = internvl_case()
+    model.__class__ = Elsewhere
+    with fftriton.reduce(model, FrameFusion(0.3)):
+        with pytest.raises(RuntimeError, match="must give the embeddings of a video to its language model"):
+            model.generate(**inputs)
+
+
+def test_images_before_the_token_is_known_are_refused():
+    model, inputs = internvl_case()
+    model.img_context_token_id = None
+    with fftriton.reduce(model, FrameFusion(0.3)):
+        with pytest.raises(ValueError, match="img_context_token_id of InternVLChatModel must be set"):
+            model.generate(**inputs)
+
+
+def test_a_class_of_another_structure_needs_a_layout():
+    """`llava_llama` is the model_type of LLaVA-1.5, too, which has none of NVILA's methods."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(remote.text_config(remote.LlavaLlamaConfig))
+    lacking = "'llava_llama', but Qwen2ForCausalLM lacks a method '_embed', a method 'encode_images', an attribute"
+    with pytest.raises(TypeError, match=f"layout must be given for Qwen2ForCausalLM; .* got {lacking}"):
+        fftriton.reduce(model, FrameFusion(0.3))
+
+    class Renamed(remote.MiniCPMV):
+        def get_vllm_embedding(self, batch):
+            return super().get_vllm_embedding(batch)
+
+    with pytest.raises(TypeError, match="Renamed lacks a parameter 'data' of 'get_vllm_embedding'"):
+        fftriton.reduce(Renamed(remote.text_config(remote.MiniCPMVConfig)), FrameFusion(0.3))
+
+
+def test_internlm2_is_refused_by_name():
+    class InternLM2DecoderLayer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.feed_forward = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+            self.attention_norm, self.ffn_norm = torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)
+
+    class InternLM2ForCausalLM(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(model_type="internlm2")
+            self.model = torch.nn.Module()
+            self.model.layers = torch.nn.ModuleList([InternLM2DecoderLayer()])
+
+    model = remote.internvl_chat()
+    model.language_model = InternLM2ForCausalLM()
+    for refused in (model, model.language_model):
+        for apply in (lambda model: fftriton.reduce(model, FrameFusion(0.3)), fftriton.apply_framefusion):
+            with pytest.raises(TypeError, match="model must not be built on InternLM2, as Intern.* is: its layers"):
+                apply(refused)

@@ -1,4 +1,4 @@
-"""FrameFusion as its published code does it, in plain PyTorch: one sample, without a cache, 28 layers taken for granted.
+"""FrameFusion as its published code does it, in plain PyTorch: one sample, no cache, 28 layers taken for granted.
 
 Source: FrameFusion, ICCV 2025, arXiv:2501.01986, and what its code does with the token ranges that it is given.
 """

@@ -4,7 +4,7 @@ Each has the names, the signatures, the order of calls and the arrangement of to
 weights. `videos` notes, for the last call, what has been written among the text: (sample, [F, P, 64]) for each video.
 """
 
-import functools
+import itertools
 import math
 from collections import deque
 from types import SimpleNamespace
@@ -104,8 +104,8 @@ class LlavaQwenForCausalLM(Qwen2ForCausalLM):
         return tokens
 
     def prepare_inputs_labels_for_multimodal(
-        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, modalities=["image"],  # noqa: B006
-        image_sizes=None,
+        self, input_ids, position_ids, attention_mask, past_key_values, labels, images,
+        modalities=["image"], image_sizes=None,  # noqa: B006
     ):  # fmt: skip
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -135,7 +135,7 @@ class LlavaQwenForCausalLM(Qwen2ForCausalLM):
             if len(places) == 2:
                 index += 1
             parts, part_labels, length = [], [], 0
-            for number, (before, after) in enumerate(zip(places[:-1], places[1:], strict=True)):
+            for number, (before, after) in enumerate(itertools.pairwise(places)):
                 parts.append(self.get_model().embed_tokens(ids[before + 1 : after]))
                 part_labels.append(own[before + 1 : after])
                 length += len(parts[-1])
@@ -250,7 +250,9 @@ class BasicVideoEncoder(nn.Module):
 
     def around(self, features):
         self.parent.projected[-1].append(features)
-        start, end = (self.embed_tokens(part).expand(len(features), -1, -1) for part in (self.start_tokens, self.end_tokens))
+        start, end = (
+            self.embed_tokens(part).expand(len(features), -1, -1) for part in (self.start_tokens, self.end_tokens)
+        )
         return torch.cat([start, features, end], 1).flatten(0, 1)
 
     def process(self, features):
@@ -336,7 +338,9 @@ class LlavaLlamaModel(PreTrainedModel):
             if left[name]:
                 raise ValueError(f"Not all {name} embeddings are consumed!")
         if self.training:
-            rows, row_labels = ([part[: self.tokenizer.model_max_length] for part in both] for both in (rows, row_labels))
+            rows, row_labels = (
+                [part[: self.tokenizer.model_max_length] for part in both] for both in (rows, row_labels)
+            )
         embeddings, mask, labels = padded(rows, row_labels, self.tokenizer.padding_side)
         return embeddings, labels, mask
 
@@ -355,7 +359,11 @@ class LlavaLlamaModel(PreTrainedModel):
         if past_key_values is not None:
             kwargs[CACHE] = past_key_values
         return self.llm(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, labels=labels, **kwargs
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            labels=labels,
+            **kwargs,
         )
 
     def repack(self, embeddings, mask, labels):
