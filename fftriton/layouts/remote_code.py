@@ -274,21 +274,22 @@ def _frames_of_units(ids: Sequence[int], units: Iterable[tuple[int, int]]) -> li
 
 
 def _videos(frames: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Frames [n] int64 in a row that belong together: as many tokens in each, and about as many between them."""
-    gaps = [int(after[0] - before[-1]) for before, after in itertools.pairwise(frames)]
-    videos: list[list[Tensor]] = []
-    for index, frame in enumerate(frames):
-        around = gaps[max(0, index - 2) : index] + gaps[index : index + 1]  # the gap before it, and those next to that
-        if index and _alike(frames[index - 1], frame) and gaps[index - 1] <= min(around) + 1:  # numbers grow a digit
-            videos[-1].append(frame)
+    """Frames [n] int64 in a row that belong together: as many tokens in each, and about as many between them.
+
+    What is between two frames may be a token longer than next to it, since frames are numbered, but not more.
+    """
+    gaps = [
+        int(after[0] - before[-1]) if torch.equal(after - after[0], before - before[0]) else None
+        for before, after in itertools.pairwise(frames)
+    ]
+    videos = [list(frames[:1])]
+    for index, gap in enumerate(gaps):
+        nearby = [other for other in gaps[max(0, index - 1) : index + 2] if other is not None]
+        if gap is not None and gap <= min(nearby) + 1:
+            videos[-1].append(frames[index + 1])
         else:
-            videos.append([frame])
+            videos.append([frames[index + 1]])
     return [video for video in videos if len(video) > 1]
-
-
-def _alike(frame: Tensor, other: Tensor) -> bool:
-    """Whether two frames have the same places, counted from their first."""
-    return torch.equal(frame - frame[0], other - other[0])
 
 
 def _with_separators(video: Sequence[Tensor], length: int) -> Tensor:
