@@ -61,7 +61,7 @@ def _check_code(checkpoint: str | Path, trust_remote_code: bool) -> None:
         where = "has methods of its own to be called by" if own else "is in a package of its own"
         raise ValueError(
             f"model must be a video language model that transformers can call, got '{checkpoint}' of type {kind}, "
-            f"whose code {where}: load it in a program of yours, and call the model inside fftriton.reduce(model, method)"
+            f"whose code {where}: load it in a program of yours, and call it inside fftriton.reduce(model, method)"
         )
 
 
