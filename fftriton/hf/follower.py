@@ -62,7 +62,7 @@ class Follower(ABC):
     part: ClassVar[str | None]
     """The attribute that holds the language model; None if the model is its own."""
     methods: ClassVar[Mapping[str, Sequence[str]]]
-    """Those that the class must have, and the parameters of theirs that are read."""
+    """Those that the class must have, the one that makes the embeddings first, and the parameters that are read."""
     attributes: ClassVar[Sequence[str]] = ()
     """What else it must have."""
 
@@ -95,9 +95,10 @@ class Follower(ABC):
             return []
         noted = self._find(arguments["inputs_embeds"])
         if noted is None:
+            shape, maker = list(arguments["inputs_embeds"].shape), next(iter(self.methods))
             raise ValueError(
                 f"layout: must be given if the language model of {type(self.model).__name__} gets embeddings of shape "
-                f"{list(arguments['inputs_embeds'].shape)} that are not just as {self._names()} made them in this block"
+                f"{shape} that are not just as {maker} made them in this block"
             )
         noted.reached, self._thread.latest = True, noted
         return noted.layouts
@@ -139,9 +140,6 @@ class Follower(ABC):
                 f"{type(self.language_model).__name__}, but has not called it"
             )
 
-    def _names(self) -> str:
-        return " or ".join(name for name, parameters in self.methods.items() if parameters)
-
     def _follow(self, note: Callable[[Mapping[str, Any], Any], Any]) -> Callable[[Callable], Callable]:
         """A wrapper of a method that calls note(arguments by name, output) and returns what that does."""
 
@@ -151,7 +149,7 @@ class Follower(ABC):
             def followed(*args: Any, **kwargs: Any) -> Any:
                 output = method(*args, **kwargs)
                 with torch.no_grad():
-                    return note(by_name(signature, args, kwargs).arguments, output)
+                    return note(named(by_name(signature, args, kwargs)), output)
 
             return followed
 
@@ -163,3 +161,10 @@ def by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return bound
+
+
+def named(bound: inspect.BoundArguments) -> Mapping[str, Any]:
+    """Arguments by name, also those that a function takes as **kwargs."""
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    more = [value for name, value in bound.arguments.items() if kinds[name] is inspect.Parameter.VAR_KEYWORD]
+    return {**bound.arguments, **(more[0] if more else {})}

@@ -15,7 +15,7 @@ def find_decoder(model: Any) -> Any:
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) and all(map(_is_decoder_layer, layers)):
             return module
-    if any("InternLM2" in type(module).__name__ for module in model.modules()):
+    if any(map(_is_internlm2, model.modules())):
         raise TypeError(
             f"reduce: model must not be built on InternLM2, as {type(model).__name__} is: its layers are not like "
             "Qwen2's (attention with wqkv, wo and rotary_emb, attention_norm, feed_forward, ffn_norm), its KV cache is "
@@ -68,6 +68,16 @@ def above_hooks(model: nn.Module, decoder: Any) -> list[nn.Module]:
 def runs_again(layer: nn.Module) -> bool:
     """Whether gradient checkpointing runs the layer a second time."""
     return layer.training and getattr(layer, "gradient_checkpointing", False)
+
+
+def _is_internlm2(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    names = [
+        type(module).__name__,
+        getattr(config, "model_type", None),
+        *(getattr(getattr(config, "llm_config", None), "architectures", None) or ()),
+    ]
+    return any("internlm2" in str(name).lower() for name in names)
 
 
 def _is_decoder_layer(layer: nn.Module) -> bool:

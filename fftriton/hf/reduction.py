@@ -63,7 +63,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         check_wrapper(root)
         follower = layout if isinstance(layout, Follower) else find_follower(root)
         if follower is not None and not follower.expands:
-            root = follower.language_model
+            root = getattr(follower.language_model, "_orig_mod", follower.language_model)
         self.decoder = find_decoder(root)
         self.model, self.method, self.verify = owner_of(self.decoder, root), method, verify
         method.check(len(self.decoder.layers))

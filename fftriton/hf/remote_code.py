@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layouts.expansion import Block, ExpandedRow, row_of
 from ..layouts.layout import VideoLayout
 from ..layouts.remote_code import internvl_chat, llava_block, llava_side, minicpm_v, nvila_block
-from .follower import Follower, Noted, by_name
+from .follower import Follower, Noted, by_name, named
 from .hooks import Undo, wrap
 
 _LLAVA_PLACEHOLDER = -200  # for images and videos
@@ -27,7 +27,6 @@ class LlavaQwen(Follower):
     part = None
     methods: ClassVar = {
         "prepare_inputs_labels_for_multimodal": ("input_ids", "attention_mask", "images", "modalities"),
-        "generate": ("inputs", "images"),
         "get_vision_tower": (),
     }
 
@@ -40,10 +39,12 @@ class LlavaQwen(Follower):
         signature = inspect.signature(generate)
 
         def scoped(*args: Any, **kwargs: Any) -> Any:
-            given = by_name(signature, args, kwargs).arguments
-            ids = given["inputs"]
-            is_text = given["images"] is None and isinstance(ids, Tensor)
-            with self._expecting(Noted(ids.shape, [], has_vision=False) if is_text else None):
+            given = named(by_name(signature, args, kwargs))
+            ids = given.get("input_ids") if given.get("inputs") is None else given.get("inputs")
+            text = None
+            if given.get("images") is None and isinstance(ids, Tensor):
+                text = Noted(ids.shape, [], has_vision=False)
+            with self._expecting(text):
                 return generate(*args, **kwargs)
 
         return scoped
@@ -64,7 +65,8 @@ class LlavaQwen(Follower):
         videos = {index for index, modality in enumerate(modalities[: len(images)]) if modality == "video"}
         if not videos:
             return []
-        blocks = [self._video(len(image)) if at in videos else Block(None) for at, image in enumerate(images)]
+        frames = [1 if image.ndim == 3 else len(image) for image in images]
+        blocks = [self._video(count) if at in videos else Block(None) for at, count in enumerate(frames)]
         ids = _without_padding(given["input_ids"], given["attention_mask"])
         found = [row == _LLAVA_PLACEHOLDER for row in ids]
         rows = [row_of(at, own) for at, own in zip(found, _deal(found, blocks), strict=True)]
@@ -175,10 +177,7 @@ class InternVLChat(Follower):
     """
 
     part = "language_model"
-    methods: ClassVar = {
-        "generate": ("pixel_values", "input_ids"),
-        "forward": ("pixel_values", "input_ids", "labels"),
-    }
+    methods: ClassVar = {"generate": ("pixel_values", "input_ids"), "forward": ("pixel_values", "input_ids")}
     attributes = ("img_context_token_id", "num_image_token")
 
     def install(self, undo: Undo) -> None:
@@ -190,10 +189,12 @@ class InternVLChat(Follower):
 
         def followed(*args: Any, **kwargs: Any) -> Any:
             bound = by_name(signature, args, kwargs)
-            labels = bound.arguments.get("labels")
+            ids, labels = bound.arguments["input_ids"], bound.arguments.get("labels")
+            if ids is None:  # the model refuses it
+                return call(*args, **kwargs)
             if labels is not None:
                 bound.arguments["labels"] = labels = labels.clone()
-            ids, has_images = bound.arguments["input_ids"], bound.arguments["pixel_values"] is not None
+            has_images = bound.arguments["pixel_values"] is not None
             with self._expecting(Noted(ids.shape, self._layouts(ids) if has_images else [], has_images, labels)):
                 return call(*bound.args, **bound.kwargs)
 

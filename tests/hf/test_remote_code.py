@@ -601,7 +601,7 @@ def test_listed_layouts_must_fit(case):
 def test_packed_sequences_are_refused():
     model, inputs = nvila_case()
     with fftriton.reduce(model, FrameFusion(0.3)):
-        with pytest.raises(ValueError, match="that are not just as _embed made them"):
+        with pytest.raises(ValueError, match="that are not just as _embed made them in this block"):
             model(**inputs, force_packing=True)
 
 
@@ -614,7 +614,7 @@ def test_an_embedding_that_is_changed_is_refused():
     model, inputs = nvila_case()
     model.__class__ = Timed
     with fftriton.reduce(model, FrameFusion(0.3)):
-        with pytest.raises(ValueError, match="that are not just as _embed made them"):
+        with pytest.raises(ValueError, match="that are not just as _embed made them in this block"):
             model(**inputs)
 
 
