@@ -446,7 +446,10 @@ def test_embeddings_of_unknown_origin_are_refused(case):
     with fftriton.reduce(model, FrameFusion(0.3)):
         with pytest.raises(ValueError, match=r"layout: must be given if .* gets embeddings of shape \[1, 9, 64\]"):
             language_model(inputs_embeds=embeddings)
-        model.generate(**inputs, max_new_tokens=2)  # works after that
+        with listening(model) as seen:
+            model.generate(**inputs, max_new_tokens=2)  # works after that
+        with pytest.raises(ValueError, match="layout: must be given if"):  # of the same shape, after the call
+            language_model(inputs_embeds=torch.randn(seen[0].shape))
 
 
 @CASES
