@@ -9,22 +9,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def find_decoder(model: Any) -> Any:
-    """The module whose `layers` are Qwen2-style decoder layers. Raises a TypeError if there is none."""
+def find_decoder(model: nn.Module, root: nn.Module) -> Any:
+    """The module in `model` whose `layers` are Qwen2-style decoder layers. Raises a TypeError if there is none.
+
+    root: what the user gave, named in errors; the model is in it.
+    """
     for module in model.modules():
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) and all(map(_is_decoder_layer, layers)):
             return module
-    if any(map(_is_internlm2, model.modules())):
+    if any(map(_is_internlm2, root.modules())):
         raise TypeError(
-            f"reduce: model must not be built on InternLM2, as {type(model).__name__} is: its layers are not like "
+            f"reduce: model must not be built on InternLM2, as {type(root).__name__} is: its layers are not like "
             "Qwen2's (attention with wqkv, wo and rotary_emb, attention_norm, feed_forward, ffn_norm), its KV cache is "
             "a tuple. InternVL2.5-2B, -8B and -26B are built on it; -1B, -4B, -38B and -78B are built on Qwen2 and "
             "can be reduced"
         )
     raise TypeError(
         f"reduce: model must have a Qwen2-style decoder (layers with self_attn, post_attention_layernorm and mlp), "
-        f"got {type(model).__name__}"
+        f"got {type(root).__name__}"
     )
 
 

@@ -62,9 +62,10 @@ class Reduction(AbstractContextManager["Reduction"]):
         root = getattr(model, "_orig_mod", model)  # of what torch.compile(model) returns
         check_wrapper(root)
         follower = layout if isinstance(layout, Follower) else find_follower(root)
+        given = root
         if follower is not None and not follower.expands:
             root = getattr(follower.language_model, "_orig_mod", follower.language_model)
-        self.decoder = find_decoder(root)
+        self.decoder = find_decoder(root, given)
         self.model, self.method, self.verify = owner_of(self.decoder, root), method, verify
         method.check(len(self.decoder.layers))
         if method.renumbers and has_axes(self.decoder.config):

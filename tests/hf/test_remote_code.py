@@ -702,7 +702,8 @@ def test_a_class_of_another_structure_needs_a_layout():
         fftriton.reduce(Renamed(remote.text_config(remote.MiniCPMVConfig)), FrameFusion(0.3))
 
 
-def test_internlm2_is_refused_by_name():
+@pytest.mark.parametrize("named", ["by its class", "by the configuration"])
+def test_internlm2_is_refused_by_name(named):
     class InternLM2DecoderLayer(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -718,7 +719,11 @@ def test_internlm2_is_refused_by_name():
 
     model = remote.internvl_chat()
     model.language_model = InternLM2ForCausalLM()
-    for refused in (model, model.language_model):
+    if named == "by the configuration":
+        InternLM2ForCausalLM.__name__ = InternLM2DecoderLayer.__name__ = "Renamed"
+        model.language_model.config.model_type = "of_its_own"
+        model.config.llm_config = SimpleNamespace(architectures=["InternLM2ForCausalLM"])
+    for refused in (model, model.language_model)[: 2 if named == "by its class" else 1]:
         for apply in (lambda model: fftriton.reduce(model, FrameFusion(0.3)), fftriton.apply_framefusion):
             with pytest.raises(TypeError, match="model must not be built on InternLM2, as Intern.* is: its layers"):
                 apply(refused)
