@@ -60,7 +60,12 @@ class LlavaQwen(Follower):
     def _layouts(self, given: Mapping[str, Any], embeddings: Tensor, mask: Tensor | None) -> list[VideoLayout]:
         images, modalities = given["images"], given["modalities"]
         modalities = [modalities] if isinstance(modalities, str) else list(modalities)
-        if isinstance(images, Tensor) and images.ndim < 5:  # each is an image, whatever the modalities
+        if isinstance(images, Tensor) and images.ndim < 5:
+            if "video" in modalities:
+                raise ValueError(
+                    f"reduce: images must be a list of videos [F, 3, H, W] for modalities {modalities}, got a tensor "
+                    f"of shape {list(images.shape)}, each row of which {type(self.model).__name__} takes for an image"
+                )
             return []
         videos = {index for index, modality in enumerate(modalities[: len(images)]) if modality == "video"}
         if not videos:

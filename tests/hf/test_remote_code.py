@@ -133,6 +133,13 @@ def test_llava_without_a_mask(way):
     check(model, way(model, ids, images=stacked, modalities=["video", "video"]))
 
 
+def test_a_video_that_llava_takes_for_images_is_refused():
+    model, ids = remote.llava_qwen(), torch.tensor([[*words(4), VIDEO, *words(6, 1)]])
+    with fftriton.reduce(model, FrameFusion(0.3)):
+        with pytest.raises(ValueError, match=r"must be a list of videos .* got a tensor of shape \[6, 3, 5, 5\]"):
+            model(ids, images=pixels(6, 5), modalities=["video"])
+
+
 def test_llava_cut_to_its_longest():
     model = remote.llava_qwen(tokenizer_model_max_length=50)
     ids = torch.tensor([[*words(4), VIDEO, *words(6, 1)]])
