@@ -79,6 +79,31 @@ def test_a_checkpoint_that_needs_code_is_refused(tmp_path, marker, command, need
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"model_type": "llava_qwen"}, [], "of type llava_qwen, whose code is in a package of its own"),
+        ({"model_type": "llava_qwen"}, ["--trust-remote-code"], "whose code is in a package of its own"),
+        ({"model_type": "minicpmv", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}, [], None),
+        (
+            {"model_type": "minicpmv", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}},
+            ["--trust-remote-code"],
+            "of type minicpmv, whose code has methods of its own to be called by",
+        ),
+    ],
+)
+def test_code_that_is_elsewhere_is_named(tmp_path, marker, command, config, options, message):
+    """The models of the paper: a package that transformers does not know, and code that is called by `chat`."""
+    model = checkpoint_with_code(tmp_path / "model", marker, **config)
+    result = invoke(command, model, tmp_path / "out", *options)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert (message or "--trust-remote-code") in line
+    assert message is None or line.endswith("inside fftriton.reduce(model, method)")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_code_that_is_not_needed_does_not_run_unless_trusted(tmp_path, marker, command):
     model = checkpoint_with_code(tmp_path / "model", marker, auto_map=AUTO_MAP)
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())

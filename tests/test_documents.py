@@ -23,9 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from remote_models import PLACEHOLDER, llava_qwen
+from remote_prompts import pixels
 from transformers import Qwen2VLForConditionalGeneration
 
+import fftriton
 from bench.kvtp.needle import WORDS
 from bench.kvtp.small import small_siglip
 from fftriton.app.cli import app
@@ -105,7 +109,16 @@ def own_prompt() -> dict[str, Any]:
     }
 
 
-GIVEN: dict[str, Callable[[], dict[str, Any]]] = {"docs/methods.md": own_prompt}
+def remote_prompt() -> dict[str, Any]:
+    """A stand-in for LLaVA-Video, a video and a question about it."""
+    ids = torch.tensor([[5, 6, PLACEHOLDER, 7, 8]])
+    return {"fftriton": fftriton, "model": llava_qwen(), "input_ids": ids, "video": pixels(8, 5)}
+
+
+GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
+    "docs/bring-your-own-model.md": remote_prompt,
+    "docs/methods.md": own_prompt,
+}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

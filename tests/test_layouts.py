@@ -1,6 +1,5 @@
 """Layouts for models loaded by remote code, on stand-ins that arrange their tokens as those do."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +49,18 @@ class StandIn:
         assert [layout.sample for layout in found] == [i for i, video in enumerate(self.features) if video is not None]
         for layout in found:
             assert torch.equal(embeddings[layout.sample, layout.positions], self.features[layout.sample])
+        self.check_last(found, padding_side, mask)
+
+    def check_sections(self, found, padding_side, count):
+        """As `check`, for features[sample] of several sections, each a video."""
+        embeddings, mask = self.batch(padding_side)
+        assert [layout.sample for layout in found] == [index for index in range(len(self.rows)) for _ in range(count)]
+        for layout, features in zip(found, [part for of_row in self.features for part in of_row], strict=True):
+            assert torch.equal(embeddings[layout.sample, layout.positions], features)
+        if count == 1:
+            self.check_last(found, padding_side, mask)
+
+    def check_last(self, found, padding_side, mask):
         last = found[-1]
         shift = 0 if padding_side == "right" else int((mask[last.sample] == 0).sum())
         alone = fftriton.VideoLayout(last.positions - shift)
@@ -85,45 +96,119 @@ def test_llava_video(newlines, padding_side):
     model.check(found, padding_side)
 
 
-def test_llava_video_has_210_tokens_a_frame():
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({}, 210),
+        ({"side": 13}, 182),
+        ({"newlines": "frame"}, 197),
+        ({"newlines": "one_token"}, 196),
+        ({"newlines": "no_token"}, 196),
+        ({"merge_type": "flat"}, 196),
+        ({"newlines": "one_token", "merge_type": "spatial"}, 196),
+    ],
+    ids=str,
+)
+def test_tokens_of_a_frame_of_llava_video(settings, size):
     ids = torch.full((1, 20), 5)
     ids[0, 14] = VIDEO  # behind the 14 tokens of its prompt
-    (layout,) = layouts.llava_video(ids, [3])
-    assert torch.equal(layout.positions, (14 + torch.arange(630)).view(3, 210))
+    (layout,) = layouts.llava_video(ids, [3], **settings)
+    assert torch.equal(layout.positions, (14 + torch.arange(3 * size)).view(3, size))
+    behind = settings == {"newlines": "one_token"}
+    assert layout.length == 19 + 3 * size + behind
 
 
-@pytest.mark.parametrize(("before", "after", "pooled"), [(0, 1, 1), (2, 1, 2), (0, 0, 1)])
-def test_nvila(before, after, pooled):
+@pytest.mark.parametrize(("patches", "mode", "side"), [(27, "bilinear", 14), (27, "average", 13), (24, "bilinear", 12)])
+def test_side_of_a_frame_of_llava_video(patches, mode, side):
+    assert layouts.llava_side(patches, mode) == side
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("before", "after", "pool_sizes", "last"),
+    [
+        (0, 1, [[1, 1, 1]], 0), (2, 1, [[2, 1, 1]], 0), (0, 0, [[1, 2, 2]], 3), (1, 2, [[2, 2, 1], [1, 1, 1]], 1),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("separators", [False, True])
+def test_nvila(before, after, pool_sizes, last, separators, padding_side):
     model = StandIn()
     ids, token = torch.full((2, 7), 5), 77
     for sample, (start, frames) in enumerate([(2, 4), (5, 6)]):
         ids[sample, start] = token
-        video = model.patches(frames // pooled, 4)
-        around = [torch.cat([model.embed([3] * before), frame, model.embed([4] * after)]) for frame in video]
-        model.add([model.embed([5] * start), *around, model.embed([5] * (6 - start))], video)
+        parts, features = [], []
+        for time, rows, columns in pool_sizes:
+            video = model.patches(frames // time, 4 // (rows * columns))
+            around = [model.embed([3] * before), model.embed([4] * after)]
+            whole = torch.stack([torch.cat([around[0], frame, around[1]]) for frame in video])
+            parts += [whole.flatten(0, 1), model.embed([6] * last)]
+            features.append(whole if separators else video)
+        model.add([model.embed([5] * start), *parts, model.embed([5] * (6 - start))], features)
     found = layouts.nvila(
-        ids, [4, 6], placeholder=token, patches=4, frames_pooled=pooled, before_frame=before, after_frame=after
-    )
-    model.check(found, "left")
+        ids, [4, 6], placeholder=token, patches=4, pool_sizes=pool_sizes, before_frame=before, after_frame=after,
+        after_pool=last, separators=separators, padding_side=padding_side,
+    )  # fmt: skip
+    model.check_sections(found, padding_side, len(pool_sizes))
 
 
-@pytest.mark.parametrize("slices", [0, 2])
-def test_minicpm_v(slices):
-    """<image> 4 tokens </image>, then <slice> 4 tokens </slice> as often; bounds of the padded rows."""
-    model = StandIn()
-    bounds = []
-    for frames in (4, 0, 3):
-        parts, spans, length = [model.embed([5] * 6)], [], 6
-        video = model.patches(frames, 4 * (slices + 1)) if frames else None
-        for unit in [] if video is None else video.reshape(-1, 4, 64):
-            parts += [model.embed([START]), unit, model.embed([END])]
-            spans.append([length + 1, length + 5])
-            length += 6
-        model.add([*parts, model.embed([5] * 3)], video)
-        bounds.append(torch.tensor(spans, dtype=torch.int64).view(-1, 2))
-    longest = max(map(len, model.rows))
-    bounds = [span + longest - len(row) for span, row in zip(bounds, model.rows, strict=True)]
-    model.check(layouts.minicpm_v(bounds, slices=slices), "left")
+def test_nvila_pads_on_the_right_unless_told_otherwise():
+    ids = torch.tensor([[77, 5, 5, 5], [5, 77, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    first, second = layouts.nvila(ids, [2, 2], placeholder=77, attention_mask=mask)
+    assert (int(first.positions[0, 0]), int(second.positions[0, 0])) == (0, 1)
+    assert first.length == second.length == 2 * 257 + 3
+
+
+IM_START, SLICE_START = 140, 142
+
+
+def minicpm_row(frames, count, patches=4, between=()):
+    """Ids and bounds of frames of `count` units, each between two marks; frames are divided by `between` and a word."""
+    ids, bounds = [5, 6], []
+    for number in range(frames):
+        for unit in range(count):
+            ids.append(SLICE_START if unit else IM_START)
+            bounds.append([len(ids), len(ids) + patches])
+            ids += [0] * patches + [141]
+        ids += [*between, 9] if number < frames - 1 else []
+    return ids, bounds
+
+
+@pytest.mark.parametrize("separators", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_minicpm_v(count, separators):
+    """<image> 4 tokens </image>, then <slice> 4 tokens </slice> as often; rows are padded on the left."""
+    rows = [minicpm_row(4, count), ([5] * 9, []), minicpm_row(3, count)]
+    longest = max(len(ids) for ids, _ in rows) + 2
+    ids = torch.tensor([[0] * (longest - 2 - len(row)) + row + [7, 7] for row, _ in rows])
+    bounds = [
+        torch.tensor(of_row, dtype=torch.int64).view(-1, 2) + longest - 2 - len(row) for row, of_row in rows
+    ]  # fmt: skip
+    found = layouts.minicpm_v(bounds, ids, separators=separators)
+    assert [layout.sample for layout in found] == [0, 2]
+    for layout, frames in zip(found, (4, 3), strict=True):
+        first = int(bounds[layout.sample][0, 0])
+        size = count * 6 + 1  # with both marks of each unit, and the newline
+        patches = [6 * unit + patch for unit in range(count) for patch in range(4)]
+        columns = [*range(size)] if separators else patches
+        expected = first + size * torch.arange(frames)[:, None] + torch.tensor(columns)
+        if separators:  # the last frame ends with its mark and the token after it
+            expected[-1, -1] = -1
+        assert torch.equal(layout.positions, expected)
+        assert layout.length == longest
+
+
+def test_minicpm_v_tells_videos_from_images():
+    """A single image, a video after text, one with slices, and an image that is alone; gaps grow with numbers."""
+    parts = [minicpm_row(1, 1), minicpm_row(5, 1), minicpm_row(3, 2), minicpm_row(1, 1)]
+    ids, bounds = [], []
+    for row, of_row in parts:
+        bounds += [[start + len(ids), end + len(ids)] for start, end in of_row]
+        ids += row + [30] * 6
+    found = layouts.minicpm_v([torch.tensor(bounds)], torch.tensor([ids]))
+    assert [tuple(layout.positions.shape) for layout in found] == [(5, 4), (3, 8)]
+    assert found[0].positions[0, 0] == bounds[1][0]
 
 
 def test_internvl_chat():
@@ -148,7 +233,8 @@ def test_internvl_chat():
 
 
 IDS = torch.tensor([[5, VIDEO, 5]])
-BOUNDS = [torch.tensor([[1, 5], [7, 11], [13, 16]])]
+BOUNDS = torch.tensor([[1, 5], [7, 11], [13, 16]])
+UNEVEN = torch.tensor([[1, 5], [7, 11], [14, 18]])
 
 
 @pytest.mark.parametrize(
@@ -159,11 +245,18 @@ BOUNDS = [torch.tensor([[1, 5], [7, 11], [13, 16]])]
         (lambda: layouts.llava_video(IDS, [4], side=0), ValueError, "side must be at least 1, got 0"),
         (lambda: layouts.llava_video(IDS, [4], newlines="no"), ValueError, "newlines must be one of .* got 'no'"),
         (lambda: layouts.llava_video(IDS, [4], padding_side="up"), ValueError, "padding_side must be one .* got 'up'"),
-        (lambda: layouts.nvila(IDS, [9], placeholder=VIDEO, frames_pooled=8), ValueError, "multiples of .* 8, got 9"),
+        (lambda: layouts.llava_video(IDS, [4], merge_type="grid"), ValueError, "merge_type must be .* got 'grid'"),
+        (lambda: layouts.nvila(IDS, [9], placeholder=VIDEO, pool_sizes=[[8, 1, 1]]), ValueError, "size 8, got 9"),
+        (lambda: layouts.nvila(IDS, [8], placeholder=VIDEO, pool_sizes=[[8, 1]]), ValueError, "three numbers each"),
+        (lambda: layouts.nvila(IDS, [8], placeholder=VIDEO, pool_sizes=[[1, 3, 1]]), ValueError, "3 x 1 divide"),
+        (lambda: layouts.nvila(IDS, [8], placeholder=VIDEO, separators=1), TypeError, "separators must be True or"),
         (lambda: layouts.nvila(IDS, [8], placeholder=1), ValueError, "each of the 0 placeholders, got 1"),
         (lambda: layouts.nvila(IDS, [1.5], placeholder=VIDEO), TypeError, "frames must be an integer .* got 1.5"),
-        (lambda: layouts.minicpm_v(BOUNDS, slices=1), ValueError, "a row for each frame and its 1 slices, got 3 rows"),
-        (lambda: layouts.minicpm_v(BOUNDS), ValueError, r"every frame the same number of tokens, got \[3, 4\]"),
+        (lambda: layouts.minicpm_v([BOUNDS], torch.zeros(2, 20)), ValueError, "entry per sample, of which .* 2, got 1"),
+        (lambda: layouts.minicpm_v([BOUNDS], torch.zeros(1, 14)), ValueError, "within the 14 ids, got"),
+        (lambda: layouts.minicpm_v([BOUNDS - 1], torch.zeros(1, 20)), ValueError, "leave a token before each unit"),
+        (lambda: layouts.minicpm_v([UNEVEN], torch.zeros(1, 30), separators=True), ValueError, "equal distances.*6, 7"),
+        (lambda: layouts.internvl_chat(IDS, context_token=5, patches=2), ValueError, "divide the 1 tokens of a frame"),
         (lambda: layouts.internvl_chat(IDS, context_token=5, patches=0), ValueError, "must be at least 1, got 0"),
         (lambda: layouts.evenly_spaced(-1, 2, 3), ValueError, "start must be at least 0, got -1"),
     ],
@@ -171,13 +264,6 @@ BOUNDS = [torch.tensor([[1, 5], [7, 11], [13, 16]])]
 def test_arguments_that_cannot_be(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_the_page_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
-    exec("\n".join(blocks), {"__name__": "page"})
-    assert capsys.readouterr().out.startswith("[")
 
 
 def test_the_page_names_every_function():

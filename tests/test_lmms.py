@@ -8,7 +8,9 @@ from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
+import remote_models as remote
 import torch
+from remote_prompts import film, pixels, units
 
 from bench.kvtp.needle import WORDS
 from bench.kvtp.small import small_siglip
@@ -89,7 +91,7 @@ def test_scores_are_those_of_the_harness(tmp_path, method, monkeypatch):
         ("base=qwen2_vl,processing=other", "processing must be one of 'base', 'fftriton', got 'other'"),
         ("base=qwen2_5_vl,processing=fftriton", "base must be qwen2_vl, as the checkpoint is, got qwen2_5_vl"),
         ("base=qwen2_vl,processing=fftriton,budget=2", r"budget must be in \(0, 1\], got 2"),
-        ("base=qwen2_vl,processing=fftriton,method=slowv", "methods must be one of"),
+        ("base=qwen2_vl,processing=fftriton,method=slowv", "method must be one of"),
         ("base=qwen2_vl,processing=fftriton,batch_size=2", "batch_size must be 1"),
     ],
 )
@@ -226,6 +228,57 @@ def test_frames_of_any_form():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             as_frames(videos)
+
+
+def llava_vid():
+    ids = torch.tensor([[5, 6, remote.PLACEHOLDER, 7, 8]])
+    arguments = {"images": [pixels(8, 5)], "attention_mask": torch.ones_like(ids), "modalities": "video"}
+    return remote.llava_qwen(), lambda model: model.generate(inputs=ids, **arguments, max_new_tokens=3)
+
+
+def vila():
+    ids = torch.tensor([[5, 6, 151, 7, 8]])
+    return remote.nvila(), lambda model: model.generate(ids, media={"video": [pixels(8, 4)]}, max_new_tokens=3)
+
+
+def minicpm_v():
+    message = [*units(12), 7, 8]
+    return remote.minicpm_v(), lambda model: model.chat(msgs=message, processor=remote.Processor(), max_new_tokens=3)
+
+
+def internvl2():
+    question = [*[9, 149] * 12, 7, 8]
+    return remote.internvl_chat(), lambda model: model.chat(
+        151, film(12, 4), question, {"max_new_tokens": 3}, num_patches_list=[1] * 12
+    )
+
+
+@pytest.mark.parametrize("case", [llava_vid, vila, minicpm_v, internvl2])
+def test_models_of_remote_code_need_no_layout(case, monkeypatch):
+    """As lmms-eval's own classes call them; the reduction is found by the model that they hold."""
+    models = pytest.importorskip("lmms_eval.models", reason=REASON)
+    from lmms_eval.api.model import lmms
+
+    from fftriton.lmms import model as adapter_model
+
+    class Base(lmms):
+        def __init__(self, pretrained, batch_size):
+            super().__init__()
+            self.model, self.call = case()
+
+        def generate_until(self, requests):
+            return [self.call(self.model) for _ in requests]
+
+        loglikelihood = generate_until_multi_round = None
+
+    assert case.__name__ in {*models.AVAILABLE_MODELS, *models.AVAILABLE_SIMPLE_MODELS}
+    monkeypatch.setattr(adapter_model, "get_model", lambda name, force_simple: {case.__name__: Base}[name])
+    text = f"base={case.__name__},pretrained=x,method=framefusion,budget=0.3"
+    adapter = models.get_model("fftriton").create_from_arg_string(text, {"batch_size": 1})
+    adapter.task_dict = {}
+    assert len(adapter.generate_until([None])) == 1
+    report = adapter.reduction.report
+    assert report.budget_achieved == pytest.approx(0.3, abs=1 / report.num_video_tokens)
 
 
 def test_the_entry_point_is_there():

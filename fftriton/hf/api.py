@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from ..layouts.families import LayoutRule
 from ..layouts.layout import VideoLayout
 from ..methods import FrameFusion, Method
 from .reduction import Reduction
+from .remote_code import find_follower
 
 
 def reduce(
@@ -47,13 +50,14 @@ def reduce(
     and so do labels that are -100 before the answer.
 
     Args:
-        model: a Hugging Face causal or conditional generation model with a Qwen2-style decoder.
+        model: a Hugging Face causal or conditional generation model with a Qwen2-style decoder; or LLaVA-Video, NVILA,
+            MiniCPM-V 2.6 or InternVL2.5 as remote code, called by its own forward, generate or chat.
         method: what to keep: FrameFusion, FastV, KeepAll or a Method of your own.
         layout: the positions of the videos in the prompt. With None, they are found automatically for the families in
-            transformers. Otherwise a list of VideoLayout (fftriton.layouts makes it for some other models), whose
-            positions count from the first token of the sequence, including earlier turns; or a callable that receives
-            the model and the arguments by name, of its forward, or of `generate` once for the whole prompt. It returns
-            such a list, counted from the first new token, and is not called for single tokens.
+            transformers and for these four. Otherwise a list of VideoLayout (fftriton.layouts makes it for some other
+            models), whose positions count from the first token of the sequence, including earlier turns; or a callable
+            that receives the model and the arguments by name, of its forward, or of `generate` once for the whole
+            prompt. It returns such a list, counted from the first new token, and is not called for single tokens.
         verify: recompute every op by its formula, and check all text rows and positions that a method leaves, to track
             down a wrong answer. This takes many times the time and memory.
 
@@ -90,12 +94,15 @@ def apply_framefusion(
         cost: FrameFusion's budget.
         similarity_lower_bound: its similarity_threshold.
         ratio_lower_bound: its min_merge_ratio.
-        layout: as for `reduce`.
+        layout: as for `reduce`. With None, tokens between the frames of NVILA and MiniCPM-V count as patches and
+            merge, which is what the authors' code does with them.
 
     Source:
         FrameFusion, ICCV 2025, arXiv:2501.01986, and its published code: importance is the attention of the last
         4 queries for the Qwen2-VL models and of the last one elsewhere.
     """
+    if layout is None and isinstance(model, nn.Module):
+        layout = find_follower(getattr(model, "_orig_mod", model), separators=True)
     queries = 4 if str(getattr(model.config, "model_type", "")).endswith("_vl") else 1
     method = FrameFusion(cost, similarity_lower_bound, ratio_lower_bound, importance_queries=queries)
     return apply(model, method, layout)

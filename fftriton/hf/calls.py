@@ -33,6 +33,7 @@ class Call:
         later: how many of its last tokens are not part of the prompt.
         targets: its labels [B, N], copies that may be written to, and how far ahead of their logits they are.
         wants_states: whether hidden states are asked for, or None if no module has been told.
+        as_tuple: whether a module is to return its output without names.
         states: these hidden states, once the decoder has ended.
         has_vision: whether it was given pixels, embeddings, or placeholders (a bool on the device).
         begun: whether the decoder has been reached.
@@ -54,6 +55,7 @@ class Call:
     later: int = 0
     targets: list[tuple[Tensor, int]] = field(default_factory=list)
     wants_states: bool | None = None
+    as_tuple: bool = False
     states: list[Tensor] | None = None
     has_vision: bool | Tensor = False
     begun: bool = False

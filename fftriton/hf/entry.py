@@ -114,9 +114,13 @@ class EntryHooks:
         if self._forward.open is not None or self._calls.looking:  # the decoder is at work
             return True
         level = self._level_of(module)
+        if level is None and self._decoder in module.modules():  # it is around the model that is followed
+            return True
         given = kwargs if level is None else self._intake.named(level, args, kwargs)
         if not hooks_ran and level is not None:
             self._intake.enter(level, given, sys._getframe(1))
+        if level is not None and module is not self._decoder and self._intake.may_expand(given):
+            return True
         call, layers, source = self._calls.current, reduced_layers(cache_in(given)), tokens_of(given)
         if call is not None and call.videos:
             return True

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from ..layouts.families import RULES, LayoutRule, NoPlaceholderError, encoder_of
-from ..layouts.layout import VideoLayout, check_layouts
+from ..layouts.layout import VideoLayout, check_layouts, check_length
 from .compat import UnknownReleaseError, check_model, past_of
+from .follower import Follower
 from .hooks import Hook, Undo, wrap
+from .remote_code import FOLLOWERS, why_unknown
 
 _ENCODERS = ("get_image_features", "get_video_features")
 _CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -60,6 +62,7 @@ class LayoutFinder:
         self.model = model
         self._on_prompt = on_prompt
         self._listed: list[VideoLayout] | None = None
+        self._follower = layout if isinstance(layout, Follower) else None
         if callable(layout):
             self._rule = layout
         elif layout is None:
@@ -76,6 +79,8 @@ class LayoutFinder:
         inner = getattr(self.model, "base_model", self.model)
         for name in _ENCODERS:
             wrap(inner, name, self._record_encoder, undo)
+        if self._follower is not None:
+            self._follower.install(undo)
         for module in modules:
             module.__dict__["__getstate__"] = Hook(_refuse_copies)
             undo.append(partial(module.__dict__.pop, "__getstate__"))
@@ -116,6 +121,15 @@ class LayoutFinder:
         """Whether the caller listed the layouts, as positions in the sequence."""
         return self._listed is not None
 
+    @property
+    def shows_vision(self) -> bool:
+        """Whether embeddings that reach the decoder may hold images or videos."""
+        return self._follower is None or self._follower.has_vision
+
+    def labels(self, embeddings: Tensor) -> Tensor | None:
+        """[B, N] labels of a prompt that a module further out computes a loss with, if it is known."""
+        return None if self._follower is None else self._follower.labels(embeddings)
+
     def find(self, arguments: Mapping[str, Any]) -> list[PlacedVideo]:
         """The videos among the tokens of a forward with these arguments, counted from its first token.
 
@@ -144,6 +158,8 @@ class LayoutFinder:
         known = self._prompt.videos
         if known is None and self._listed is not None:
             known = _numbered(self._listed)
+            if past_of(arguments) == 0:
+                _check_lengths(self._listed, tokens.shape[1])
         if known is None:
             found = _numbered(self._ask_rule(arguments))
         else:
@@ -232,12 +248,19 @@ class LayoutFinder:
         is_whole = past == 0 or _sequence_length(arguments) == tokens.shape[1]  # the earlier turns are in it again
         self._prompt.length = tokens.shape[1] if is_whole else past + tokens.shape[1]
         if self._listed is not None:
+            if past == 0:
+                _check_lengths(self._listed, self._prompt.length)
             return self._listed
+        if self._follower is not None and is_whole:  # it knows the whole prompt, as the object that it is
+            past = 0
         if past > 0 and is_whole:
             whole = {name: arguments.get(name) for name in ("input_ids", "inputs_embeds")}
             new = {name: part[:, past:] for name, part in whole.items() if part is not None}
             arguments = {**arguments, **new}
         found = self._ask_rule(arguments)
+        asked = tokens_of(arguments)
+        assert asked is not None
+        check_layouts(found, *asked.shape[:2])
         return [_moved(layout, past) for layout in found]
 
 
@@ -278,6 +301,11 @@ def _numbered(layouts: Sequence[VideoLayout]) -> list[PlacedVideo]:
     ]
 
 
+def _check_lengths(layouts: Sequence[VideoLayout], length: int) -> None:
+    for layout in layouts:
+        check_length(layout, length)
+
+
 def _lying_in(videos: Sequence[PlacedVideo], first: int, length: int) -> list[PlacedVideo]:
     """The videos in [first, first + length) of the sequence, counted from there."""
     found = []
@@ -305,9 +333,10 @@ def _moved(layout: VideoLayout, by: int) -> VideoLayout:
 def _known_rule(model: Any) -> LayoutRule:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in RULES:
+        lacking = why_unknown(model)
         raise TypeError(
             f"reduce: layout must be given for {type(model).__name__}; it is found without for model types "
-            f"{', '.join(sorted(RULES))}, got {model_type!r}"
+            f"{', '.join(sorted([*RULES, *FOLLOWERS]))}, got {model_type!r}" + (f", but {lacking}" if lacking else "")
         )
     inner, encoder = getattr(model, "base_model", model), encoder_of(model_type)
     if not hasattr(inner, encoder):

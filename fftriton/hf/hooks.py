@@ -17,9 +17,9 @@ class Hook:
 
     def __init__(self, call: Callable, original: Callable | None = None) -> None:
         """original: the method that is wrapped, whose name, signature and docstring are shown."""
-        self._call = call
         if original is not None:
             functools.update_wrapper(self, original)  # generate reads signatures
+        self._call = call  # after that: the original may be a Hook, too
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)

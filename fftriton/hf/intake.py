@@ -31,14 +31,16 @@ class Intake:
         finder: finds the videos.
         calls, latest, notices: where it is noted.
         gates: refuse to reduce what has been compiled since they were installed.
+        expands: whether ids that a module around the decoder is given may not be what the decoder gets.
     """
 
     def __init__(
         self, model: Any, decoder: Any, modules: Sequence[nn.Module], finder: LayoutFinder, calls: Calls,
-        latest: LatestReport, notices: Notices, gates: Gates,
+        latest: LatestReport, notices: Notices, gates: Gates, expands: bool = False,
     ) -> None:  # fmt: skip
         self._model, self._decoder, self._modules, self._finder = model, decoder, modules, finder
         self._calls, self._latest, self._notices, self._gates = calls, latest, notices, gates
+        self._expands = expands
         self._signatures = [inspect.signature(module.forward) for module in modules]
 
     def named(self, level: int, args: tuple, kwargs: dict) -> Mapping[str, Any]:
@@ -64,7 +66,13 @@ class Intake:
         call = self._calls.current
         if call is None or call.begun or call.level >= level:  # no call of a module around this one is on its way
             call = self._calls.begin(Call(level, frame))
+        if call.wants_states is None:
+            call.wants_states = given.get("output_hidden_states")
+        if given.get("return_dict", getattr(self._model.config, "return_dict", True)) is False:
+            call.as_tuple = True
         tokens, moved = tokens_of(given), False
+        if self._expands and given.get("inputs_embeds") is None:
+            return None
         if tokens is None:
             call.has_vision = call.has_vision or _has_pixels(given)
             return None
@@ -76,17 +84,14 @@ class Intake:
         if tokens.shape[1] == 1:
             return None
         call.later = max(call.later, self._finder.count_later(given))
-        if call.wants_states is None:
-            call.wants_states = given.get("output_hidden_states")
         if call.has_vision is False:
             call.has_vision = _has_pixels(given) or self._has_placeholders(given)
         if not self._finder.is_listed:
             self._look(call, given)
         if moved and not call.videos:
             raise ValueError(_OTHER_TOKENS.format(list(call.shape)))
-        as_tuple = given.get("return_dict", getattr(self._model.config, "return_dict", True)) is False
-        if as_tuple and (call.videos or self._finder.is_listed) and self.wants_states(call):
-            raise ValueError("reduce: return_dict must not be False if hidden states are asked for")
+        if call.videos or self._finder.is_listed:
+            self._check_names(call)
         return call
 
     def arrive(self, given: Mapping[str, Any], source: Tensor, frame: FrameType) -> Call:
@@ -121,7 +126,25 @@ class Intake:
                 raise ValueError(_OTHER_TOKENS.format(list(source.shape[:2])))
             call.later = 0
             check_layouts([video.layout for video in call.videos], *source.shape[:2])
+        if call.shape is None:  # only now is it known what the decoder gets
+            call.has_vision = call.has_vision or given.get("inputs_embeds") is not None
+        if call.videos:
+            self._check_names(call)
+            labels = self._finder.labels(source)
+            call.targets = call.targets or ([] if labels is None else [(labels, 1)])
+        elif given.get("inputs_embeds") is not None:
+            call.has_vision = call.has_vision and self._finder.shows_vision
         return call
+
+    def may_expand(self, given: Mapping[str, Any]) -> bool:
+        """Whether a module around the decoder may make other tokens of a prompt that it is given as ids."""
+        ids = given.get("input_ids")
+        return self._expands and given.get("inputs_embeds") is None and ids is not None and ids.shape[1] > 1
+
+    def _check_names(self, call: Call) -> None:
+        """Raise a ValueError for an output without names for the hidden states that are asked for."""
+        if call.as_tuple and self.wants_states(call):
+            raise ValueError("reduce: return_dict must not be False if hidden states are asked for")
 
     def wants_states(self, call: Call) -> bool:
         """Whether hidden states are asked for."""

@@ -9,17 +9,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def find_decoder(model: Any) -> Any:
-    """The module whose `layers` are Qwen2-style decoder layers. Raises a TypeError if there is none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"reduce: model must be a Hugging Face model, got {type(model).__name__}")
+def find_decoder(model: nn.Module, root: nn.Module) -> Any:
+    """The module in `model` whose `layers` are Qwen2-style decoder layers. Raises a TypeError if there is none.
+
+    root: what the user gave, named in errors; the model is in it.
+    """
     for module in model.modules():
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) and all(map(_is_decoder_layer, layers)):
             return module
+    if any(map(_is_internlm2, root.modules())):
+        raise TypeError(
+            f"reduce: model must not be built on InternLM2, as {type(root).__name__} is: its layers are not like "
+            "Qwen2's (attention with wqkv, wo and rotary_emb, attention_norm, feed_forward, ffn_norm), its KV cache is "
+            "a tuple. InternVL2.5-2B, -8B and -26B are built on it; -1B, -4B, -38B and -78B are built on Qwen2 and "
+            "can be reduced"
+        )
     raise TypeError(
         f"reduce: model must have a Qwen2-style decoder (layers with self_attn, post_attention_layernorm and mlp), "
-        f"got {type(model).__name__}"
+        f"got {type(root).__name__}"
     )
 
 
@@ -29,8 +37,10 @@ def owner_of(decoder: nn.Module, root: nn.Module) -> Any:
     return next((model for model in models if decoder in model.modules()), root)
 
 
-def check_wrapper(root: nn.Module) -> None:
-    """Raise a TypeError for a DataParallel that makes copies of the model."""
+def check_wrapper(root: Any) -> None:
+    """Raise a TypeError for what is no module, and for a DataParallel that makes copies of the model."""
+    if not isinstance(root, nn.Module):
+        raise TypeError(f"reduce: model must be a Hugging Face model, got {type(root).__name__}")
     for module in root.modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise TypeError(
@@ -61,6 +71,16 @@ def above_hooks(model: nn.Module, decoder: Any) -> list[nn.Module]:
 def runs_again(layer: nn.Module) -> bool:
     """Whether gradient checkpointing runs the layer a second time."""
     return layer.training and getattr(layer, "gradient_checkpointing", False)
+
+
+def _is_internlm2(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    names = [
+        type(module).__name__,
+        getattr(config, "model_type", None),
+        *(getattr(getattr(config, "llm_config", None), "architectures", None) or ()),
+    ]
+    return any("internlm2" in str(name).lower() for name in names)
 
 
 def _is_decoder_layer(layer: nn.Module) -> bool:

@@ -35,12 +35,14 @@ from .compiled import Gates
 from .decoder_hooks import DecoderHooks
 from .entry import EntryHooks
 from .finder import LayoutFinder
+from .follower import Follower
 from .hooks import Undo
 from .intake import Intake
 from .layers import Forward, LayerHooks
 from .modules import above_hooks, check_wrapper, find_decoder, owner_of
 from .notices import Notices
 from .probe import check_structure
+from .remote_code import find_follower
 from .report import LatestReport, Report
 
 _reduced: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders that have a reduction installed
@@ -57,9 +59,13 @@ class Reduction(AbstractContextManager["Reduction"]):
             raise TypeError(f"reduce: method must be a fftriton.Method, such as FrameFusion(), got {method!r}")
         if not isinstance(verify, bool):
             raise TypeError(f"reduce: verify must be True or False, got {verify!r}")
-        self.decoder = find_decoder(model)
         root = getattr(model, "_orig_mod", model)  # of what torch.compile(model) returns
         check_wrapper(root)
+        follower = layout if isinstance(layout, Follower) else find_follower(root)
+        given = root
+        if follower is not None and not follower.expands:
+            root = getattr(follower.language_model, "_orig_mod", follower.language_model)
+        self.decoder = find_decoder(root, given)
         self.model, self.method, self.verify = owner_of(self.decoder, root), method, verify
         method.check(len(self.decoder.layers))
         if method.renumbers and has_axes(self.decoder.config):
@@ -69,7 +75,9 @@ class Reduction(AbstractContextManager["Reduction"]):
         cache_name = check_decoder(self.decoder)
         check_structure(self.decoder)
         self._latest, self._notices = LatestReport(), Notices(method)
-        self._finder = LayoutFinder(self.model, layout, on_prompt=partial(self._latest.set, None))
+        self._finder = LayoutFinder(
+            self.model, follower if layout is None else layout, on_prompt=partial(self._latest.set, None)
+        )
         self._modules = [module for module in root.modules() if self.decoder in module.modules()]  # outermost first
         self._permit, self._forward = Permit(), Forward()
         self._layers = LayerHooks(self.decoder, self._forward)
@@ -80,8 +88,9 @@ class Reduction(AbstractContextManager["Reduction"]):
             lambda *call: self._entry.without_hooks(*call),
         )
         intake = Intake(
-            self.model, self.decoder, self._modules, self._finder, self._calls, self._latest, self._notices, self._gates
-        )
+            self.model, self.decoder, self._modules, self._finder, self._calls, self._latest, self._notices,
+            self._gates, follower is not None and follower.expands,
+        )  # fmt: skip
         decoder_hooks = DecoderHooks(
             self.decoder, len(self._modules) - 1, cache_name, method, verify, intake=intake, calls=self._calls,
             finder=self._finder, latest=self._latest, notices=self._notices, layers=self._layers,

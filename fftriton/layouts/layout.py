@@ -20,15 +20,17 @@ class VideoLayout:
         positions: [F, P] int64; positions[f, p] is the index in the sequence of patch p of frame f, or -1 for a hole (a
             patch without a token). Positions must ascend when read frame by frame; no stride is assumed.
         sample: row of the batch that contains the video.
+        length: number of tokens of the prompt, with its padding, if the layout is for no other; None for any.
 
     Raises:
         TypeError: positions is not an int64 tensor.
         ValueError: positions does not have shape [F, P], has only holes, has values below -1, or does not ascend; or
-            sample is negative.
+            sample is negative, or length is not above the last position.
     """
 
     positions: Tensor
     sample: int = 0
+    length: int | None = None
 
     def __post_init__(self) -> None:
         positions = self.positions
@@ -51,6 +53,8 @@ class VideoLayout:
                 f"VideoLayout: positions must ascend frame by frame, but {int(tokens[at])} is followed by "
                 f"{int(tokens[at + 1])}: they {rule}"
             )
+        if self.length is not None:
+            check_count("VideoLayout", "length", self.length, int(tokens[-1]) + 1)
 
     @property
     def tokens(self) -> Tensor:
@@ -70,6 +74,7 @@ def check_layouts(layouts: Sequence[VideoLayout], batch: int, length: int) -> No
     for layout in layouts:
         if not isinstance(layout, VideoLayout):
             raise TypeError(f"layout: must be a list of VideoLayout, got an item of {type(layout).__name__}")
+        check_length(layout, length)
         if layout.sample >= batch:
             raise ValueError(f"layout: sample must be below the batch size {batch}, got {layout.sample}")
         tokens = layout.tokens.cpu()
@@ -79,6 +84,15 @@ def check_layouts(layouts: Sequence[VideoLayout], batch: int, length: int) -> No
             where = int(tokens[taken[layout.sample, tokens]][0])
             raise ValueError(f"layout: videos must not overlap, but two of them hold position {where}")
         taken[layout.sample, tokens] = True
+
+
+def check_length(layout: VideoLayout, length: int) -> None:
+    """Raise a ValueError if the layout is for a prompt of another length."""
+    if layout.length not in (None, length):
+        raise ValueError(
+            f"layout: was made for a prompt of {layout.length} tokens, got {length}: what it was made from (the number "
+            "of frames, tokens per frame, newlines, padding) does not fit the model"
+        )
 
 
 def patch_ids(layouts: Sequence[VideoLayout], batch: int, length: int, device: torch.device) -> Tensor:

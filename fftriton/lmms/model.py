@@ -23,8 +23,8 @@ class FFTriton(lmms):
     """A model of lmms-eval with its vision tokens reduced.
 
     Args:
-        base: name of the model in lmms-eval: qwen2_vl, qwen2_5_vl, llava_onevision, ... It must be a model for simple
-            tasks (`models/simple`) with a Hugging Face model of a supported family in `.model`.
+        base: name of the model in lmms-eval: qwen2_vl, qwen2_5_vl, llava_onevision, llava_vid, vila, internvl2, ... It
+            must be a model for simple tasks (`models/simple`) with a model in `.model` that needs no layout.
         method: method as text, as for `fftriton eval` ("framefusion:similarity_threshold=0.9"). kvtp with a relevance
             is told each question, and the frames that the base passes to its processor.
         budget: fraction of the vision tokens to keep, in (0, 1].

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 
 def load_part(part: Any, checkpoint: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
@@ -34,14 +34,35 @@ def load_config(checkpoint: str | Path, trust_remote_code: bool) -> Any:
     """Load the configuration of a checkpoint.
 
     Raises:
-        ValueError: as for `load_part`, or the checkpoint names an attention kernel on the hub, which is code, and is
-            not trusted.
+        ValueError: as for `load_part`; or the code of its model is neither in transformers nor in the checkpoint, or
+            cannot be called like a model of transformers; or the checkpoint names an attention kernel on the hub, which
+            is code, and is not trusted.
     """
+    _check_code(checkpoint, trust_remote_code)
     config = load_part(AutoConfig, checkpoint, trust_remote_code)
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     if not trust_remote_code and any("/" in (getattr(part, "_attn_implementation", None) or "") for part in parts):
         raise _needs_code(checkpoint)
     return config
+
+
+def _check_code(checkpoint: str | Path, trust_remote_code: bool) -> None:
+    """Raise a ValueError if there is no code for the checkpoint's type of model that could be run here."""
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(checkpoint)
+    except OSError:
+        return  # the checkpoint cannot be read, which loading it will say
+    kind, own = settings.get("model_type"), settings.get("auto_map") or {}
+    if kind is None or kind in CONFIG_MAPPING:
+        return
+    if own and not trust_remote_code:
+        raise _needs_code(checkpoint)
+    if "AutoModelForImageTextToText" not in own:
+        where = "has methods of its own to be called by" if own else "is in a package of its own"
+        raise ValueError(
+            f"model must be a video language model that transformers can call, got '{checkpoint}' of type {kind}, "
+            f"whose code {where}: load it in a program of yours, and call it inside fftriton.reduce(model, method)"
+        )
 
 
 def _needs_code(checkpoint: str | Path) -> ValueError:
