@@ -271,7 +271,7 @@ def our_prune_step(
 ) -> tuple[Tensor, ...]:
     """The calls that fftriton.FrameFusion makes with importance_queries=1."""
     importance = attention_column_sum(q, k, num_queries=1)
-    kept = topk_keep(importance, keep, candidates=patch >= 0)
+    kept, _ = topk_keep(importance, keep, candidates=patch >= 0, capacity=keep)
     return kept, *gather_rows(kept, hidden, cos, sin, patch)
 
 
