@@ -1,6 +1,7 @@
 """The base pruners against one frame after the other, written out."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def first_feature(context):
 
 def three_features(context):
     return context.hidden[..., :3]
+
+
+def named(pruner):
+    """Without the addresses of its functions, which differ between the processes of a test run."""
+    return re.sub(r"<function (\w+) at 0x\w+>", r"\1", str(pruner))
 
 
 PRUNERS = [
@@ -64,7 +70,7 @@ def run(pruner, tokens, layouts, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("pruner", PRUNERS, ids=str)
+@pytest.mark.parametrize("pruner", PRUNERS, ids=named)
 @pytest.mark.parametrize("seed", range(4))
 def test_each_frame_gets_its_count_in_order(pruner, seed, dtype):
     tokens, layouts = ragged(seed, dtype)
@@ -258,7 +264,7 @@ class HostWaits(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("pruner", PRUNERS, ids=str)
+@pytest.mark.parametrize("pruner", PRUNERS, ids=named)
 def test_no_round_waits_for_the_device(pruner, monkeypatch):
     """As many waits for three rounds as for one, and none that grows with the frames."""
     lists, tolist = [], torch.Tensor.tolist
