@@ -31,6 +31,11 @@ test-transformers-%: $(VENV)/overlays/transformers-%/.installed  ## the integrat
 test-triton-%: $(VENV)/overlays/triton-%/.installed  ## the tests of the kernels with Triton 3.2
 	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto tests/kernels
 
+test-compiled-%: $(INSTALLED)  ## compile every kernel ahead of time with Triton 3.3, 3.4, ..., as other torch releases bring it
+	rm -rf $(VENV)/overlays/compiled-$*
+	$(BIN)/pip install -qq --no-deps --target $(VENV)/overlays/compiled-$* 'triton==$*.*'
+	$(call IN_OVERLAY,$(VENV)/overlays/compiled-$*/) $(BIN)/pytest --numprocesses auto tests/kernels/test_aot.py
+
 # An overlay: only what differs from $(VENV), in a folder in front of it.
 IN_OVERLAY = PYTHONPATH=$(abspath $(dir $(1)))$(if $(PYTHONPATH),:$(PYTHONPATH))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 
@@ -32,7 +33,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     colours = {row.provider: COLOURS.get(row.provider, OTHER) for row in rows if row.op not in CEILINGS}
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
     figure.legend(handles, list(colours), loc="outside upper center", ncols=len(colours), frameon=False)
-    figure.supxlabel(_caption(rows), fontsize=9)
+    figure.supxlabel(fill(_caption(rows), 150), fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

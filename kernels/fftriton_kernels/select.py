@@ -4,7 +4,7 @@
     segmented:  kept = {t in no segment} + {t: fewer than counts[segment of t] of its segment are better}
 
 Better is a higher score, then a lower index; NaN is worse than any number. Top-k is an exact radix select (`_radix`),
-bound by launches. Segments come from one stable sort of (segment, score) keys: in sorted order a token stays unless the
+bound by latency. Segments come from one stable sort of (segment, score) keys: in sorted order a token stays unless the
 one counts[s] places earlier is of the same segment. Rows are copied by `_gather`, bound by DRAM bandwidth.
 Reference: reference.topk_keep, reference.segmented_topk_keep, reference.gather_rows.
 Source: FastV, arXiv:2403.06764, and FrameFusion, arXiv:2501.01986, prune so.
