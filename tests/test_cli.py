@@ -405,7 +405,6 @@ def test_version():
         (["--start", "5", "--end", "2"], "end must be after start, got 2.0 and 5.0"),
         (["--question", "<|video_pad|>"], "question must not contain '<|video_pad|>'"),
         (["--start", "500"], "start must be before the end of"),
-        (["--method", "kvtp", "--budget", "0.01"], "budget"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

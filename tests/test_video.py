@@ -154,7 +154,7 @@ def test_refuses_a_file_cut_off_in_the_middle(tmp_path, suffix, options):
 
 def test_refuses_a_file_that_lacks_its_last_bytes(numbered, tmp_path):
     cut = write_bytes(tmp_path / "cut.mp4", numbered.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="video must be whole, .* which is cut off or damaged"):
+    with pytest.raises(ValueError, match="video must be whole, .* which is cut off: it holds"):
         read_video(cut, 1)
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from fftriton_kernels import linked_cosine_similarity, merge_roots
 
@@ -88,7 +92,7 @@ class _FrameFusionState(MethodState):
         self.unspent = method.budget * prompt.num_layers * prompt.num_video_tokens  # tokens x layers
         first = prompt.next_attention(max(1, method.start_layer) - 1)  # the first layer with scores to prune by
         self.full_layers = min(first + 1, prompt.num_layers)
-        self.full: float = prompt.num_video_tokens  # the fewest that these layers can hold
+        self.full = prompt.num_video_tokens  # the fewest that these layers can hold
         self.stages = list(method.stages)
 
     @property
@@ -119,14 +123,15 @@ class _FrameFusionState(MethodState):
         affordable = self.unspent / layers_left  # video tokens per layer from here on
         excess = tokens.num_video - affordable
         similarity = linked_cosine_similarity(tokens.hidden, tokens.predecessor)
+        found = _on_its_way((similarity >= self.method.similarity_threshold).sum())
         limit = max(0, math.floor(excess + _ROUNDING))
         merged = tokens.merge_groups(
             merge_roots(similarity, tokens.predecessor, self.method.similarity_threshold, max_merges=limit)
         )
-        similar = tokens.num_video - merged.num_video  # pairs, or as many of them as may merge
+        similar = found()  # has arrived, because merging has waited for the GPU
         if layers_left == self.prompt.num_layers:
-            self.full = affordable if similar == limit else merged.num_video
-        if similar == limit:  # enough similar pairs: the budget is met by merging alone
+            self.full = tokens.num_video - similar
+        if similar >= excess - _ROUNDING:  # enough similar pairs: the budget is met by merging alone
             self.stages = []
             return merged
         prunes = "prune" in self.stages
@@ -148,3 +153,21 @@ class _FrameFusionState(MethodState):
         assert tokens.attention is not None  # asked for by wants_attention
         scores = tokens.attention(self.method.importance_queries)
         return tokens.keep_top(scores, min(tokens.num_video, max(1, round(count))))
+
+
+def _on_its_way(count: Tensor) -> Callable[[], int]:
+    """Start the copy of a number to the host; the function returned gives it, and waits if it has not arrived."""
+    if not count.is_cuda:
+        return lambda: int(count)
+    on_host = torch.empty_like(count, device="cpu", pin_memory=True)
+    with torch.cuda.device_of(count):
+        on_host.copy_(count, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+    def read() -> int:
+        if not arrived.query():
+            arrived.synchronize()
+        return int(on_host)
+
+    return read

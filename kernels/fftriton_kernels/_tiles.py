@@ -28,6 +28,7 @@ from triton.runtime.errors import OutOfResources
 from ._dispatch import block
 
 _FORMAT = 2  # of the cache file
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 _ANY = 1 << 62  # a width that covers every other
 
 
@@ -123,7 +124,8 @@ def lanes(x: Tensor, columns: int) -> dict[str, int]:
 
 def registers(x: Tensor, tile: Tile) -> dict[str, int]:
     """A bound that lets three programs share a multiprocessor, where the compiler would take a few registers more."""
-    return {"maxnreg": 168} if _device(x.device)[1] == "sm90" and tile.num_warps == 4 else {}
+    few = _device(x.device)[1] == "sm90" and tile.num_warps == 4 and _TRITON >= (3, 6)  # older ones would spill many
+    return {"maxnreg": 168} if few else {}
 
 
 def candidates(op: str, size: int) -> tuple[Tile, ...]:

@@ -295,7 +295,8 @@ def test_large_scores_do_not_overflow(device):
     q, k = make_heads(1, 2, 1, 40, 40, 16, device=device)
     for num_queries in (None, 2):
         out = attention_column_sum(q * 100, k * 100, num_queries=num_queries)
-        torch.testing.assert_close(out.sum(), torch.tensor(float(num_queries or 40), device=device), rtol=1e-4, atol=0)
+        # scores of some 10^4 have roundings of 10^-3, which exponentials turn into relative errors
+        torch.testing.assert_close(out.sum(), torch.tensor(float(num_queries or 40), device=device), rtol=2e-3, atol=0)
 
 
 @settings(max_examples=12, deadline=None)

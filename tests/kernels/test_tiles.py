@@ -19,8 +19,10 @@ def cache_file(tmp_path, monkeypatch):
     monkeypatch.setattr(_tiles, "_device", lambda device: ("Some GPU", "default"))
     monkeypatch.setattr(_tiles, "_has_gpu", lambda: True)
     _tiles._tuned.cache_clear()
+    _tiles._settled.cache_clear()
     yield tmp_path / "fftriton" / "tiles.json"
     _tiles._tuned.cache_clear()
+    _tiles._settled.cache_clear()
 
 
 @pytest.fixture
