@@ -472,6 +472,8 @@ def attention_by_hand(model, inputs, layout, tokens, layer, queries):
             attention_mask=torch.ones(1, len(rows)),
         )
         model.set_attn_implementation(before)
+        for module in model.modules():  # transformers 4.57 leaves behind what records attention
+            module.__dict__.pop("forward", None)
     received = output.attentions[layer][0].mean(0)[-queries:].sum(0)
     return torch.stack([received[torch.isin(rows, own)].max() for own in chosen])
 
