@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
+import importlib.util
 import io
 import pkgutil
 import statistics
@@ -53,9 +53,13 @@ def package_at(commit: str, folder: Path) -> ModuleType:
     ).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
-    (folder / "kernels" / "fftriton_kernels").rename(folder / "fftriton_kernels_before")
-    sys.path.insert(0, str(folder))
-    return importlib.import_module("fftriton_kernels_before")
+    name, package = "fftriton_kernels_before", folder / "kernels" / "fftriton_kernels"
+    spec = importlib.util.spec_from_file_location(name, package / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def take_the_gpus_path(package: ModuleType) -> None:
