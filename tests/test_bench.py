@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from bench.kernels import measure, ops, peers, results, run, timing
 from bench.provenance import ROOT, provenance
+from bench.tables import write_csv
 
 BENCH = ROOT / "bench"
 COLUMNS = (
@@ -228,7 +229,7 @@ def test_without_the_gate_no_test_runs(monkeypatch):
 
 def test_rows_are_read_as_they_were_written(device, tmp_path):
     rows = measured(tiny_case("topk_keep"), device).rows
-    results.write_csv(rows, tmp_path / "rows.csv")
+    write_csv(rows, tmp_path / "rows.csv")
     assert [row.provider for row in results.read_csv(tmp_path / "rows.csv")] == EAGER_AND_OURS
     (saved,) = (ROOT / "bench" / "results").glob("kernels-intel-*.csv")
     assert all(row.host_ms is None and not row.waits for row in results.read_csv(saved))

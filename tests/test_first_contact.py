@@ -16,7 +16,7 @@ import torch
 import fftriton_kernels
 from bench import gpu_plots
 from bench.first_contact import checking, findings, kernels, merge, parts, runner, selection, summary, tracing, worker
-from bench.kernels import results
+from bench.tables import write_csv
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ["av", "kernels", "matplotlib", "pytest", "typer"]  # rich comes with transformers, where it is installed
@@ -195,7 +195,7 @@ def test_pictures_and_tables(tmp_path, monkeypatch):
     rows = [row, replace(row, provider="fftriton", p50=0.5, waits="yes"), replace(row, op="merge_mean")]
     folder = tmp_path / "results" / "a-gpu"
     folder.mkdir(parents=True)
-    results.write_csv(rows, folder / findings.KERNELS)
+    write_csv(rows, folder / findings.KERNELS)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{gpu_plots.BEGIN}{gpu_plots.END}\nafter")
     monkeypatch.setattr(gpu_plots, "README", readme)

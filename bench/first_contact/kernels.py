@@ -13,8 +13,8 @@ import torch
 
 from bench.kernels.measure import EQUAL_HEADS, QWEN2_7B, Bench, Case, cases, free_memory
 from bench.kernels.ops import OPS, Shape
-from bench.kernels.results import write_csv
 from bench.provenance import provenance
+from bench.tables import write_csv
 
 from .findings import KERNELS
 from .worker import Run

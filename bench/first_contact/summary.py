@@ -14,7 +14,17 @@ from . import findings
 MOST = 11_500  # characters
 WORST = 3  # problems of a part that are spelled out
 SHOWN = {  # what the summary has of the larger findings
-    "prefill": ("method", "prefill_ms", "faster", "faster_by_flops", "decode_ms", "peak_gib", "budget", "stages_ms"),
+    "prefill": (
+        "method",
+        "prefill_ms",
+        "faster",
+        "faster_by_flops",
+        "ratio",
+        "decode_ms",
+        "peak_gib",
+        "budget",
+        "stages_ms",
+    ),
     "profile": ("of", "N", "elapsed_ms", "span_ms", "busy_ms", "idle_ms", "kernels", "launches", "waits"),
     "graph": ("of", "N", "replay_ms", "device_ms", "host_ms", "elapsed_ms"),
     "compile": ("of", "mode", "compile_s", "elapsed_ms"),

@@ -10,12 +10,11 @@ says how far two equal models are apart: differences below that are noise.
 from __future__ import annotations
 
 import copy
-import csv
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +27,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fftriton
 from bench.provenance import ROOT, provenance
+from bench.tables import write_csv
 from fftriton.hf.compat import CACHE, cache_in, parameter
 
 RESULTS = ROOT / "bench" / "results"
@@ -179,16 +179,6 @@ def table(rows: list[Row]) -> Table:
             f"{row.overhead:+.3f}", f"{row.overhead_percent:+.2f} %", f"{row.noise_percent:+.2f} %",
         )  # fmt: skip
     return out
-
-
-def write_csv(rows: list[Row], path: Path) -> None:
-    """Four significant digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
 def main(

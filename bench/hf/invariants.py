@@ -26,8 +26,9 @@ from rich.progress import track
 from rich.table import Table
 
 import fftriton
-from bench.hf.decode_overhead import RESULTS, WARM_UP, build, prompt, stepper, write_csv
+from bench.hf.decode_overhead import RESULTS, WARM_UP, build, prompt, stepper
 from bench.provenance import provenance
+from bench.tables import write_csv
 from fftriton.hf import decoder_hooks
 from fftriton.hf import rows as batch_rows
 from fftriton.hf.invariants import Invariants

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 CEILINGS = ("copy", "matmul")
@@ -43,16 +43,6 @@ def results_path(folder: Path, device: str) -> Path:
 def slug(device: str) -> str:
     """A device's name as files and folders take it."""
     return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Four significant digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
 def read_csv(path: Path) -> list[Row]:

@@ -23,8 +23,9 @@ from bench.kernels.gate import passing
 from bench.kernels.measure import Bench, Case, cases, free_memory
 from bench.kernels.ops import OPS
 from bench.kernels.picture import draw
-from bench.kernels.results import Row, results_path, write_csv
+from bench.kernels.results import Row, results_path
 from bench.provenance import ROOT, provenance
+from bench.tables import write_csv
 
 KERNEL_TESTS = ROOT / "tests" / "kernels"
 LOG_WIDTH = 150  # where the table goes to a file

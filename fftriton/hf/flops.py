@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int]) -> float:
+def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int], *, causal: bool = False) -> float:
     """Multiply-accumulates of the decoder's layers in one prefill; each counts once.
 
     The papers call this count FLOPs; in the strict sense a multiply-accumulate is two floating point operations.
@@ -18,14 +18,16 @@ def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int]) -> 
     Here q = query heads * head size, k = key heads * head size, and f is the width of the gated feed-forward block.
     This block processes the rows that are left after the layer's attention, which are those of the next layer; in the
     last layer they are its own. For q = k = d the formula is the paper's. As in the paper, causal attention counts in
-    full; text counts like video. The vision encoder and the head of the language model are not counted, because no
-    method changes them.
+    full, unless `causal` is True: then a row counts with the rows up to its own, about half of them, which is what
+    kernels compute. Text counts like video. The vision encoder and the head of the language model are not counted,
+    because no method changes them.
 
     Args:
         config: text configuration of a Qwen2-style model.
         rows: for each layer, the rows in its attention.
         attended: for each layer, the maximum number of tokens that a row attends to: the number of rows, unless there
             is a window.
+        causal: count only the scores that a causal mask leaves.
 
     Returns:
         The number of multiply-accumulates.
@@ -38,5 +40,6 @@ def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int]) -> 
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     total = 0.0
     for n, a, n_behind in zip(rows, attended, [*rows[1:], rows[-1]], strict=True):
-        total += 2 * n * hidden * (queries + keys) + 2 * n * a * queries + 3 * n_behind * hidden * feed_forward
+        pairs = n * a - a * (a - 1) // 2 if causal else n * a
+        total += 2 * n * hidden * (queries + keys) + 2 * pairs * queries + 3 * n_behind * hidden * feed_forward
     return total

@@ -2,14 +2,16 @@
 
 While a prompt is reduced, the config of each attention module is a proxy. In the thread and the layer that listens, it
 names an attention function of ours, which keeps the queries and keys and then calls the function that the model chose,
-so outputs are unchanged. If tensor parallelism splits the heads over processes, all of them get the mean over all
-heads.
+so outputs are unchanged. Where that runs one of PyTorch's causal flash kernels, the log-sum-exp of each row is kept,
+too, which saves the first of the two passes over the scores. If tensor parallelism splits the heads over processes, all
+of them get the mean over all heads.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fftriton_kernels import attention_column_sum
@@ -31,12 +34,14 @@ class Attention:
     Args:
         q: [B, H, N, d] queries. k: [B, Hkv, past + N, d] keys. scale: of their products; None for 1 / sqrt(d).
         group: the processes that have the other heads, or None if all of them are here.
+        lse: [B, H, N] log-sum-exp of each row of scaled scores over the keys up to its own; None: not known.
     """
 
     q: Tensor
     k: Tensor
     scale: float | None
     group: Any = None
+    lse: Tensor | None = None
 
     def received(
         self, sample: int, rows: slice | Tensor, past_valid: Tensor | None, later: int, num_queries: int | None
@@ -52,15 +57,16 @@ class Attention:
         """
         q = self.q[sample : sample + 1, :, rows]
         n, past = q.shape[2], self.k.shape[2] - self.q.shape[2]
-        k = self.k[sample : sample + 1]
+        k, lse = self.k[sample : sample + 1], None if self.lse is None else self.lse[sample : sample + 1]
         if n < self.q.shape[2] or past_valid is not None:
             before, new = k[:, :, :past], k[:, :, past:][:, :, rows]
             before = before if past_valid is None else before[:, :, past_valid[sample]]
             k = torch.cat([before, new], 2) if before.shape[2] else new
+            lse = None  # it counts keys that are left out
         last, end = n - later, k.shape[2] - later
         scores = attention_column_sum(
             q[:, :, :last], k[:, :, :end], scale=self.scale, num_queries=num_queries and min(num_queries, last),
-            columns=(end - last, end),
+            lse=None if lse is None else lse[:, :, :last], columns=(end - last, end),
         )  # fmt: skip
         if self.group is not None:  # every process has the mean over its heads, and as many of them
             dist.all_reduce(scores, group=self.group)
@@ -115,8 +121,55 @@ class AttentionTap:
 
     def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.stop()
-        self._local.seen = Attention(query, key, kwargs.get("scaling"), head_group(module, query.shape[1]))
-        return attention_function(module)(module, query, key, value, *args, **kwargs)
+        norms = _RowNorms(query, kwargs.get("scaling"))
+        with nullcontext() if torch.compiler.is_compiling() else norms:
+            out = attention_function(module)(module, query, key, value, *args, **kwargs)
+        group = head_group(module, query.shape[1])
+        self._local.seen = Attention(query, key, kwargs.get("scaling"), group, norms.lse)
+        return out
+
+
+class _RowNorms(TorchDispatchMode):
+    """Keeps the log-sum-exp that a flash kernel of PyTorch returns, if it is that of causal attention of these queries.
+
+    The kernels differ in what they are given beside queries, keys and values, and are asked by the names of their
+    arguments. Where anything is not as expected, nothing is kept.
+    """
+
+    def __init__(self, query: Tensor, scale: float | None) -> None:
+        super().__init__()
+        self._query = query
+        self._scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self._found: list[Tensor | None] = []
+
+    @property
+    def lse(self) -> Tensor | None:
+        """[B, H, N] fp32, or None."""
+        return self._found[0] if len(self._found) == 1 else None
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if op in _FLASH_KERNELS:
+            names = (argument.name for argument in op._schema.arguments)
+            self._found.append(self._causal_norm(dict(zip(names, args, strict=False)) | (kwargs or {}), out))
+        return out
+
+    def _causal_norm(self, given: dict[str, Any], out: Any) -> Tensor | None:
+        query, key, lse = given.get("query"), given.get("key"), out[1]
+        same = query is self._query
+        square = isinstance(key, Tensor) and key.shape[2] == self._query.shape[2]
+        causal = given.get("is_causal") is True and given.get("attn_mask") is None and not given.get("dropout_p")
+        scale = given.get("scale")
+        scale = self._query.shape[-1] ** -0.5 if scale is None else scale
+        as_returned = lse.shape == self._query.shape[:3] and lse.dtype == torch.float32
+        return lse.detach() if same and square and causal and scale == self._scale and as_returned else None
+
+
+_FLASH_KERNELS = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu")
+    if hasattr(torch.ops.aten, name)
+)
 
 
 class _Heard(threading.local):

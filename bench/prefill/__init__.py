@@ -1,0 +1,1 @@
+"""Whole prefills of random Qwen2 decoders, dense and reduced, against what their operations predict."""
