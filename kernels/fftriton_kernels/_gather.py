@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,7 +92,13 @@ def _layout(tensor: Tensor) -> tuple[int, tuple[int, ...]] | None:
 
     None where rows are not one or two runs of neighbours.
     """
-    shape, strides, size = tensor.shape, tensor.stride(), tensor.element_size()
+    return _layout_of(tensor.shape, tensor.stride(), tensor.element_size(), tensor.data_ptr() % 8)
+
+
+@lru_cache(maxsize=4096)
+def _layout_of(
+    shape: torch.Size, strides: tuple[int, ...], size: int, offset: int
+) -> tuple[int, tuple[int, ...]] | None:
     if len(shape) == 2:
         apart, inner, width = 0, 1, 1
     elif len(shape) == 3 and strides[2] == 1:
@@ -108,7 +115,7 @@ def _layout(tensor: Tensor) -> tuple[int, tuple[int, ...]] | None:
         (outer, apart), (inner, _) = [(1, 0)] * (2 - len(runs)) + runs
         width = outer * inner
     in_bytes = [size * count for count in (strides[0], strides[1], apart, inner, width)]
-    unit = math.gcd(8, tensor.data_ptr(), *in_bytes)
+    unit = math.gcd(8, offset, *in_bytes)
     return unit, tuple(count // unit for count in in_bytes)
 
 
@@ -143,11 +150,12 @@ def _gather_rows(index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Tensors whose rows are not one or two runs of neighbours take the PyTorch path.
     """
-    for tensor in tensors:
-        check_below("gather_rows", "kept", index, "N", tensor.shape[1])
+    if tensors:
+        check_below("gather_rows", "kept", index, "N", min(tensor.shape[1] for tensor in tensors))
     if not runs_triton(index):
         return [out.contiguous() for out in _cpu.gather_rows(index, *tensors)]
-    outs = [tensor.new_empty(*index.shape, *tensor.shape[2:]) for tensor in tensors]
+    taken = tuple(index.shape)
+    outs = [tensor.new_empty(taken + tensor.shape[2:]) for tensor in tensors]
     alike: dict[int, list[tuple[Tensor, Tensor, tuple[int, ...]]]] = {}  # by unit
     for tensor, out in zip(tensors, outs, strict=True):
         found = _layout(tensor)

@@ -30,17 +30,38 @@ _OTHERS = 32  # places that it compares them with at a time
 _KEY_BITS = tl.constexpr(32)
 
 
-class Ranked(NamedTuple):
-    """The groups of each sample by rank, in the order of their roots, and their members. Buffers of N."""
+# The parts of the buffer that the kernels share, each of B * N int32 and rounded up, in which a sample has N
+KEPT = tl.constexpr(0)  # the root of each rank
+LINKS = tl.constexpr(1)  # the group of the root's predecessor, counted from the last group; 0 for none
+STARTS = tl.constexpr(2)  # where in MEMBERS its tokens begin
+SIZES = tl.constexpr(3)  # how many there are
+TOTALS = tl.constexpr(4)  # [B] groups
+MEMBERS = tl.constexpr(5)  # tokens by group, ascending within a group, then -1
+_LISTED = tl.constexpr(6)  # [B] members of all groups
+_COUNTS = tl.constexpr(7)  # the members of a root, by token
+_ARRIVAL = tl.constexpr(8)  # those of its root before a token
+_PLACES = tl.constexpr(9)  # int64, takes two: rank << 32 | start, by root
+_KEYS = tl.constexpr(11)  # int64, takes two: root << 32 | token, by root
+_PARTS = 13
 
-    kept: Tensor  # [B, N] int32 the root
-    links: Tensor  # [B, N] int32 the group of the root's predecessor, counted from the last group; 0 for none
-    starts: Tensor  # [B, N] int32 where in members its tokens begin
-    sizes: Tensor  # [B, N] int32 how many there are
-    totals: Tensor  # [B] int32 groups
-    members: Tensor  # [B, N] int32 tokens by group, ascending within a group, then -1
+
+class Ranked(NamedTuple):
+    """The groups of each sample by rank, in the order of their roots, and their members."""
+
+    buffer: Tensor  # [parts, B * N rounded up] int32
     lengths: Tensor  # [B] int64 groups, those that do not fit in a capacity left out
     from_last: Tensor  # [B, N] int64 the row of each token, 1 for the last one; 0 for tokens that are in none
+
+
+@triton.jit
+def part(buffer_ptr, S, INDEX: tl.constexpr):
+    """Where a part of the buffer begins, whose parts have S elements, a multiple of 16."""
+    return buffer_ptr + INDEX * tl.multiple_of(S, 16).to(tl.int64)
+
+
+@triton.jit
+def _long_part(buffer_ptr, S, INDEX: tl.constexpr):
+    return part(buffer_ptr, S, INDEX).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
@@ -52,20 +73,21 @@ def _load_roots(roots_ptr, stride_rn, offs_n, N):
 
 @triton.jit(do_not_specialize=VARYING)
 def _group_kernel(
-    roots_ptr, predecessor_ptr,                    # each [B, N]
-    counts_ptr, arrival_ptr, places_ptr,           # members of a root, those before a token, rank << 32 | start
-    kept_ptr, links_ptr, starts_ptr, sizes_ptr,    # by rank, as in Ranked
-    totals_ptr, listed_ptr, lengths_ptr,           # [B]; listed: members of all groups
-    keys_ptr, from_last_ptr,                       # keys [B, N] int64 root << 32 | token, by root
+    roots_ptr, predecessor_ptr, buffer_ptr,        # roots, predecessor [B, N]
+    lengths_ptr, from_last_ptr,                    # as in Ranked
     stride_rb, stride_rn,
     stride_pb, stride_pn,
-    N, distance, capacity,
-    LINKS: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, S, distance, capacity,
+    LINKED: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # grid (B,); capacity is -1 for none
     pid_b = tl.program_id(0).to(tl.int64)
     roots_ptr += pid_b * stride_rb
     row = pid_b * N
+    counts_ptr = part(buffer_ptr, S, _COUNTS)
+    arrival_ptr = part(buffer_ptr, S, _ARRIVAL)
+    places_ptr = _long_part(buffer_ptr, S, _PLACES)
+    keys_ptr = _long_part(buffer_ptr, S, _KEYS)
     for start in range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         tl.store(counts_ptr + row + offs_n, tl.zeros((BLOCK_N,), tl.int32), mask=offs_n < N)
@@ -90,9 +112,9 @@ def _group_kernel(
         begin = first_place + tl.cumsum(count, 0) - count
         place = (rank.to(tl.int64) << _KEY_BITS) | begin
         tl.store(places_ptr + row + offs_n, tl.where(is_root, place, -1), mask=offs_n < N)
-        tl.store(kept_ptr + row + rank, offs_n.to(tl.int32), mask=is_root)
-        tl.store(sizes_ptr + row + rank, count, mask=is_root)
-        tl.store(starts_ptr + row + rank, begin, mask=is_root)
+        tl.store(part(buffer_ptr, S, KEPT) + row + rank, offs_n.to(tl.int32), mask=is_root)
+        tl.store(part(buffer_ptr, S, SIZES) + row + rank, count, mask=is_root)
+        tl.store(part(buffer_ptr, S, STARTS) + row + rank, begin, mask=is_root)
         first_rank += tl.sum(is_root.to(tl.int32), 0)
         first_place += tl.sum(count, 0)
     tl.debug_barrier()
@@ -108,7 +130,7 @@ def _group_kernel(
         if capacity >= 0:
             from_last = tl.where(from_last <= capacity, from_last, 0)
         tl.store(from_last_ptr + row + offs_n, from_last.to(tl.int64), mask=offs_n < N)
-        if LINKS:
+        if LINKED:
             is_root = root == offs_n
             earlier = offs_n - distance
             if not STRIDED:
@@ -119,9 +141,13 @@ def _group_kernel(
             earlier_root = tl.load(roots_ptr + earlier * stride_rn, mask=linked, other=-1).to(tl.int64)
             linked &= (earlier_root >= 0) & (earlier_root < N)
             earlier_rank = (tl.load(places_ptr + row + earlier_root, mask=linked, other=-1) >> _KEY_BITS).to(tl.int32)
-            tl.store(links_ptr + row + rank, tl.where(earlier_rank >= 0, total - earlier_rank, 0), mask=is_root)
-    tl.store(totals_ptr + pid_b, total)
-    tl.store(listed_ptr + pid_b, first_place)
+            tl.store(
+                part(buffer_ptr, S, LINKS) + row + rank,
+                tl.where(earlier_rank >= 0, total - earlier_rank, 0),
+                mask=is_root,
+            )
+    tl.store(part(buffer_ptr, S, TOTALS) + pid_b, total)
+    tl.store(part(buffer_ptr, S, _LISTED) + pid_b, first_place)
     if capacity >= 0:
         total = tl.minimum(total, capacity)
     tl.store(lengths_ptr + pid_b, tl.cast(total, tl.int64))
@@ -129,51 +155,50 @@ def _group_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _order_kernel(
-    keys_ptr, places_ptr, sizes_ptr, listed_ptr, members_ptr,  # keys, places, members [B, N]
-    N,
+    buffer_ptr,
+    N, S,
     BLOCK_N: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     # grid (ceil(N / BLOCK_N), B): keys ascend from group to group, so the place of a key is the number of smaller ones
     pid_b = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    listed = tl.load(listed_ptr + pid_b)
+    listed = tl.load(part(buffer_ptr, S, _LISTED) + pid_b)
     row = pid_b * N
-    keys_ptr += row
+    keys_ptr = _long_part(buffer_ptr, S, _KEYS) + row
+    members_ptr = part(buffer_ptr, S, MEMBERS) + row
     mask = offs_n < listed
     key = tl.load(keys_ptr + offs_n, mask=mask, other=0)
-    place = tl.load(places_ptr + row + (key >> _KEY_BITS), mask=mask, other=0)
+    place = tl.load(_long_part(buffer_ptr, S, _PLACES) + row + (key >> _KEY_BITS), mask=mask, other=0)
     start = (place & 0xFFFFFFFF).to(tl.int32)
-    end = start + tl.load(sizes_ptr + row + (place >> _KEY_BITS), mask=mask, other=0)
+    end = start + tl.load(part(buffer_ptr, S, SIZES) + row + (place >> _KEY_BITS), mask=mask, other=0)
     lowest = tl.min(tl.where(mask, start, N), 0)
     smaller = tl.zeros((BLOCK_N,), tl.int32)
     for first in range(lowest, tl.max(end, 0), OTHERS):
         offs = first + tl.arange(0, OTHERS)
         other = tl.load(keys_ptr + offs, mask=offs < listed, other=0x7FFFFFFFFFFFFFFF)
         smaller += tl.sum((other[None, :] < key[:, None]).to(tl.int32), 1)
-    tl.store(members_ptr + row + lowest + smaller, (key & 0xFFFFFFFF).to(tl.int32), mask=mask)
+    tl.store(members_ptr + lowest + smaller, (key & 0xFFFFFFFF).to(tl.int32), mask=mask)
     padding = (offs_n < N) & (offs_n >= listed)
-    tl.store(members_ptr + row + offs_n, tl.full((BLOCK_N,), -1, tl.int32), mask=padding)
+    tl.store(members_ptr + offs_n, tl.full((BLOCK_N,), -1, tl.int32), mask=padding)
 
 
 def rank_groups(roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None) -> Ranked:
     """roots [B, N], not empty. Links come from `predecessor`, or from a `stride` above 0, or there are none."""
     batch, length = roots.shape
-    # one allocation; each part is aligned, because Triton compiles anew for what is not
-    parts = roots.new_empty(7, -(-batch * length // 16) * 16, dtype=torch.int32).unbind()
-    counts, arrival, kept, links, starts, sizes, members = parts
-    totals, listed = roots.new_empty(2, -(-batch // 16) * 16, dtype=torch.int32).unbind()
-    keys, places, from_last = (roots.new_empty(batch, length, dtype=torch.int64) for _ in range(3))
+    size = -(-batch * length // 16) * 16  # Triton compiles anew for parts that are not aligned
+    buffer = roots.new_empty(_PARTS, size, dtype=torch.int32)
     lengths = roots.new_empty(batch, dtype=torch.int64)
+    from_last = roots.new_empty(batch, length, dtype=torch.int64)
     partner = roots if predecessor is None else predecessor
     with torch.cuda.device_of(roots):
         _group_kernel[(batch,)](
-            roots, partner, counts, arrival, places, kept, links, starts, sizes, totals, listed, lengths, keys,
-            from_last, *roots.stride(), *partner.stride(), length, stride, -1 if capacity is None else capacity,
-            LINKS=predecessor is not None or stride > 0, STRIDED=predecessor is None, BLOCK_N=BLOCK,
+            roots, partner, buffer, lengths, from_last, *roots.stride(), *partner.stride(),
+            length, size, stride, -1 if capacity is None else capacity,
+            LINKED=predecessor is not None or stride > 0, STRIDED=predecessor is None, BLOCK_N=BLOCK,
             num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         _order_kernel[(cdiv(length, _ORDER_BLOCK), batch)](
-            keys, places, sizes, listed, members, length,
+            buffer, length, size,
             BLOCK_N=_ORDER_BLOCK, OTHERS=_OTHERS, enable_fp_fusion=True,
         )  # fmt: skip
-    return Ranked(kept, links, starts, sizes, totals, members, lengths, from_last)
+    return Ranked(buffer, lengths, from_last)

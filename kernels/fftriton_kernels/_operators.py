@@ -47,7 +47,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 def without_gradient(name: str, call: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """call(*arguments), a floating point result that has no gradient: asking for one raises a RuntimeError."""
-    if needs_gradient(*(argument for argument in arguments if isinstance(argument, Tensor))):
+    if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments):
         return _WithoutFormula.apply(name, call, *arguments)
     return call(*arguments)
 

@@ -198,12 +198,11 @@ def attention_column_sum(
         max_seqlen_k = check_max_seqlen(op, "max_seqlen_k", max_seqlen_k, len(k), cu_seqlens_k)
         _, heads, queries, _, width = _check_heads(op, q.transpose(0, 1)[None], k.transpose(0, 1)[None])
     else:
-        lone: dict[str, object] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-        lone |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-        if given := [name for name, value in lone.items() if value is not None]:
-            raise ValueError(
-                f"{op}: packed sequences need cu_seqlens_q and cu_seqlens_k, got {' and '.join(given)} only"
-            )
+        if not (cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None):
+            _raise_for_packed(
+                op, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+                max_seqlen_k=max_seqlen_k,
+            )  # fmt: skip
         batch, heads, queries, keys, width = _check_heads(op, q, k)
         if causal and queries > keys:
             raise ValueError(f"{op}: causal queries are the last of the keys' positions, got Nq={queries} > Nk={keys}")
@@ -245,6 +244,11 @@ def attention_column_sum(
     if not 0 <= begin <= end <= keys:
         raise ValueError(f"{op}: columns (a, b) must be 0 <= a <= b <= Nk={keys}, got ({begin}, {end})")
     return without_gradient(op, _attention_column_sum, q, k, float(scale), causal, lse, num_queries, begin, end)
+
+
+def _raise_for_packed(op: str, **arguments: object) -> None:
+    given = " and ".join(name for name, value in arguments.items() if value is not None)
+    raise ValueError(f"{op}: packed sequences need cu_seqlens_q and cu_seqlens_k, got {given} only")
 
 
 def _check_sequences(op: str, cu_q: Tensor, cu_k: Tensor, queries: int, keys: int) -> None:
@@ -422,7 +426,8 @@ def _kept_score_mean(
     block_n = tile.still
     key_blocks = cdiv(keys, block_n)
     columns = k.shape[2] if packed else end - begin
-    score = q.new_empty(1 if packed else batch, heads * queries, columns, dtype=torch.float32).expand(batch, -1, -1)
+    score = q.new_empty(1 if packed else batch, heads * queries, columns, dtype=torch.float32)
+    score = score.expand(batch, -1, -1) if packed else score
     peaks, totals = _new_norms(q, key_blocks, batch, heads * queries)
     _score_kernel[(key_blocks, kv_heads, batch)](
         q, k, score, peaks, totals, *bounds, *q.stride(), *k.stride(), *score.stride(), *peaks.stride()[:2],

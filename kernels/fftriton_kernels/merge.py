@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _cpu, _radix
+from . import _cpu, _groups, _radix
 from ._dispatch import (
     FLOATS,
     INDICES,
@@ -39,7 +39,6 @@ from ._dispatch import (
     runs_triton,
 )
 from ._gather import gather
-from ._groups import rank_groups
 from ._operators import needs_gradient, operator
 from ._packed import (
     any_rows,
@@ -168,25 +167,25 @@ def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def _mean_kernel(
     x_ptr,                                         # x [B, N, D]
-    rooted_ptr, linked_ptr, starts_ptr, counts_ptr, totals_ptr, members_ptr,  # groups by rank: `_groups.Ranked`
+    groups_ptr,                                    # the buffer of `_groups.Ranked`
     out_ptr, kept_ptr, links_ptr, sizes_ptr,       # out [B, M, D], the others [B, M] int64
     stride_xb, stride_xn, stride_xd,
-    N, M,
-    LINKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr, INTERPRETED: tl.constexpr,
+    N, M, S,
+    LINKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # grid (M, ceil(D / BLOCK_D), B): one program owns a stretch of one output row; rows stand at the right end
     pid_b = tl.program_id(2).to(tl.int64)
     row = pid_b * M + tl.program_id(0)
-    rank = tl.load(totals_ptr + pid_b) - M + tl.program_id(0)
+    rank = tl.load(_groups.part(groups_ptr, S, _groups.TOTALS) + pid_b) - M + tl.program_id(0)
     group = pid_b * N + tl.maximum(rank, 0)
-    size = tl.where(rank < 0, 0, tl.load(counts_ptr + group))
-    root = tl.where(rank < 0, -1, tl.load(rooted_ptr + group))
-    begin = tl.load(starts_ptr + group)
+    size = tl.where(rank < 0, 0, tl.load(_groups.part(groups_ptr, S, _groups.SIZES) + group))
+    root = tl.where(rank < 0, -1, tl.load(_groups.part(groups_ptr, S, _groups.KEPT) + group))
+    begin = tl.load(_groups.part(groups_ptr, S, _groups.STARTS) + group)
     if tl.program_id(1) == 0:
         tl.store(kept_ptr + row, root.to(tl.int64))
         tl.store(sizes_ptr + row, size.to(tl.int64))
-        if LINKS:
-            link = tl.where(rank < 0, 0, tl.load(linked_ptr + group))
+        if LINKED:
+            link = tl.where(rank < 0, 0, tl.load(_groups.part(groups_ptr, S, _groups.LINKS) + group))
             tl.store(links_ptr + row, tl.where((link > 0) & (link <= M), M - link, -1).to(tl.int64))
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     x_ptr += pid_b * stride_xb + offs_d * stride_xd
@@ -194,7 +193,7 @@ def _mean_kernel(
     if size == 1:  # no arithmetic: bit for bit
         tl.store(out_ptr, tl.load(x_ptr + root.to(tl.int64) * stride_xn, mask=offs_d < D, other=0), mask=offs_d < D)
     else:
-        members_ptr += pid_b * N + begin
+        members_ptr = _groups.part(groups_ptr, S, _groups.MEMBERS) + pid_b * N + begin
         total = tl.zeros((BLOCK_D,), tl.float32)
         for first in range(0, size, MEMBERS):
             for step in tl.static_range(MEMBERS):
@@ -283,20 +282,21 @@ def _launch_mean(
     x: Tensor, roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None
 ) -> tuple[Tensor, ...]:
     """What the operator returns; nothing is empty."""
-    groups = rank_groups(roots, predecessor, stride, capacity)
+    groups = _groups.rank_groups(roots, predecessor, stride, capacity)
     batch, length, width = x.shape
     rows = max(groups.lengths.tolist()) if capacity is None else capacity  # the host needs M to allocate: the only wait
     linked = predecessor is not None or stride > 0
     out = x.new_empty(batch, rows, width)
-    kept, sizes = (roots.new_empty(batch, rows, dtype=torch.int64) for _ in range(2))
+    kept = roots.new_empty(batch, rows, dtype=torch.int64)
+    sizes = roots.new_empty(batch, rows, dtype=torch.int64)
     links = roots.new_empty(batch, rows if linked else 0, dtype=torch.int64)
     if rows:
         tile = lookup("mean", x, width)
         block_d = min(block(width), tile.width)
         with torch.cuda.device_of(x):
             _mean_kernel[(rows, cdiv(width, block_d), batch)](
-                x, *groups[:6], out, kept, links, sizes, *x.stride(), length, rows,
-                LINKS=linked, D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET,
+                x, groups.buffer, out, kept, links, sizes, *x.stride(), length, rows, groups.buffer.shape[1],
+                LINKED=linked, D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET,
                 num_warps=tile.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out, kept, groups.lengths, links, groups.from_last, sizes
@@ -467,11 +467,12 @@ def merge_mean(
     links, stride = (None, 0) if predecessor is None else _check_predecessor(op, roots, predecessor, packed)
     if not isinstance(companions, Sequence):
         raise TypeError(f"{op}: companions must be a sequence of tensors, got {type(companions).__name__}")
-    leading = x.shape[:-1]
+    leading, device = x.shape[:-1], x.device
     for i, companion in enumerate(companions):
         if not isinstance(companion, Tensor) or companion.shape[: len(leading)] != leading:
             _raise_for_companion(op, f"companions[{i}]", companion, leading, packed)
-    check_same_device(op, x=x, **{f"companions[{i}]": companion for i, companion in enumerate(companions)})
+        if companion.device != device:
+            check_same_device(op, x=x, **{f"companions[{i}]": companion})
     check_same_device(op, x=x, roots=roots, predecessor=links)
     if cu_seqlens is None:
         return _merge_mean(x, roots, companions, links, stride, capacity)

@@ -358,15 +358,17 @@ def gather_rows(kept: Tensor, *tensors: Tensor, cu_seqlens: Tensor | None = None
     else:
         check_shape(op, "kept", kept, B=None, K=None)
     check_cu_seqlens(op, cu_seqlens, "kept", kept, values=False)
-    batch = kept.shape[:-1]
-    leading = None
+    batch, axes, leading = kept.shape[:-1], kept.ndim, None
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: tensors[{i}] must be a torch.Tensor, got {type(tensor).__name__}")
-        leading = tensor.shape[: len(batch) + 1] if leading is None else leading
-        if tensor.shape[: len(batch) + 1] != leading or leading[:-1] != batch or len(leading) == len(batch):
+        rows = tensor.shape[:axes]
+        if leading is None and rows[:-1] == batch and len(rows) == axes:
+            leading = rows
+        if rows != leading:
             _raise_for_rows(op, f"tensors[{i}]", tensor, kept, tensors[0])
-    check_same_device(op, kept=kept, **{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
+        if tensor.device != kept.device:
+            check_same_device(op, kept=kept, **{f"tensors[{i}]": tensor})
     if not tensors:
         return ()
     if packed:
