@@ -72,8 +72,8 @@ def reduce(
             the model is being reduced already.
         While it runs: ValueError for a layout that does not fit the prompt, a chunk that cuts a video, a mask that
         hides one, gradient checkpointing that cannot be repeated, a paged cache, and what cannot follow a reduced
-        prompt. RuntimeError for a method that returns something impossible, a call during another call, a copy of the model, and a KV cache that
-        the decoder does not fill. With `verify`, fftriton_kernels.VerificationError.
+        prompt. RuntimeError for a method that returns something impossible, a call during another call, a copy of the
+        model, and a KV cache that the decoder does not fill. With `verify`, fftriton_kernels.VerificationError.
     """
     return Reduction(model, method, layout, verify)
 
