@@ -6,7 +6,7 @@ decoder returns: so no wrong answer leaves the model, and there is no waiting fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -154,6 +154,19 @@ def check_growth(layers: Sequence[ReducedLayer | None], expected: int, method: M
             raise RuntimeError(
                 f"reduce: {method}: after the forward, layer {number} of the KV cache must stand for {expected} "
                 f"tokens, but stands for {layer.get_seq_length()}: the decoder does not write to the cache that it got"
+            )
+
+
+_SHORTENED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
+
+
+def check_no_rows(arguments: Mapping[str | int, Any], layer: int, batch: int, length: int) -> None:
+    """Raise a TypeError if a layer is given something else for each of `length` tokens, some of which have left."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and name not in _SHORTENED and value.shape[:2] in ((1, length), (batch, length)):
+            raise TypeError(
+                f"reduce: layer {layer} of the decoder must get only hidden states, masks and positions for each "
+                f"token, but gets {name!r} of shape {list(value.shape)}"
             )
 
 

@@ -19,6 +19,7 @@ from .compat import UnknownReleaseError, causal_mask, first_of, with_first
 from .continuation import Continuation
 from .hooks import Hook, Undo, wrap
 from .importance import Attention, AttentionTap
+from .invariants import check_no_rows
 from .modules import has_attention
 from .prefill import Prefill
 
@@ -125,6 +126,8 @@ class LayerHooks:
                 forward.begin(hidden, kwargs, self._decoder.config, partial(self._first_layers, kwargs))
                 forward.residual.note_state(hidden)
             hidden = forward.before_attention(index, hidden)
+            if forward.packed:
+                check_no_rows({**dict(enumerate(args[1:], 1)), **kwargs}, index, forward.batch, forward.length)
         kwargs.update(forward.layer_arguments(index, hidden, kwargs, self._decoder.config))
         if args:
             return (hidden, *args[1:]), kwargs

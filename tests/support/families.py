@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from models import TEXT, TOKENS, VISION, rope, seeded, tiny_qwen2_5_vl, tiny_qwen2_vl
 from torch.nn.utils.rnn import pad_sequence
@@ -69,6 +70,9 @@ class Writer:
 def joined(name, values):
     """Arguments of several samples or videos as one: MiniCPM-V packs its patches along the last dimension."""
     packed = name.startswith("pixel_values") and values[0].shape[0] == 1 and values[0].ndim == 4
+    if values[0].ndim == 5:  # [samples, images, 3, height, width]: SmolVLM takes images of zeros for padding
+        most = max(value.shape[1] for value in values)
+        values = [F.pad(value, (0, 0) * 3 + (0, most - value.shape[1])) for value in values]
     return torch.cat(values, -1 if packed else 0)
 
 
