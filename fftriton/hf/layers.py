@@ -127,7 +127,7 @@ class LayerHooks:
                 forward.residual.note_state(hidden)
             hidden = forward.before_attention(index, hidden)
             if forward.packed:
-                check_no_rows({**dict(enumerate(args[1:], 1)), **kwargs}, index, forward.batch, forward.length)
+                check_no_rows(layer, index, args, kwargs, forward.batch, forward.length)
         kwargs.update(forward.layer_arguments(index, hidden, kwargs, self._decoder.config))
         if args:
             return (hidden, *args[1:]), kwargs

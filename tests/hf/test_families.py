@@ -25,19 +25,22 @@ def video_features(model, inputs):
     """[n, D] what the model's encoder makes of the videos, without what is no patch of a frame."""
     family, seen = model.config.model_type, []
     name = encoder_of(family)
-    encode = getattr(model.model, name)
+    owner = model.model if hasattr(model.model, name) else model
+    encode = getattr(owner, name)
 
     def spy(*args, **kwargs):
         seen.append(encode(*args, **kwargs))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.model, name, spy)
+        patch.setattr(owner, name, spy)
         model(**inputs)
     features = getattr(seen[0], "pooler_output", seen[0])  # in 4.x it is the features, or they and the deepstack ones
-    features = features[0] if family == "qwen3_vl" and isinstance(features[0], tuple) else features
+    while isinstance(features, tuple) and not isinstance(features[-1], torch.Tensor):
+        features = features[0]
+    features = [features] if getattr(features, "ndim", 3) == 2 else features
     if family in ONE_ENCODER:
-        features = features.reshape(-1, 4, 64)[ONE_ENCODER[family] :]  # without those of the image
+        features = torch.cat(list(features)).view(-1, 4, 64)[ONE_ENCODER[family] :]  # without those of the image
     if family == "llava_onevision":
         features = features[:, :16]  # the newline, where it is there already
     features = torch.cat([part.flatten(0, -2) for part in features])

@@ -222,11 +222,11 @@ def video_llava_prompt(videos, image, seed):
 
 NEWER_FAMILIES = _families(
     ("qwen2_5_omni_thinker", "Qwen2_5OmniThinker", qwen2_5_omni, omni_prompt),
-    ("qwen3_omni_moe_thinker", "Qwen3OmniMoeThinker", qwen3_omni, omni_prompt),
+    ("qwen3_omni_moe_thinker", "Qwen3OmniMoeThinker", qwen3_omni, omni_prompt, "5.0"),  # with an image and a video
     ("cosmos3_omni", "Cosmos3Omni", cosmos3_omni, qwen3_prompt),
     ("cosmos3_edge", "Cosmos3Edge", cosmos3_edge, edge_prompt),
     ("glm4v_moe", "Glm4vMoe", glm4v_moe, glm4v_moe_prompt),
-    ("kimi_k25", "Kimi_K25", kimi_k25, kimi_prompt),
+    ("kimi_k25", "Kimi_K25", kimi_k25, kimi_prompt, "5.23"),  # with chunks of several frames
     ("minicpm_ocr", "MiniCPMOcr", functools.partial(minicpm, "MiniCPMOcr"), minicpm_prompt),
     ("minicpmv4_7", "MiniCPMV4_7", functools.partial(minicpm, "MiniCPMV4_7", **MARKS), minicpm4_7_prompt),
     ("smolvlm", "SmolVLM", smolvlm, smolvlm_prompt),
