@@ -4,6 +4,7 @@ They share their decoders and most of their rules with those in families.py.
 """
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -158,7 +159,9 @@ def glm4v_moe_prompt(videos, image, seed):
         grid = torch.tensor([[frames, height, width]])
         writer.add(video_grid_thw=grid, pixel_values_videos=writer.pixels(frames * height * width, 96))
     inputs = writer.finish()
-    return inputs | {"mm_token_type_ids": 2 * (inputs["input_ids"] == IMAGE).int()}
+    if "mm_token_type_ids" in inspect.signature(transformers.Glm4vMoeForConditionalGeneration.forward).parameters:
+        inputs["mm_token_type_ids"] = 2 * (inputs["input_ids"] == IMAGE).int()
+    return inputs
 
 
 def kimi_prompt(videos, image, seed):
