@@ -128,7 +128,7 @@ def smolvlm_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout
         videos: list[list[Tensor]] = []
         opener = None
         for run in runs.view(-1, length):
-            before = prompt[int(run[0]) - 1]
+            before = prompt[max(int(run[0]) - 1, 0)]
             if opener is None:
                 videos.append([run])
             elif torch.equal(before, opener):
