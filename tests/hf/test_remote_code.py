@@ -701,6 +701,16 @@ def test_images_before_the_token_is_known_are_refused():
             model.generate(**inputs)
 
 
+@torch.no_grad()
+def test_features_without_pixels_are_noticed():
+    """InternVL2.5 ignores features that come without pixels; whoever gives them hears that nothing was reduced."""
+    model, inputs = internvl_case()
+    features = model.extract_feature(inputs.pop("pixel_values"))
+    with pytest.warns(UserWarning, match="nothing was reduced"):
+        with fftriton.reduce(model, FrameFusion(0.3)):
+            model.generate(**inputs, visual_features=features, max_new_tokens=2)
+
+
 def test_a_class_of_another_structure_needs_a_layout():
     """`llava_llama` is the model_type of LLaVA-1.5, too, which has none of NVILA's methods."""
     from transformers import Qwen2ForCausalLM
