@@ -122,7 +122,8 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_python_runs(document, tmp_path):
+def test_python_runs(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     python = [block for block in every_block() if block.document == document and block.language == "python"]
     checkpoints = dict(SHIPPED)
     if any(PREDICTOR in block.text for block in python):

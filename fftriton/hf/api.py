@@ -49,6 +49,9 @@ def reduce(
     scored has no influence on what is kept: `logits_to_keep` = n + 1 marks the last n tokens as following the prompt,
     and so do labels that are -100 before the answer.
 
+    With gradient checkpointing (`model.gradient_checkpointing_enable()`), the second run of a layer repeats what the
+    first one kept and merged, also after the block. A method of your own that changes rows otherwise is refused.
+
     Args:
         model: a Hugging Face causal or conditional generation model with a Qwen2-style decoder; or LLaVA-Video, NVILA,
             MiniCPM-V 2.6 or InternVL2.5 as remote code, called by its own forward, generate or chat.
@@ -68,9 +71,9 @@ def reduce(
         RuntimeError: a transformers release in which something that fftriton needs has another name; on entering, if
             the model is being reduced already.
         While it runs: ValueError for a layout that does not fit the prompt, a chunk that cuts a video, a mask that
-        hides one, gradient checkpointing, a paged cache, and what cannot follow a reduced prompt. RuntimeError for a
-        method that returns something impossible, a call during another call, a copy of the model, and a KV cache that
-        the decoder does not fill. With `verify`, fftriton_kernels.VerificationError.
+        hides one, gradient checkpointing that cannot be repeated, a paged cache, and what cannot follow a reduced
+        prompt. RuntimeError for a method that returns something impossible, a call during another call, a copy of the
+        model, and a KV cache that the decoder does not fill. With `verify`, fftriton_kernels.VerificationError.
     """
     return Reduction(model, method, layout, verify)
 

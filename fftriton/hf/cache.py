@@ -256,7 +256,8 @@ def _without_states(layer: Any) -> dict[str, Any] | None:
 def check_cache(cache: Any) -> None:
     """Raise an UnknownReleaseError for a plain DynamicCache with layers of an unknown class."""
     for number, layer in enumerate(getattr(cache, "layers", ()) if type(cache) is DynamicCache else ()):
-        if type(layer) is not ReducedLayer and type(layer) not in KNOWN_LAYERS:
+        of_one_model = type(layer).__module__.startswith("transformers.models.")
+        if type(layer) is not ReducedLayer and type(layer) not in KNOWN_LAYERS and not of_one_model:
             raise UnknownReleaseError(
                 f"layer {number} of a DynamicCache must be a DynamicLayer, but is a {type(layer).__name__}"
             )

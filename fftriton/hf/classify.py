@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from .cache import Permit, ReducedLayer, prepare
+from .checkpointing import check_checkpointing, runs_again
 from .compat import CACHE, attention_name, cache_in, causal_mask, past_of
 from .continuation import CacheLayers
 from .finder import PlacedVideo
-from .modules import has_attention, runs_again
+from .modules import has_attention
 
 
 class Kind(Enum):
@@ -70,7 +71,10 @@ def take_input(
         ValueError: a cache that is none of transformers'.
     """
     cache, use_cache = cache_in(arguments), arguments.get("use_cache")
-    if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+    if runs_again(decoder) and past_of(arguments) == 0:  # its layers would ignore it
+        cache = None
+        arguments.update(dict.fromkeys([name for name in CACHE if name in arguments]), use_cache=False)
+    elif cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
         cache = DynamicCache(config=decoder.config)
     if cache is not None:
         for name in CACHE:
@@ -143,11 +147,16 @@ def classify(decoder: Any, given: DecoderInput, has_video: bool, masks: Masks) -
     """What is to become of a call for which `why_not` knows no reason.
 
     Raises:
-        ValueError: a prompt with a video under gradient checkpointing.
+        ValueError: gradient checkpointing that a reduction cannot repeat, or with a KV cache that holds tokens.
     """
+    if has_video or given.follows_reduced:
+        check_checkpointing(decoder)
+        if given.cache is not None and runs_again(decoder):
+            raise ValueError(
+                "reduce: the KV cache must be empty under gradient checkpointing, which ignores it, got "
+                f"{given.cache.get_seq_length()} tokens"
+            )
     if has_video:
-        if torch.is_grad_enabled() and any(map(runs_again, decoder.layers)):
-            raise ValueError("reduce: gradient checkpointing must be off: it runs layers again without their reduction")
         return Kind.PROMPT
     reducible = given.reducible
     if not given.follows_reduced or not masks.are_needed(reducible, given.source):

@@ -20,7 +20,7 @@ RecurrentLayer: type | None = getattr(cache_utils, "LinearAttentionLayer", None)
 """The cache layer of a linear-attention layer; None in 4.x, whose models have caches of their own."""
 
 KNOWN_LAYERS = frozenset(kind for kind in vars(cache_utils).values() if isinstance(kind, type))
-"""The classes that the layers of a KV cache may have in this release."""
+"""The classes that the layers of a KV cache may have in this release, other than those of single models."""
 
 _LAYER_METHODS = (
     "update", "get_seq_length", "get_mask_sizes", "crop", "reset", "reorder_cache", "batch_repeat_interleave",

@@ -6,6 +6,7 @@ from typing import Any
 
 from .cache import Permit, Snapshot, check_cache
 from .calls import Call, Calls
+from .checkpointing import runs_again
 from .classify import DecoderInput, Kind, Masks, check_visible, classify, is_new_prompt, padding, take_input, why_not
 from .compat import take_deepstack
 from .continuation import Continuation
@@ -111,7 +112,7 @@ class DecoderHooks:
         attends, additions = [*map(has_attention, self._decoder.layers)], take_deepstack(arguments)
         prefill = Prefill(
             given.source, valid, given.layers, self._method, call.videos, attends, additions, call.later, call.targets,
-            self._verify, self._intake.wants_states(call),
+            self._verify, self._intake.wants_states(call), runs_again(self._decoder),
         )  # fmt: skip
         if arguments.get("attention_mask") is None:
             prefill.expect_one_sequence(arguments.get("position_ids"))

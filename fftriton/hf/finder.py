@@ -76,9 +76,8 @@ class LayoutFinder:
 
     def install(self, modules: Iterable[nn.Module], undo: Undo) -> None:
         """Listen to the vision encoders and to `generate` of these modules; what takes that back goes to `undo`."""
-        inner = getattr(self.model, "base_model", self.model)
         for name in _ENCODERS:
-            wrap(inner, name, self._record_encoder, undo)
+            wrap(_owner_of(self.model, name), name, self._record_encoder, undo)
         if self._follower is not None:
             self._follower.install(undo)
         for module in modules:
@@ -330,6 +329,12 @@ def _moved(layout: VideoLayout, by: int) -> VideoLayout:
     return VideoLayout(positions.where(positions < 0, positions + by), layout.sample)
 
 
+def _owner_of(model: Any, encoder: str) -> Any:
+    """The model inside `model` that has this method, as its base model; Video-LLaVA of 4.x does not call it that."""
+    inner = getattr(model, "base_model", model)
+    return inner if hasattr(inner, encoder) else getattr(model, "model", inner)
+
+
 def _known_rule(model: Any) -> LayoutRule:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in RULES:
@@ -338,8 +343,9 @@ def _known_rule(model: Any) -> LayoutRule:
             f"reduce: layout must be given for {type(model).__name__}; it is found without for model types "
             f"{', '.join(sorted([*RULES, *FOLLOWERS]))}, got {model_type!r}" + (f", but {lacking}" if lacking else "")
         )
-    inner, encoder = getattr(model, "base_model", model), encoder_of(model_type)
-    if not hasattr(inner, encoder):
-        raise UnknownReleaseError(f"{type(inner).__name__} must have a method {encoder!r}")
+    encoder = encoder_of(model_type)
+    owner = _owner_of(model, encoder)
+    if not hasattr(owner, encoder):
+        raise UnknownReleaseError(f"{type(owner).__name__} must have a method {encoder!r}")
     check_model(model)
     return RULES[model_type]

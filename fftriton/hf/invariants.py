@@ -6,12 +6,13 @@ decoder returns: so no wrong answer leaves the model, and there is no waiting fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..methods.base import Method, VideoTokens, wrong_kind
 from .cache import ReducedLayer
@@ -154,6 +155,25 @@ def check_growth(layers: Sequence[ReducedLayer | None], expected: int, method: M
             raise RuntimeError(
                 f"reduce: {method}: after the forward, layer {number} of the KV cache must stand for {expected} "
                 f"tokens, but stands for {layer.get_seq_length()}: the decoder does not write to the cache that it got"
+            )
+
+
+_SHORTENED = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
+
+
+def check_no_rows(
+    layer: nn.Module, index: int, args: tuple, kwargs: Mapping[str, Any], batch: int, length: int
+) -> None:
+    """Raise a TypeError if a layer uses something else for each of `length` tokens, some of which have left.
+
+    What it has no parameter for, it may be given and does not use.
+    """
+    bound = inspect.signature(layer.forward).bind_partial(*args, **kwargs).arguments
+    for name, value in bound.items():
+        if isinstance(value, Tensor) and name not in _SHORTENED and value.shape[:2] in ((1, length), (batch, length)):
+            raise TypeError(
+                f"reduce: layer {index} of the decoder must get only hidden states, masks and positions for each "
+                f"token, but gets {name!r} of shape {list(value.shape)}"
             )
 
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .checkpointing import CheckpointedLayer
 from .compat import UnknownReleaseError, causal_mask, first_of, with_first
 from .continuation import Continuation
-from .hooks import Hook, Undo
+from .hooks import Hook, Undo, wrap
 from .importance import Attention, AttentionTap
+from .invariants import check_no_rows
 from .modules import has_attention
 from .prefill import Prefill
 
@@ -98,6 +100,16 @@ class LayerHooks:
             keep(layer.mlp.register_forward_hook(Hook(self._after_feed_forward)))
             keep(layer.register_forward_hook(Hook(partial(self._output, index)), prepend=True))
             keep(layer.register_forward_hook(Hook(partial(self._after_layer, index))))
+            wrap(layer, "_gradient_checkpointing_func", partial(self._checkpoint, index, layer), undo)
+
+    def _checkpoint(self, index: int, layer: nn.Module, checkpoint: Callable) -> Callable:
+        def repeatable(function: Callable, *args: Any) -> Any:
+            prefill = self._prefill
+            if prefill is None or prefill.record is None:
+                return checkpoint(function, *args)
+            return checkpoint(CheckpointedLayer(index, layer, function, prefill), *args)
+
+        return repeatable
 
     @property
     def _prefill(self) -> Prefill | None:
@@ -114,6 +126,8 @@ class LayerHooks:
                 forward.begin(hidden, kwargs, self._decoder.config, partial(self._first_layers, kwargs))
                 forward.residual.note_state(hidden)
             hidden = forward.before_attention(index, hidden)
+            if forward.packed:
+                check_no_rows(layer, index, args, kwargs, forward.batch, forward.length)
         kwargs.update(forward.layer_arguments(index, hidden, kwargs, self._decoder.config))
         if args:
             return (hidden, *args[1:]), kwargs
@@ -193,9 +207,7 @@ class LayerHooks:
         if prefill is None:
             return None
         given = first_of(output)
-        hidden = prefill.after_layer(given)
-        if index == len(self._decoder.layers) - 1 and prefill.packed:
-            hidden = prefill.restore(hidden)
+        hidden = prefill.after_layer(index, given)
         prefill.residual.note_state(hidden)
         return None if hidden is given else with_first(output, hidden)
 

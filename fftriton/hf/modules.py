@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from transformers import PreTrainedModel
 
 
@@ -17,6 +18,7 @@ def find_decoder(model: nn.Module, root: nn.Module) -> Any:
     for module in model.modules():
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) and all(map(_is_decoder_layer, layers)):
+            _check_layers(layers)
             return module
     if any(map(_is_internlm2, root.modules())):
         raise TypeError(
@@ -68,9 +70,14 @@ def above_hooks(model: nn.Module, decoder: Any) -> list[nn.Module]:
     return [module for module in model.modules() if any(part in hooked for part in module.modules())]
 
 
-def runs_again(layer: nn.Module) -> bool:
-    """Whether gradient checkpointing runs the layer a second time."""
-    return layer.training and getattr(layer, "gradient_checkpointing", False)
+def _check_layers(layers: nn.ModuleList) -> None:
+    """Raise a TypeError for layers that are wrapped so that they run a second time behind the back of all hooks."""
+    for layer in layers:
+        if isinstance(layer, ActivationWrapper):
+            raise TypeError(
+                f"reduce: a decoder layer must not be within a {type(layer).__name__}; call "
+                "model.gradient_checkpointing_enable() instead"
+            )
 
 
 def _is_internlm2(module: nn.Module) -> bool:

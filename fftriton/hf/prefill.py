@@ -20,13 +20,15 @@ is the length of the prompt, M the number of rows that are left.
                                     away; the mlp's output is added to the rows kept here instead
       after it (_output, then the user's hooks, then _after_layer)
         ResidualStream.leave_layer  the layer's output is replaced by that sum
-        Prefill.after_layer         what the decoder would have added to it (Qwen3-VL's deepstack features)
-    after the last layer (_after_layer)
-        Prefill.restore             [B, M, D] -> [B, N, D]: every row in its place, zeros for those that left
+        Prefill.after_layer         what the decoder would have added to it (Qwen3-VL's deepstack features); after the
+                                    last layer [B, M, D] -> [B, N, D]: every row in its place, zeros for those that left
     after the decoder (decoder_hooks.py, DecoderHooks.after)
         Prefill.check_depth         have all layers run?
         Prefill.finish              do the invariants hold? The report
         Prefill.hide_targets        labels of rows that left become -100
+
+If gradient checkpointing is on, all this is recorded (selection.py), and checkpointing.py repeats it in the backward
+pass, layer by layer.
 
 Each time the method is asked, Prefill._reduce hands every sample to BatchRow.ask. If anything has changed,
 Prefill._pack puts the samples together again, and everything else that has to fit them: rotary embeddings, deepstack
@@ -36,6 +38,7 @@ features and padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -53,7 +56,8 @@ from .importance import Attention
 from .invariants import Invariants
 from .report import Report, SampleReport, Stopwatch
 from .residual import ResidualStream
-from .rows import BatchRow, answer_length, as_rotary, left_padded, real_rows, rows_first, without_padding
+from .rows import BatchRow, answer_length, as_rotary, real_rows, rows_first, without_padding
+from .selection import Record, Selection, left_padded
 from .window import Windows
 
 
@@ -71,22 +75,26 @@ class Prefill(Continuation):
             run of labels without a gap is an answer, a continuation like the others.
         verify: check everything that a method and its ops do, at any cost.
         wants_states: whether hidden states are asked for.
+        runs_again: whether gradient checkpointing runs layers a second time.
 
     Attributes:
         samples: one row per sample, from `begin` on.
         residual: what is pending between the hooks of a layer, and the hidden states that were asked for.
+        record: what is done to the hidden states, if layers run a second time; otherwise None.
     """
 
     def __init__(
         self, source: Tensor, valid: Tensor | None, cache_layers: CacheLayers,
         method: Method, videos: Sequence[PlacedVideo], attends: Sequence[bool], additions: Sequence[Tensor],
         later: int = 0, targets: Sequence[tuple[Tensor, int]] = (), verify: bool = False, wants_states: bool = False,
+        runs_again: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(source, valid, cache_layers)
         self.method, self.videos, self.attends, self.later = method, videos, attends, later
         self.targets, self.verify = targets, verify
         self.samples: list[BatchRow] = []
         self._additions = additions
+        self.record = Record(additions) if runs_again else None
         self._invariants = Invariants()
         self.residual = ResidualStream(self._invariants, wants_states)
         self._rotary_like: Sequence[Tensor] = ()
@@ -137,7 +145,16 @@ class Prefill(Continuation):
             tail = self._tail(layouts, rows)
             later = max(self.later if self.later <= tail else 0, self._answer_length(index, rows, tokens.patch[0]))
             self.samples.append(
-                BatchRow(state, report, rows, places if is_padded else None, tokens, later, self._stopwatch)
+                BatchRow(
+                    state,
+                    report,
+                    rows,
+                    places if is_padded else None,
+                    tokens,
+                    later,
+                    self._stopwatch,
+                    bool(self.record),
+                )
             )
             self.free_tail = min(tail, self.free_tail if index else tail)
 
@@ -155,12 +172,15 @@ class Prefill(Continuation):
 
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
         if not self.attends[index]:  # a recurrent layer takes the padding mask of its rows
-            return {"attention_mask": self.valid} if self.packed else {}
-        changed = super().layer_arguments(index, hidden, given, config)
-        if self.packed:
-            changed["position_ids"] = None  # flash attention takes ids with gaps for packed sequences
-            if self._rotary_like:
-                changed["position_embeddings"] = self._rotary
+            changed: dict[str, Any] = {"attention_mask": self.valid} if self.packed else {}
+        else:
+            changed = super().layer_arguments(index, hidden, given, config)
+            if self.packed:
+                changed["position_ids"] = None  # flash attention takes ids with gaps for packed sequences
+                if self._rotary_like:
+                    changed["position_embeddings"] = self._rotary
+        if self.record is not None:
+            self.record.arguments[index] = changed
         return changed
 
     def _first_layers(self, row: int, tokens: VideoTokens, layer: int, queries: int | None) -> tuple[Tensor, float]:
@@ -188,14 +208,22 @@ class Prefill(Continuation):
         self.residual.keep(left)
         return left
 
-    def after_layer(self, hidden: Tensor) -> Tensor:
-        """The layer's output [B, M, D] with what the decoder would have added to it."""
-        if not self._additions:
-            return hidden
-        first, *self._additions = self._additions
-        for sample in self.samples:
-            sample.tokens = replace(sample.tokens, additions=sample.tokens.additions[1:])
-        return hidden + first.to(hidden.device, hidden.dtype)
+    def after_layer(self, index: int, hidden: Tensor) -> Tensor:
+        """The layer's output [B, M, D] with what the decoder would have added to it; after the last one [B, N, D]."""
+        addition = None
+        if self._additions:
+            addition, *self._additions = self._additions
+            for sample in self.samples:
+                sample.tokens = replace(sample.tokens, additions=sample.tokens.additions[1:])
+        return self.outcome(index, hidden, addition)
+
+    def outcome(self, index: int, hidden: Tensor, addition: Tensor | None = None) -> Tensor:
+        """The same for an addition [B, M, D] that has the layer's rows, and for one that has been recorded."""
+        if self.record is not None:
+            hidden = self.record.add(index, hidden)
+        elif addition is not None:
+            hidden = hidden + addition.to(hidden.device, hidden.dtype)
+        return self.restore(hidden) if self.packed and index == len(self.attends) - 1 else hidden
 
     def restore(self, hidden: Tensor) -> Tensor:
         """[B, M, D] -> [B, N, D]: every row back in its place in the prompt, zeros elsewhere."""
@@ -287,17 +315,23 @@ class Prefill(Continuation):
         ]
         self.asking = True
         try:
-            after = [
-                sample.ask(stage, index, tokens, self._invariants, self.verify)
-                for sample, tokens in zip(self.samples, before, strict=True)
-            ]
+            with nullcontext() if self.record is None else torch.no_grad():
+                after = [
+                    sample.ask(stage, index, tokens, self._invariants, self.verify)
+                    for sample, tokens in zip(self.samples, before, strict=True)
+                ]
         finally:
             self.asking = False
         for sample, tokens in zip(self.samples, after, strict=True):
             sample.tokens = tokens.at(hidden.new_empty(0), None)  # a layer's input is not held while it runs
         if all(left.hidden is given.hidden for left, given in zip(after, before, strict=True)):
             return hidden
-        return self._pack([tokens.hidden for tokens in after])
+        if self.record is None:
+            return self._pack([tokens.hidden for tokens in after])
+        selection = Selection([sample.rows for sample in self.samples], [sample.steps for sample in self.samples])
+        with torch.no_grad():
+            expected = self._pack([tokens.hidden for tokens in after])
+        return self.record.select(index, stage, selection, hidden, expected, str(self.method))
 
     def _senses(self, stage: str, attention: Attention | None, index: int, row: int) -> tuple[Any, Any]:
         """What `VideoTokens.attention` and `VideoTokens.first_layers` are to be for one sample."""

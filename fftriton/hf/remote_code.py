@@ -199,8 +199,9 @@ class InternVLChat(Follower):
                 return call(*args, **kwargs)
             if labels is not None:
                 bound.arguments["labels"] = labels = labels.clone()
-            has_images = bound.arguments["pixel_values"] is not None
-            with self._expecting(Noted(ids.shape, self._layouts(ids) if has_images else [], has_images, labels)):
+            has_pixels = bound.arguments["pixel_values"] is not None
+            has_vision = has_pixels or bound.arguments.get("visual_features") is not None
+            with self._expecting(Noted(ids.shape, self._layouts(ids) if has_pixels else [], has_vision, labels)):
                 return call(*bound.args, **bound.kwargs)
 
         return followed

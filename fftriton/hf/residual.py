@@ -32,6 +32,7 @@ class ResidualStream:
         self._sum: Tensor | None = None  # [B, D] what the layer is to return there
         self._kept: Tensor | None = None  # [B, M, D] rows kept, waiting for their feed-forward output
         self._output: Tensor | None = None  # [B, M, D] what the layer is to return
+        self._left_inside = False
         self.states: list[Tensor] | None = [] if collects_states else None
 
     def reach_norm(self, hidden: Tensor) -> None:
@@ -53,12 +54,24 @@ class ResidualStream:
         self._sum, self._fed = self._fed + stand_in, None
         return stand_in
 
-    def leave_layer(self, index: int, given: Tensor) -> Tensor:
+    @property
+    def is_pending(self) -> bool:
+        """Whether a layer's feed-forward block has run, and its output has not been made."""
+        return self._sum is not None
+
+    def leave_layer(self, index: int, given: Tensor, inside: bool = False) -> Tensor:
         """The layer's output [B, M, D], if it returned `given`.
+
+        inside: whether this is called within the layer's own call, as gradient checkpointing needs it; the call that
+            follows for the same layer then returns what it is given.
 
         Raises:
             TypeError: the layer's feed-forward block has not run since the last layer.
         """
+        if self._left_inside:
+            self._left_inside = False
+            return given
+        self._left_inside = inside
         if self._sum is None:
             raise TypeError(f"reduce: layer {index} of the decoder {STRUCTURE}")
         self._invariants.expect_output(index, given[:, -1], self._sum)

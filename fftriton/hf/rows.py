@@ -6,12 +6,11 @@ the right end of its row, after padding up to the longest. A batch of one is nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fftriton_kernels import verified
 
@@ -19,6 +18,7 @@ from ..layouts.layout import VideoLayout
 from ..methods.base import Merge, MethodState, VideoTokens, list_steps
 from .invariants import Invariants, check_left, versions
 from .report import MergeStep, SampleReport, Stopwatch
+from .selection import step_between
 
 
 class BatchRow:
@@ -31,13 +31,17 @@ class BatchRow:
         later: how many text tokens at the end are continuations of the prompt (candidates of assisted decoding, an
             answer to be scored): their attention does not count.
         past: number of tokens before those of this forward.
+        steps: what the method did to the hidden states when it was last asked, if that is to be recorded.
     """
 
     def __init__(
         self, state: MethodState | None, report: SampleReport, rows: slice | Tensor, places: Tensor | None,
         tokens: VideoTokens, later: int, stopwatch: Stopwatch,
+        records: bool = False,
     ) -> None:  # fmt: skip
         self.state, self.report, self.rows, self.places = state, report, rows, places
+        self.steps: list[Callable[[Tensor], Tensor]] = []
+        self._records = records
         self.tokens, self.later = tokens, later
         self.past = 0
         self._stopwatch = stopwatch
@@ -58,6 +62,7 @@ class BatchRow:
 
     def ask(self, stage: str, index: int, before: VideoTokens, invariants: Invariants, verify: bool) -> VideoTokens:
         """What the method leaves of the tokens; `before` itself if it changes nothing."""
+        self.steps = []
         if self.state is None:
             return before
         watch, count = self._stopwatch, versions(before)
@@ -74,6 +79,8 @@ class BatchRow:
         end = watch.now()
         for step in steps:
             left = check_left(self.report.method, stage, index, before, step, invariants, verify)
+            if self._records:
+                self.steps.append(step_between(before, left))
             self._note(stage, index, before, left)
             before = left
         watch.spans.append(("prune" if before.merge is None else "merge", start, end))
@@ -90,13 +97,6 @@ class BatchRow:
 
     def _place(self, position: Tensor) -> Tensor:
         return position if self.places is None else self.places.to(position.device)[position]
-
-
-def left_padded(parts: Sequence[Tensor]) -> Tensor:
-    """[1, n, ...] each -> [B, M, ...], M the longest n; zeros on the left. A single part is not copied."""
-    if len(parts) == 1:
-        return parts[0]
-    return pad_sequence([part[0] for part in parts], batch_first=True, padding_side="left")
 
 
 def real_rows(valid: Tensor | None, sample: int, length: int) -> slice | Tensor:

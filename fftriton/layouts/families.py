@@ -27,17 +27,26 @@ class NoPlaceholderError(ValueError):
 def grid_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
     """Layouts of the Qwen-VL models: one row of video_grid_thw per video, t frames of h * w / merge^2 tokens each.
 
-    In Qwen3-VL and Qwen3.5 every frame follows its timestamp; the order of the tokens is the same.
+    In Qwen3-VL and Qwen3.5 every frame follows its timestamp, and in the Omni models tokens of the sound may stand
+    between frames; the order of the tokens is the same.
     """
+    return _grid_layout(model, arguments, model.config.video_token_id)
+
+
+def glm4v_moe_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """Layouts of GLM-4.5V: as for the Qwen-VL models, but videos are made of image tokens, and a prompt with videos
+    cannot have images."""
+    return _grid_layout(model, arguments, model.config.image_token_id)
+
+
+def _grid_layout(model: Any, arguments: Mapping[str, Any], token: int) -> list[VideoLayout]:
     grids = _encoder_argument(arguments, "video_grid_thw")
     if grids is None:
         return []
     merge = model.config.vision_config.spatial_merge_size
     shapes = [(int(t), int(h) * int(w) // merge**2) for t, h, w in grids.tolist()]
     source = f"video_grid_thw {grids.tolist()} with spatial_merge_size {merge}"
-    runs = _deal_out(
-        model, arguments, model.config.video_token_id, [frames * patches for frames, patches in shapes], source
-    )
+    runs = _deal_out(model, arguments, token, [frames * patches for frames, patches in shapes], source)
     return [VideoLayout(run.view(shape), sample) for shape, (sample, run) in zip(shapes, runs, strict=False)]
 
 
@@ -55,10 +64,19 @@ def llava_onevision_layout(model: Any, arguments: Mapping[str, Any]) -> list[Vid
 
 def llava_next_video_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
     """Layouts of LLaVA-NeXT-Video: frames of (g // spatial_pool_stride)^2 tokens, one after another."""
+    return _frames_layout(model, arguments, (_vision_side(model.config) // model.config.spatial_pool_stride) ** 2)
+
+
+def video_llava_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """Layouts of Video-LLaVA: frames of 1 + g^2 tokens, one after another; the first one is the frame's class token."""
+    return _frames_layout(model, arguments, 1 + _vision_side(model.config) ** 2)
+
+
+def _frames_layout(model: Any, arguments: Mapping[str, Any], patches: int) -> list[VideoLayout]:
     pixels = _encoder_argument(arguments, "pixel_values_videos")  # [videos, frames, 3, height, width]
     if pixels is None:
         return []
-    shape = (pixels.shape[1], (_vision_side(model.config) // model.config.spatial_pool_stride) ** 2)
+    shape = (pixels.shape[1], patches)
     source = f"pixel_values_videos of shape {list(pixels.shape)}"
     runs = _deal_out(model, arguments, model.config.video_token_id, [math.prod(shape)] * len(pixels), source)
     return [VideoLayout(run.view(shape), sample) for sample, run in runs]
@@ -72,6 +90,54 @@ def internvl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayou
     """
     found = _find_tokens(model, arguments, model.config.image_token_id)
     return [] if found is None else frames_of_runs(found, model.config.image_seq_length)
+
+
+def kimi_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """Layouts of Kimi K2.5: one row of video_grid_thw per chunk of frames, which share h * w / merge^2 tokens.
+
+    Nothing says where a video ends, so chunks of one size that follow one another in a sample are one video.
+    """
+    grids = _encoder_argument(arguments, "video_grid_thw")
+    if grids is None:
+        return []
+    merge = math.prod(model.config.vision_config.merge_kernel_size)
+    sides = [(h, w) for _, h, w in grids.tolist()]
+    source = f"video_grid_thw {grids.tolist()} with merge_kernel_size {model.config.vision_config.merge_kernel_size}"
+    sizes = [h * w // merge for h, w in sides]
+    chunks = zip(sides, _deal_out(model, arguments, model.config.video_token_id, sizes, source), strict=False)
+    videos = itertools.groupby(chunks, key=lambda chunk: (chunk[0], chunk[1][0]))
+    return [VideoLayout(torch.stack([run for _, (_, run) in same]), sample) for (_, sample), same in videos]
+
+
+def smolvlm_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
+    """Layouts of SmolVLM2: images, their tiles and frames are runs of one length, each after a token that opens it.
+
+    Frames and whole images share an opener, and tiles have openers of their own: the row and the column. So a video is
+    two or more runs with the same opener; the first one after tiles is the whole image that they are from.
+    """
+    config = model.config
+    found = _find_tokens(model, arguments, config.image_token_id)
+    if found is None:
+        return []
+    length = _vision_side(config) ** 2 // config.scale_factor**2
+    layouts = []
+    for sample, is_token in enumerate(found):
+        prompt, runs = _ids_or_embeddings(arguments)[sample].cpu(), is_token.nonzero()[:, 0]
+        if len(runs) % length:
+            raise ValueError(f"layout: the {len(runs)} image tokens of a prompt must be a multiple of {length}")
+        videos: list[list[Tensor]] = []
+        opener = None
+        for run in runs.view(-1, length):
+            before = prompt[max(int(run[0]) - 1, 0)]
+            if opener is None:
+                videos.append([run])
+            elif torch.equal(before, opener):
+                videos[-1].append(run)
+            else:
+                videos.append([])
+            opener = before
+        layouts += [VideoLayout(torch.stack(frames), sample) for frames in videos if len(frames) > 1]
+    return layouts
 
 
 def video_llama_3_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -148,17 +214,27 @@ def _minicpm_videos(prompt: Tensor, units: Sequence[Tensor]) -> list[list[list[T
 
 
 RULES: dict[str, LayoutRule] = {
+    "cosmos3_edge": grid_layout,
+    "cosmos3_omni": grid_layout,
+    "glm4v_moe": glm4v_moe_layout,
     "internvl": internvl_layout,
+    "kimi_k25": kimi_layout,
     "llava_next_video": llava_next_video_layout,
     "llava_onevision": llava_onevision_layout,
+    "minicpm_ocr": minicpm_v_layout,
     "minicpmv4_6": minicpm_v_layout,
+    "minicpmv4_7": minicpm_v_layout,
+    "qwen2_5_omni_thinker": grid_layout,
     "qwen2_5_vl": grid_layout,
     "qwen2_vl": grid_layout,
     "qwen3_5": grid_layout,
     "qwen3_5_moe": grid_layout,
+    "qwen3_omni_moe_thinker": grid_layout,
     "qwen3_vl": grid_layout,
     "qwen3_vl_moe": grid_layout,
+    "smolvlm": smolvlm_layout,
     "video_llama_3": video_llama_3_layout,
+    "video_llava": video_llava_layout,
 }
 """The rule of each config.model_type."""
 
@@ -166,7 +242,7 @@ RULES: dict[str, LayoutRule] = {
 def encoder_of(model_type: str) -> str:
     """The method by which a family encodes its videos. If `generate` calls it before the forward, the forward's own
     arguments no longer contain what a rule reads."""
-    return "get_image_features" if model_type == "internvl" else "get_video_features"
+    return "get_image_features" if model_type in ("internvl", "smolvlm") else "get_video_features"
 
 
 def _encoder_argument(arguments: Mapping[str, Any], name: str) -> Any:

@@ -9,31 +9,38 @@ from attention_backends import BACKENDS, attention
 from by_hand import check_by_hand, decoder_of, generate, see_prompt
 from families import EXPERTS_OF_FAMILIES, FAMILIES, qwen3_5
 from models import Listening, seeded
+from newer_families import NEWER_FAMILIES
 
 import fftriton
-from fftriton.layouts.families import RULES
+from fftriton.layouts.families import RULES, encoder_of
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+ALL = FAMILIES | NEWER_FAMILIES
+EVERY_FAMILY = pytest.mark.parametrize("family", ALL.values(), ids=ALL)
+ONE_ENCODER = {"internvl": 2, "smolvlm": 3}
+"""Families that do not tell videos from images, nor two videos apart, and the parts of the image of the prompt."""
 
 
 @torch.no_grad()
 def video_features(model, inputs):
     """[n, D] what the model's encoder makes of the videos, without what is no patch of a frame."""
     family, seen = model.config.model_type, []
-    name = "get_image_features" if family == "internvl" else "get_video_features"
-    encode = getattr(model.model, name)
+    name = encoder_of(family)
+    owner = model.model if hasattr(model.model, name) else model
+    encode = getattr(owner, name)
 
     def spy(*args, **kwargs):
         seen.append(encode(*args, **kwargs))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.model, name, spy)
+        patch.setattr(owner, name, spy)
         model(**inputs)
     features = getattr(seen[0], "pooler_output", seen[0])  # in 4.x it is the features, or they and the deepstack ones
-    features = features[0] if family == "qwen3_vl" and isinstance(features[0], tuple) else features
-    if family == "internvl":
-        features = features[2:]  # the image's two tiles
+    while isinstance(features, tuple) and not isinstance(features[-1], torch.Tensor):
+        features = features[0]
+    features = [features] if getattr(features, "ndim", 3) == 2 else features
+    if family in ONE_ENCODER:
+        features = torch.cat(list(features)).view(-1, 4, 64)[ONE_ENCODER[family] :]  # without those of the image
     if family == "llava_onevision":
         features = features[:, :16]  # the newline, where it is there already
     features = torch.cat([part.flatten(0, -2) for part in features])
@@ -41,8 +48,11 @@ def video_features(model, inputs):
 
 
 @pytest.mark.feature("videos found")
-@EVERY_FAMILY
-@pytest.mark.parametrize("way", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [("forward", family) for family in FAMILIES.values()] + [("generate", family) for family in ALL.values()],
+    ids=lambda value: getattr(value, "name", value),
+)
 @torch.no_grad()
 def test_the_layout_is_where_the_video_features_are(family, way):
     model, inputs = family.model(), family.inputs()
@@ -51,13 +61,13 @@ def test_the_layout_is_where_the_video_features_are(family, way):
     layouts = reduction.report.layouts
     places = torch.cat([layout.tokens for layout in layouts])
     assert torch.equal(see_prompt(model, inputs).embeddings[0, places], video_features(model, inputs))
-    assert {len(layout.positions) for layout in layouts} == ({8} if family.name == "internvl" else {4})
+    assert {len(layout.positions) for layout in layouts} == ({8} if family.name in ONE_ENCODER else {4})
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "video_llama_3", "minicpmv4_6"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "video_llama_3", "minicpmv4_6", "kimi_k25", "glm4v_moe"])
 @torch.no_grad()
 def test_videos_of_one_sample_are_kept_apart(name):
-    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs(videos=(3, 2, 4))
+    model, inputs = ALL[name].model(), ALL[name].inputs(videos=(3, 2, 4))
     layouts = RULES[name](model, inputs)
     assert [len(layout.positions) for layout in layouts] == [3, 2, 4]
 
@@ -109,8 +119,11 @@ def test_keep_all_is_bit_identical(family):
 
 
 @pytest.mark.feature("attention scores")
-@EVERY_FAMILY
-@pytest.mark.parametrize("queries", [None, 4])
+@pytest.mark.parametrize(
+    ("queries", "family"),
+    [(4, family) for family in FAMILIES.values()] + [(None, family) for family in ALL.values()],
+    ids=lambda value: getattr(value, "name", value),
+)
 @torch.no_grad()
 def test_attention_is_what_eager_computes(family, queries):
     listening = Listening(queries)
@@ -153,7 +166,7 @@ def test_framefusion_prunes_before_a_stretch_without_attention_that_it_cannot_pa
 
 
 @pytest.mark.feature("attention back ends")
-@EVERY_FAMILY
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @torch.no_grad()
 def test_every_attention_back_end_equals_sdpa(family, backend):

@@ -234,20 +234,6 @@ def test_masks_that_do_not_fit():
     assert snapshot(model) == before
 
 
-def test_gradient_checkpointing_is_refused():
-    model, (video, layout) = copy.deepcopy(tiny_qwen2()).train(), video_embeddings(4, 5)
-    enable, disable = (  # renamed in 5.24
-        getattr(model, f"activation_checkpointing_{what}", getattr(model, f"gradient_checkpointing_{what}", None))
-        for what in ("enable", "disable")
-    )
-    enable()
-    with fftriton.reduce(model, SCRIPT, layout):
-        with pytest.raises(ValueError, match="gradient checkpointing must be off"):
-            model(inputs_embeds=video, use_cache=False)
-        disable()
-        model(inputs_embeds=video)
-
-
 def test_gradients_go_through_what_is_left():
     model, (video, layout) = tiny_qwen2(), video_embeddings(4, 5)
     given, by_hand = (video.clone().requires_grad_() for _ in range(2))

@@ -26,7 +26,8 @@ def generate(model, inputs, **arguments):
 
 def decoder_of(model):
     """The text model inside a conditional generation model, or of a causal one."""
-    return model.model.language_model if hasattr(model.model, "language_model") else model.model
+    inner = model.model
+    return getattr(inner, "language_model", getattr(inner, "text_model", inner))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from models import TEXT, TOKENS, VISION, rope, seeded, tiny_qwen2_5_vl, tiny_qwen2_vl
+from packaging import version
 from torch.nn.utils.rnn import pad_sequence
 
 IMAGE, VIDEO, START, END = TOKENS.values()
@@ -69,6 +71,9 @@ class Writer:
 def joined(name, values):
     """Arguments of several samples or videos as one: MiniCPM-V packs its patches along the last dimension."""
     packed = name.startswith("pixel_values") and values[0].shape[0] == 1 and values[0].ndim == 4
+    if values[0].ndim == 5:  # [samples, images, 3, height, width]: SmolVLM takes images of zeros for padding
+        most = max(value.shape[1] for value in values)
+        values = [F.pad(value, (0, 0) * 3 + (0, most - value.shape[1])) for value in values]
     return torch.cat(values, -1 if packed else 0)
 
 
@@ -261,16 +266,22 @@ class Family:
         of_transformers: the model's class there.
         build: attention back end -> model.
         prompt: (videos, image, seed) -> the inputs of one sample; videos are given by their frames.
+        since: the oldest release in which it takes such prompts.
     """
 
     name: str
     of_transformers: str
     build: Callable
     prompt: Callable
+    since: str = "4.57"
 
     def model(self, attention="sdpa"):
         if not hasattr(transformers, self.of_transformers):
             pytest.skip(f"transformers {transformers.__version__} has no {self.of_transformers}")
+        if version.parse(transformers.__version__) < version.parse(self.since):
+            pytest.skip(
+                f"{self.of_transformers} of transformers {transformers.__version__} does not take such a prompt"
+            )
         return _built(self, attention)
 
     def inputs(self, videos=(4, 4), image=True, seed=0):
@@ -292,9 +303,7 @@ next_video_prompt = functools.partial(llava_prompt, newline=0)
 
 
 def _families(*rows):
-    return {
-        name: Family(name, f"{prefix}ForConditionalGeneration", build, prompt) for name, prefix, build, prompt in rows
-    }
+    return {name: Family(name, f"{prefix}ForConditionalGeneration", *others) for name, prefix, *others in rows}
 
 
 FAMILIES = _families(

@@ -17,6 +17,9 @@ TITLES = {
     "qwen3_5": "Qwen3.5", "llava_onevision": "LLaVA-OneVision", "llava_next_video": "LLaVA-NeXT-Video",
     "qwen3_vl_moe": "Qwen3-VL, mixture of experts", "qwen3_5_moe": "Qwen3.5, mixture of experts",
     "internvl": "InternVL", "video_llama_3": "VideoLLaMA3", "minicpmv4_6": "MiniCPM-V 4.6",
+    "minicpmv4_7": "MiniCPM-V 4.7", "minicpm_ocr": "MiniCPM-OCR", "qwen2_5_omni_thinker": "Qwen2.5-Omni, thinker",
+    "qwen3_omni_moe_thinker": "Qwen3-Omni, thinker", "video_llava": "Video-LLaVA", "smolvlm": "SmolVLM2",
+    "glm4v_moe": "GLM-4.5V", "kimi_k25": "Kimi K2.5", "cosmos3_edge": "Cosmos 3 Edge", "cosmos3_omni": "Cosmos 3 Omni",
 }  # fmt: skip
 
 

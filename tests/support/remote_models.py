@@ -457,23 +457,27 @@ IM_START, IM_END, SLICE_START, SLICE_END, NEWLINE, UNKNOWN = 140, 141, 142, 143,
 
 
 class Processor:
-    """Turns messages, lists of words (ids) and images [units, patches, 3], into what the model takes; pads on the left.
+    """Turns messages, lists of words (ids) and images [units, patches, 3], into what the model takes.
 
     Args:
         image_id: whether each image has a number before it.
+        side: where it pads; the real one does on the left.
     """
 
-    def __init__(self, image_id=False):
-        self.image_id = image_id
+    def __init__(self, image_id=False, side="left"):
+        self.image_id, self.side = image_id, side
 
     def __call__(self, messages, max_slice_nums=None):
         rows = [self.row(message) for message in messages]
         length = max(len(ids) for ids, _, _ in rows)
-        shift = [length - len(ids) for ids, _, _ in rows]
-        ids = torch.tensor([[0] * by + ids for by, (ids, _, _) in zip(shift, rows, strict=True)], dtype=torch.int32)
+        shift = [length - len(ids) if self.side == "left" else 0 for ids, _, _ in rows]
+        ids = torch.zeros(len(rows), length, dtype=torch.int32)
+        mask = torch.zeros(len(rows), length, dtype=torch.int64)
+        for number, (by, (row, _, _)) in enumerate(zip(shift, rows, strict=True)):
+            ids[number, by : by + len(row)], mask[number, by : by + len(row)] = torch.tensor(row), 1
         return {
             "input_ids": ids,
-            "attention_mask": torch.tensor([[0] * by + [1] * (length - by) for by in shift]),
+            "attention_mask": mask,
             "image_bound": [
                 torch.tensor(bounds, dtype=torch.int64).view(-1, 2) + by
                 for by, (_, bounds, _) in zip(shift, rows, strict=True)
