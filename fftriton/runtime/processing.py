@@ -103,7 +103,7 @@ class HubProcessor:
         """
         names = ("video_token", "image_token")
         _check_question(question, [getattr(self._processor, name, None) for name in names])
-        text = self._processor.applychat_template(_messages(question), tokenize=False, add_generation_prompt=True)
+        text = self._processor.apply_chat_template(_messages(question), tokenize=False, add_generation_prompt=True)
         encoded = self._processor(
             text=[text],
             videos=[video.frames],
@@ -228,7 +228,7 @@ class QwenProcessor:
         _check_question(question, [placeholder])
         frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2).contiguous()
         pixels, grid = self._pixels.patchify(frames)
-        text = self.tokenizer.applychat_template(
+        text = self.tokenizer.apply_chat_template(
             _messages(question), chat_template=self._template, tokenize=False, add_generation_prompt=True
         )
         num_tokens = len(pixels) // self._pixels.merge_size**2
