@@ -173,6 +173,12 @@ def test_triples_from_a_video_file(tmp_path):
     (tmp_path / "data.jsonl").write_text(
         "\n".join(json.dumps(line | {"video": f"clip.{kind}"}) for kind in ("mp4", "npy"))
     )
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(line | {"video": "clip.mp4", "query": "dark"}))
+    assert [triple.question for triple in triples.read_triples(tmp_path / "data.jsonl")][1:] == [
+        line["question"],
+        "dark",
+    ]
     for triple in triples.read_triples(tmp_path / "data.jsonl"):
         assert [round(float(frame.mean()) / 30) for frame in triple.frames(2)] == [1, 3, 5, 7]
         assert len(triple.frames(6)) == 12  # more than there are: some twice

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import csv
-import http.server
 import json
 import math
 import threading
-import time
-from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scripted_endpoint import Reply, chat, endpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
@@ -340,52 +337,6 @@ def test_other_replies():
 
 
 # ---- endpoints
-
-Reply = tuple[int, dict[str, str], bytes] | float | None
-
-
-def chat(text: Any, **choice: Any) -> Reply:
-    return 200, {}, json.dumps({"choices": [{"message": {"content": text}, **choice}]}).encode()
-
-
-@contextmanager
-def endpoint(reply: Callable[[dict[str, Any], int], Reply]):
-    """A server on the loopback. `reply` gets the request and its number; a number is seconds to wait, None hangs up."""
-    requests: list[dict[str, Any]] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append(body | {"path": self.path, "key": self.headers["Authorization"]})
-            answer = reply(body, len(requests))
-            if isinstance(answer, float):
-                time.sleep(answer)
-                answer = None
-            if answer is None:
-                self.close_connection = True
-                return
-            status, headers, data = answer
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(data))} | headers).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_POST  # noqa: N815
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", requests
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
 
 TROUBLE: list[Reply] = [
     (429, {"Retry-After": "0"}, b"slow down"), (500, {}, b""), (503, {}, b"loading"), (200, {}, b"<html>nonsense"),

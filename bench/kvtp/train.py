@@ -124,7 +124,8 @@ def key_clip_auc(relevance: SiglipRelevance, triples: Sequence[Triple], clip: in
         difference = scores[key][:, None] - scores[~key]
         wins += float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         pairs += difference.numel()
-    wins, pairs = reduce(torch.tensor([wins, pairs], device=relevance.model.device), "sum").tolist()
+    if process.count > 1:
+        wins, pairs = reduce(torch.tensor([wins, pairs], device=relevance.model.device), "sum").tolist()
     if pairs == 0:
         raise ValueError("eval data must hold a video whose clips differ in relevance, got none")
     return wins / pairs
