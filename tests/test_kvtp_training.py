@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from launch import launch
 from typer.testing import CliRunner
 
-from bench.kvtp import needle, train, triples
+from bench.kvtp import memory, needle, train, triples
 from bench.kvtp import planted as planted_videos
 from bench.kvtp.small import small_siglip
 from fftriton.relevance import ContextFusion, SiglipRelevance
@@ -226,6 +227,16 @@ def test_command_line(planted, tmp_path):
     result = CliRunner().invoke(command(), [*arguments, "--learning-rate", "0.1"])
     assert result.exit_code == 2
     assert "the same recipe" in result.output
+
+
+def test_a_step_of_so400m_fits():
+    """128 frames in bf16 with checkpointing, extrapolated from one layer of that size: below 40 GB."""
+    app = train.typer.Typer()
+    app.command()(memory.main)
+    result = CliRunner().invoke(app, ["--measured", "2"])
+    assert result.exit_code == 0, result.output
+    (total,) = re.findall(r"extrapolated: a step of 128 frames: ([\d.]+) GiB", result.output)
+    assert 15 < float(total) * 2**30 / 1e9 < 40
 
 
 def test_needle_stills_and_samples(tmp_path):
