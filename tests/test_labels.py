@@ -619,6 +619,19 @@ def test_a_scorer_that_cannot_score(needles, tmp_path):
         assert out.read_text() == ""
 
 
+def test_questions_are_not_overwritten(needles, tmp_path):
+    """A question that fails has no line in the output, and would be lost."""
+    folder, _ = needles
+    before = (folder / "questions.jsonl").read_text()
+    result = invoke("label", folder / "questions.jsonl", "--out", folder / "." / "questions.jsonl")
+    assert result.exit_code == 2
+    assert "out must be another file than the questions" in result.output
+    assert (folder / "questions.jsonl").read_text() == before
+    result = invoke("label", folder / "questions.jsonl", "--out", "/proc/self/out.jsonl", "--cache", tmp_path / "c")
+    assert result.exit_code == 2
+    assert "out must be a folder that can be written" in result.output
+
+
 def test_callables(tmp_path, monkeypatch):
     (tmp_path / "own_models.py").write_text(
         "def caption(frames, prompt):\n    return f'{len(frames)} frames'\n\ndef bad(prompt):\n    return 5\n\nx = 3\n"

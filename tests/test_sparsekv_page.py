@@ -31,7 +31,7 @@ SECONDS = 72
 
 def commands() -> list[str]:
     """The page's commands, in order; its variables are set by the test."""
-    blocks = re.findall(r"(<!-- needs: .* -->\n)?```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    blocks = re.findall(r"(<!-- needs: .* -->\n)?```sh\n(.*?)```", PAGE.read_text().replace("\\\n", " "), re.DOTALL)
     return [line for marked, block in blocks if not marked for line in block.splitlines()]
 
 
@@ -42,7 +42,8 @@ def run(command: str, variables: dict[str, str]) -> None:
     assert (program, words[0]) in (("python", "-m"), ("fftriton", "eval")), command
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
-        patch.delitem(sys.modules, module, raising=False)
+        for name in (module, f"{module}.__main__"):
+            patch.delitem(sys.modules, name, raising=False)
         with pytest.raises(SystemExit) as end:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert not end.value.code, command

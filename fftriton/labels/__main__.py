@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from ..runtime.files import check_out
 from ..runtime.one_line import in_one_line
 from .datasets import SETS, Files
 from .questions import read_questions, write_questions
@@ -85,6 +86,9 @@ def label(
     from .prompts import CAPTION, count_words
 
     with in_one_line(ValueError, TypeError, OSError, ImportError):
+        check_out(out.parent)
+        if out.resolve() in [path.resolve() for path in questions]:
+            raise ValueError(f"labels: out must be another file than the questions, got '{out}'")
         asked = read_questions(questions)
         settings = Settings(
             device, dtype, trust_remote_code, os.environ.get(api_key) or None, tuple(_read_object(parameters).items())
