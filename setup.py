@@ -9,8 +9,10 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py").read_text())[1]
 
 EVAL = ["accelerate>=1.0", "scikit-learn>=1.2"]  # several processes; the handwritten digits of the needle task
+LABELS = ["pyarrow>=14"]  # reads .parquet files
 TEST = [
     *EVAL,
+    *LABELS,
     "filelock",
     "hypothesis",
     "kernels>=0.12,<0.18",
@@ -36,6 +38,7 @@ setup(
         "fftriton.evaluate",
         "fftriton.former",
         "fftriton.hf",
+        "fftriton.labels",
         "fftriton.layouts",
         "fftriton.lmms",
         "fftriton.methods",
@@ -61,6 +64,7 @@ setup(
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
         "eval": EVAL,
+        "labels": LABELS,
         "siglip": ["protobuf", "sentencepiece"],  # the tokenizer of SigLIP checkpoints; SigLIP 2 needs neither
         "bench": ["flash-colreduce>=0.2.2", "scipy"],  # what the kernel bench compares with where it is installed
         "test": TEST,

@@ -1,5 +1,6 @@
 """`fftriton eval` with KVTP: settings that name a predictor, the control, and two methods one after the other."""
 
+import json
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from fftriton.evaluate import Plan, Setting, evaluate
 from fftriton.evaluate.relevance import SampleRelevance, sample_relevance
 from fftriton.evaluate.runner import Answerer
 from fftriton.needle import generate_sample
+from fftriton.needle.samples import write_clip
 from fftriton.needle.task import NeedleTask
 from fftriton.needle.vocabulary import COLOURS, DIGITS
 from fftriton.relevance import BoundRelevance, SiglipRelevance
@@ -106,6 +108,21 @@ def test_the_control_is_told_another_question(monkeypatch, tmp_path):
         assert names[1]
         assert not names[0] & names[1]
     assert [row.budget_achieved for row in rows] == pytest.approx([51 / 256] * 2)
+
+
+def test_a_predictor_reads_the_query_of_a_line(monkeypatch, tmp_path):
+    noting, lines = Noting(), []
+    monkeypatch.setattr("fftriton.evaluate.plan.sample_relevance", lambda checkpoint: noting)
+    for index in range(2):
+        sample = generate_sample("easy", 0, index)
+        write_clip(tmp_path / f"{index}.mp4", sample.frames)
+        line = {"video": f"{index}.mp4", "question": sample.question, "answer": sample.answer, "query": f"box {index}"}
+        lines.append(json.dumps(line))
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    methods = ("kvtp:relevance='x'", "kvtp:relevance='x':question='unrelated'")
+    plan = Plan(methods=methods, budgets=(0.2,), task=str(tmp_path / "q.jsonl"), samples=2, out=tmp_path / "out")
+    evaluate(plan, lambda description: _NoBar())
+    assert noting.questions == ["box 0", "box 1", "box 1", "box 0"]
 
 
 class _NoBar:

@@ -65,7 +65,14 @@ def test_what_a_line_says(tmp_path):
         tmp_path / "q.jsonl",
         {"video": "a.mp4", "question": "Which?", "options": ["red", "blue"], "answer": "blue"},
         {"video": "a.mp4", "question": "Which?", "options": ["red", "blue"], "letter": "A"},
-        {"video": "a.mp4", "question": "Which?", "options": ["red", "blue"], "answer": "(b)", "fps": 2.0},
+        {
+            "video": "a.mp4",
+            "question": "Which?",
+            "options": ["red", "blue"],
+            "answer": "(b)",
+            "fps": 2.0,
+            "query": "which colour",
+        },
         {"video": "b.mp4", "question": "What?", "answer": ["cat", "kitten"], "question_id": 7},
         {"video": "b.mp4", "question": "How many?", "answer": 3},
     )
@@ -79,9 +86,22 @@ def test_what_a_line_says(tmp_path):
     assert task.score(samples[4], "There are 3.")
     assert task.unrelated_question(samples[1]) == "What?"
     assert task.unrelated_question(samples[4]).startswith("Which?")
+    assert [sample.query for sample in samples[2:]] == ["which colour", "What?", "How many?"]
+    assert task.unrelated_question(samples[4]).startswith("Which?\nA. red")
     assert sample_count(task, None) == 5
     with pytest.raises(ValueError, match="samples must be at most 5, as many as the task has, got 6"):
         sample_count(task, 6)
+
+
+def test_a_letter_is_no_option(tmp_path):
+    """Options may be letters themselves, or alike; what stands under "letter" means the place."""
+    line = {"video": "a.mp4", "question": "Which?"}
+    path = write(
+        tmp_path / "q.jsonl",
+        line | {"options": ["C", "B", "A", "D"], "letter": "A"}, line | {"options": ["x", "x", "y"], "letter": "B"},
+        line | {"options": ["C", "B", "A", "D"], "answer": "A"},
+    )  # fmt: skip
+    assert [FileTask(path).sample(index).answer for index in range(3)] == ["A", "B", "C"]
 
 
 @pytest.mark.parametrize(

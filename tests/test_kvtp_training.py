@@ -1,15 +1,19 @@
 """Training of the relevance predictor: its loss, its data, that it learns, and that it goes on where it stopped."""
 
+import csv
 import json
 import math
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import launch
 from typer.testing import CliRunner
 
-from bench.kvtp import needle, train, triples
+from bench.kvtp import memory, needle, train, triples
 from bench.kvtp import planted as planted_videos
 from bench.kvtp.small import small_siglip
 from fftriton.relevance import ContextFusion, SiglipRelevance
@@ -129,6 +133,38 @@ def test_goes_on_where_it_stopped(planted, tmp_path):
         train.Trainer(small(ContextFusion(2), width=16, depth=1), triples, other, tmp_path / "parts")
 
 
+def test_processes_share_a_step(planted, tmp_path):
+    """Two processes give the weights that one gives by accumulating two triples; the last step has only one."""
+    triples.write_triples(tmp_path / "nine.jsonl", planted[1][:9])
+    small(ContextFusion(2), width=16, depth=1).save_pretrained(tmp_path / "siglip")
+    arguments = [
+        tmp_path / "nine.jsonl", "--checkpoint", tmp_path / "siglip", "--eval-data", tmp_path / "nine.jsonl", "--clip",
+        2, "--batch-size", 2, "--learning-rate", 1e-3, "--device", "cpu", "--save-every", 2,
+    ]  # fmt: skip
+    one = CliRunner().invoke(command(), [*map(str, arguments), "--out", str(tmp_path / "one")])
+    assert one.exit_code == 0, one.output
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable)
+    launch(launcher, "-m", "bench.kvtp.train", *arguments, "--out", tmp_path / "two")
+    first, second = (SiglipRelevance.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    start = SiglipRelevance.from_pretrained(tmp_path / "siglip")
+    for part in ("model", "head"):
+        weights = [getattr(one, part).state_dict() for one in (first, second, start)]
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
+        assert any(not torch.equal(weight, weights[2][name]) for name, weight in weights[0].items())
+    logs = [list(csv.DictReader((tmp_path / name / train.LOG).open())) for name in ("one", "two")]
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+    for one, two in zip(*logs, strict=True):
+        assert float(one["key_clip_auc"]) == float(two["key_clip_auc"])
+        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-5, nan_ok=True)
+
+
+def test_a_step_must_have_a_triple_for_each_process(planted, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="batch_size must be at least the number of processes, .* got 1 for 2"):
+        train.Trainer(small(width=16, depth=1), planted[0], train.Recipe(clip=2), tmp_path / "out")
+
+
 def test_triples_from_a_video_file(tmp_path):
     pytest.importorskip("av")
     frames = np.repeat(np.arange(8, dtype=np.uint8) * 30, 16 * 16 * 3).reshape(8, 16, 16, 3)
@@ -138,6 +174,12 @@ def test_triples_from_a_video_file(tmp_path):
     (tmp_path / "data.jsonl").write_text(
         "\n".join(json.dumps(line | {"video": f"clip.{kind}"}) for kind in ("mp4", "npy"))
     )
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(line | {"video": "clip.mp4", "query": "dark"}))
+    assert [triple.question for triple in triples.read_triples(tmp_path / "data.jsonl")][1:] == [
+        line["question"],
+        "dark",
+    ]
     for triple in triples.read_triples(tmp_path / "data.jsonl"):
         assert [round(float(frame.mean()) / 30) for frame in triple.frames(2)] == [1, 3, 5, 7]
         assert len(triple.frames(6)) == 12  # more than there are: some twice
@@ -165,22 +207,36 @@ def test_bad_data(tmp_path, line, message):
         triples.read_triples(tmp_path / "data.jsonl")
 
 
-def test_command_line(planted, tmp_path):
-    small(width=16, depth=1).save_pretrained(tmp_path / "siglip")
+def command():
     app = train.typer.Typer()
     app.command()(train.main)
+    return app
+
+
+def test_command_line(planted, tmp_path):
+    small(width=16, depth=1).save_pretrained(tmp_path / "siglip")
     arguments = [
         str(tmp_path / "held.jsonl"), "--checkpoint", str(tmp_path / "siglip"), "--out", str(tmp_path / "out"),
         "--eval-data", str(tmp_path / "held.jsonl"), "--clip", "2", "--head", "unscaled", "--device", "cpu",
         "--batch-size", "8", "--precision", "bfloat16", "--checkpointing",
     ]  # fmt: skip
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(command(), arguments)
     assert result.exit_code == 0, result.output
     assert "5 steps: key-clip AUC" in result.output
     assert not SiglipRelevance.from_pretrained(tmp_path / "out").head.scaled
-    result = CliRunner().invoke(app, [*arguments, "--learning-rate", "0.1"])
+    result = CliRunner().invoke(command(), [*arguments, "--learning-rate", "0.1"])
     assert result.exit_code == 2
     assert "the same recipe" in result.output
+
+
+def test_a_step_of_so400m_fits():
+    """128 frames in bf16 with checkpointing, extrapolated from one layer of that size: below 40 GB."""
+    app = train.typer.Typer()
+    app.command()(memory.main)
+    result = CliRunner().invoke(app, ["--measured", "2"])
+    assert result.exit_code == 0, result.output
+    (total,) = re.findall(r"extrapolated: a step of 128 frames: ([\d.]+) GiB", result.output)
+    assert 15 < float(total) * 2**30 / 1e9 < 40
 
 
 def test_needle_stills_and_samples(tmp_path):

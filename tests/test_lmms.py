@@ -174,16 +174,20 @@ def test_every_question_is_told_to_the_predictor(without_lmms_eval, processing, 
     adapter = adapter_of.FFTriton("qwen2_vl", name, 0.2, processing, pretrained=str(MODEL))
     requests = [Request(index) for index in range(4)]
     adapter.task_dict = {"task": {"test": [request.doc for request in requests]}}
-    setting = Setting(name, 0.2)
+    setting, scores = Setting(name, 0.2), []
     answerer = Answerer(Target(str(MODEL)), NeedleTask())
     for request in requests:  # one by one: what is kept, too
         (answer,) = adapter.generate_until([request])
         kept = adapter.reduction.report
         (record,) = answerer.answer(answerer.task.sample(request.args[3]), {setting: ""})
         assert (answer, kept.relevance_macs) == (record.answer, record.relevance_flops)
+        expected = generate_sample("easy", 0, request.args[3]).answer
+        scores.append((needle.process_results({"answer": expected}, [answer])["accuracy"], float(record.right)))
         sample = generate_sample("easy", 0, request.args[3])
         bound = SiglipRelevance.from_pretrained(folder).bind(sample.frames, request.question)
         torch.testing.assert_close(kept.frame_scores[0].scores, bound.scores, rtol=0, atol=1e-6)
+    found, harness = zip(*scores, strict=True)
+    assert found == harness
     assert adapter.generate_until(requests[:2]) == [adapter.generate_until([request])[0] for request in requests[:2]]
     with pytest.raises(ValueError, match="answers single questions only"):
         adapter.generate_until_multi_round(requests)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fftriton
 from fftriton import PruMerge, RandomPruner, ToMe, TopKPruner, VideoLayout
@@ -280,6 +281,42 @@ def test_no_round_waits_for_the_device(pruner, monkeypatch):
         return mode.count + len(lists)
 
     assert waits(4, 16, 8) == waits(4, 16, 2) == waits(40, 16, 2)
+
+
+class NewTensors(TorchDispatchMode):
+    """Counts the elements of the tensors that calls make, and the largest; views and writing in place make none."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {
+            one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)
+        }
+        for one in tree_leaves(out):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in given:
+                self.total += one.numel()
+                self.largest = max(self.largest, one.numel())
+        return out
+
+
+@pytest.mark.parametrize("pruner", PRUNERS, ids=named)
+def test_work_and_memory_are_linear_in_the_frames(pruner, monkeypatch):
+    """Nothing is copied once per part, and no tensor is larger than a part, the kept rows or a number per token."""
+    monkeypatch.setattr("fftriton.methods.frames._PART_BYTES", 4 * 16 * 16 * 64)  # four frames
+    made = []
+    for count in (16, 64):
+        x = torch.randn(count, 16, 64, generator=torch.Generator().manual_seed(0))
+        tokens, rows = sequence(x)
+        with NewTensors() as mode:
+            pruner(tokens, rows, torch.full((count,), 3), 3 * count)
+        of_functions = x.numel() if callable(getattr(pruner, "importance", None)) else 0  # they see the whole video
+        of_functions = max(of_functions, x.numel() if callable(getattr(pruner, "keys", None)) else 0)
+        assert mode.largest <= max(3 * count * 64, 16 * 16 * 64, of_functions)
+        made.append(mode.total)
+    assert made[1] / made[0] < 4**1.1
 
 
 def test_importances_do_not_see_holes():

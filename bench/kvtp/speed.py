@@ -1,5 +1,8 @@
 """Time and memory of the pruners beside a copy of the tokens, and how the time grows with the frames.
 
+Growth is told in wall time and in user time: the kernel's page faults for fresh memory, of which a copy takes the most,
+grow faster than the frames on some machines, and count only in the former. User time does not depend on other load.
+
 python -m bench.kvtp.speed --csv bench/results/kvtp-speed.csv
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import csv
 import gc
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -55,17 +59,22 @@ def calls(frames: int, patches: int, width: int, budget: float) -> dict[str, Cal
     return {"copy": tokens.hidden.clone, **pruned}
 
 
-def medians(functions: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Median seconds of each, called in turn, so that other load on the machine affects all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+def medians(functions: dict[str, Callable[[], object]], turns: int) -> dict[str, tuple[float, float]]:
+    """Median wall and user seconds of each, called in turn, so that other load on the machine affects all alike."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(turns):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start, user = time.perf_counter(), user_seconds()
             function()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(own) for name, own in seconds.items()}
+            seconds[name].append((time.perf_counter() - start, user_seconds() - user))
+    return {name: tuple(map(statistics.median, zip(*own, strict=True))) for name, own in seconds.items()}
+
+
+def user_seconds() -> float:
+    """What this process has used of the CPU, outside the kernel."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 def peak(function: Callable[[], object]) -> float:
@@ -105,9 +114,12 @@ def main(
     rows = [
         {
             "name": name, "frames": frames, "patches": patches, "width": width, "budget": budget,
-            "ms": f"{seconds[name] * 1e3:.4g}", "copies": f"{seconds[name] / seconds['copy']:.3g}",
+            "ms": f"{seconds[name][0] * 1e3:.4g}", "copies": f"{seconds[name][0] / seconds['copy'][0]:.3g}",
             "peak MiB": f"{peaks[name]:.4g}",
-            f"exponent to {lengths[-1]} frames": f"{exponent(lengths, [one[name] for one in growing]):.3g}",
+            **{
+                f"{kind} exponent to {lengths[-1]}": f"{exponent(lengths, [one[name][clock] for one in growing]):.3g}"
+                for clock, kind in enumerate(("wall", "user"))
+            },
         }
         for name in seconds
     ]  # fmt: skip

@@ -10,6 +10,10 @@ gradients clipped to a norm of 1. More triples per step are accumulated, one aft
 `--precision bfloat16` computes in bf16 and keeps the weights in fp32: a step of 1e-6 is below the resolution of bf16
 weights, which would stay as they are. `--checkpointing` computes the layers' activations anew in the backward pass.
 
+Several processes share the triples of a step, and add up their gradients, so that the weights are those of one process:
+
+    accelerate launch --num_processes 4 -m bench.kvtp.train triples.jsonl --batch-size 4 ...
+
 `out` holds the last checkpoint, which `SiglipRelevance.from_pretrained` loads, and what training needs to resume: the
 same command continues an interrupted training. `log.csv` has a row per checkpoint.
 
@@ -30,12 +34,14 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from accelerate.utils import broadcast, reduce
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from bench.kvtp.triples import Triple, read_triples
 from fftriton.relevance import ContextFusion, SiglipRelevance, load_relevance
+from fftriton.runtime.processes import this_process, wait_for_all
 
 STATE = "trainer.pt"
 LOG = "log.csv"
@@ -63,7 +69,7 @@ class Recipe:
     Args:
         learning_rate: of Adam at the first step; it falls linearly to 0.
         epochs: passes over the triples.
-        batch_size: triples per step, accumulated.
+        batch_size: triples per step, accumulated; those of all processes together.
         clip: frames of a clip.
         max_norm: that gradients are clipped to.
         seed: of the order of the triples.
@@ -106,15 +112,20 @@ def score_clips(relevance: SiglipRelevance, triple: Triple, clip: int) -> Tensor
 
 @torch.no_grad()
 def key_clip_auc(relevance: SiglipRelevance, triples: Sequence[Triple], clip: int) -> float:
-    """How often a clip above its video's mean relevance is scored above one that is not; ties count half."""
-    wins, pairs = 0.0, 0
-    for triple in triples:
+    """How often a clip above its video's mean relevance is scored above one that is not; ties count half.
+
+    Processes share the triples.
+    """
+    wins, pairs, process = 0.0, 0, this_process()
+    for triple in triples[process.index :: process.count]:
         scores = score_clips(relevance, triple, clip).cpu()
         labels = torch.tensor(triple.relevance, dtype=torch.float32)
         key = labels > labels.mean()
         difference = scores[key][:, None] - scores[~key]
         wins += float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         pairs += difference.numel()
+    if process.count > 1:
+        wins, pairs = reduce(torch.tensor([wins, pairs], device=relevance.model.device), "sum").tolist()
     if pairs == 0:
         raise ValueError("eval data must hold a video whose clips differ in relevance, got none")
     return wins / pairs
@@ -124,14 +135,15 @@ class Trainer:
     """Training that can stop anywhere and resume from its last checkpoint.
 
     Args:
-        relevance: what to train.
+        relevance: what to train. All processes get the weights of the first.
         triples: the data.
         recipe: how.
         out: folder of the checkpoint. If there is one already, training resumes from it.
         held_out: triples whose AUC is measured at every checkpoint.
 
     Raises:
-        ValueError: `out` holds a checkpoint of another recipe or of other data.
+        ValueError: `out` holds a checkpoint of another recipe or of other data, or a step has fewer triples than there
+            are processes.
     """
 
     def __init__(
@@ -140,6 +152,12 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.relevance, self.triples, self.recipe = relevance, triples, recipe
         self.out, self.held_out = out, held_out
+        self.process = this_process()
+        if recipe.batch_size < self.process.count:
+            raise ValueError(
+                f"batch_size must be at least the number of processes, which share the triples of a step, got "
+                f"{recipe.batch_size} for {self.process.count}"
+            )
         parts = [relevance.model] if relevance.head is None else [relevance.model, relevance.head]
         self.modules = nn.ModuleList(parts)
         self.optimizer = torch.optim.Adam(self.modules.parameters(), lr=recipe.learning_rate)
@@ -148,6 +166,9 @@ class Trainer:
         self.step, self.rows = 0, []
         if (out / STATE).is_file():
             self._resume()
+        for parameter in self.modules.parameters():
+            broadcast(parameter.data)
+        wait_for_all()  # nobody writes a checkpoint before all have looked for one
 
     @property
     def num_steps(self) -> int:
@@ -174,13 +195,14 @@ class Trainer:
         self.modules.train()
         batch = self._batch(self.step)
         total = 0.0
-        for triple in batch:
+        for triple in batch[self.process.index :: self.process.count]:
             labels = torch.tensor(triple.relevance, dtype=torch.float32, device=self.relevance.model.device)
             with self._precision():
                 clips = score_clips(self.relevance, triple, self.recipe.clip)
             loss = relevance_loss(clips.float(), labels) / len(batch)
             loss.backward()
             total += float(loss.detach())
+        total = self._add_up(total)
         nn.utils.clip_grad_norm_(self.modules.parameters(), self.recipe.max_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * (1 - self.step / self.num_steps)
@@ -189,6 +211,16 @@ class Trainer:
         self.modules.eval()
         self.step += 1
         return total
+
+    def _add_up(self, loss: float) -> float:
+        """Add up gradients and losses of all processes; returns the loss."""
+        if self.process.count == 1:
+            return loss
+        for parameter in self.modules.parameters():
+            if parameter.grad is None:  # of a process that had no triple in this step
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = reduce(parameter.grad, "sum")
+        return float(reduce(torch.tensor(loss, device=self.relevance.model.device), "sum"))
 
     def _precision(self) -> torch.autocast:
         device = self.relevance.model.device.type
@@ -208,7 +240,9 @@ class Trainer:
         self.rows.append({"step": self.step, "loss": loss, "key_clip_auc": auc, "log_temperature": json.dumps(head)})
 
     def _save(self) -> None:
-        """Write a checkpoint beside the last one, then put it in its place."""
+        """Write a checkpoint beside the last one, then put it in its place; the first process does so."""
+        if not self.process.is_main:
+            return
         new = self.out.with_name(self.out.name + ".new")
         shutil.rmtree(new, ignore_errors=True)
         self.relevance.save_pretrained(new)
@@ -252,9 +286,9 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def progress_bar() -> Progress:
-    """On standard error."""
+    """On standard error, of the first process."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True, quiet=not this_process().is_main))
 
 
 def main(
@@ -269,7 +303,7 @@ def main(
     clip: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = Recipe.clip,
     save_every: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = Recipe.save_every,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the triples.")] = 0,
-    device: Annotated[str | None, typer.Option(help="A torch device; the default is the GPU, if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="A torch device (default: the process's GPU, if any).")] = None,
     precision: Annotated[Precision, typer.Option(help="Of products; weights are float32.")] = Precision.float32,
     checkpointing: Annotated[bool, typer.Option(help="Less memory, for a third more time.")] = False,
 ) -> None:
@@ -281,8 +315,9 @@ def main(
         raise typer.BadParameter(str(error)) from None
     if head is Head.none:
         relevance.head = None
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    relevance.to(place)
+    wait_for_all()  # joins the processes
+    own = f"cuda:{this_process().local_index}" if torch.cuda.is_available() else "cpu"
+    relevance.to(device or own)
     recipe = Recipe(
         learning_rate, epochs, batch_size, clip, seed=seed, save_every=save_every, precision=precision.value,
         checkpointing=checkpointing,
@@ -294,8 +329,9 @@ def main(
         raise typer.BadParameter(str(error)) from None
     with progress_bar() as progress:
         rows = trainer.run(progress)
+    wait_for_all()
     before, after = rows[0]["key_clip_auc"], rows[-1]["key_clip_auc"]
-    Console().print(f"{trainer.step} steps: key-clip AUC {before:.3f} -> {after:.3f}")
+    Console(quiet=not this_process().is_main).print(f"{trainer.step} steps: key-clip AUC {before:.3f} -> {after:.3f}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ One line a triple, paths relative to the file:
     {"video": "clips/0001.mp4", "question": "When does she open the door?", "relevance": [0, 0, 4, 5, 0, 1]}
 
 `relevance` has one number, 0 to 5, for each of as many equal stretches of the video. With `"frames": 43` it has one for
-each clip of the 43 frames that are sampled, of which the last clip may have fewer. A video is a file that FFmpeg
-reads, or frames in a NumPy file: [T, H, W, 3] uint8.
+each clip of the 43 frames that are sampled, of which the last clip may have fewer. A `query` is read in place of the
+question, with whose options it is often too long for SigLIP. A video is a file that FFmpeg reads, or frames in a NumPy
+file: [T, H, W, 3] uint8. `python -m fftriton.labels` makes such lines from public data sets.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def _parse(line: str, path: Path, number: int) -> Triple:
     where = f"line {number} of {path}"
     try:
         value = json.loads(line)
-        video, question, relevance = value["video"], value["question"], [float(label) for label in value["relevance"]]
+        video, relevance = value["video"], [float(label) for label in value["relevance"]]
+        question = value["query"] if "query" in value else value["question"]
     except (ValueError, TypeError, KeyError) as error:
         rule = 'data must hold {"video", "question", "relevance"} in each line'
         raise ValueError(f"{rule}, got {error!r} in {where}") from None

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..methods.registry import names
+from ..runtime.one_line import in_one_line
 from .bars import Bars, make_progress
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -45,7 +46,6 @@ MaxPixels = Annotated[int | None, typer.Option(help="Maximum pixels per frame (d
 MethodName = Annotated[str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(names())}.")]
 Budget = Annotated[str, typer.Option(metavar="FLOAT", help="Vision tokens to keep: a fraction in (0, 1].")]
 
-_FAILED = 2  # exit code: bad input, or a file that cannot be written
 _INTERRUPTED = 130
 
 
@@ -108,7 +108,7 @@ def run(
     from .run import run as run_job
 
     console = Console()
-    with _in_one_line(ValueError, TypeError, OSError):
+    with in_one_line(ValueError, TypeError, OSError):
         options = Options(
             target=Target(model, device, dtype, attention, max_new_tokens, trust_remote_code),
             method=method,
@@ -127,7 +127,7 @@ def run(
             with Bars(progress).open("Loading the model") as on_progress:
                 loaded = options.target.load_model()
                 on_progress(1, 1)
-    with _in_one_line(OSError, ValueError):
+    with in_one_line(OSError, ValueError):
         print_run(console, options)
         results = []
         for job in jobs:
@@ -179,7 +179,7 @@ def evaluate(
     from ..runtime.target import Target
 
     console = Console(stderr=as_json)
-    with _in_one_line(ValueError, TypeError, OSError, ImportError):
+    with in_one_line(ValueError, TypeError, OSError, ImportError):
         lengths = tuple(_parse_frames(length) for length in _split(frames))
         chosen = plan.Plan(
             methods=tuple(split_methods(methods)),
@@ -197,7 +197,7 @@ def evaluate(
             results, records = runner.evaluate(chosen, Bars(progress).open)
     if not this_process().is_main:
         return
-    with _in_one_line(OSError):
+    with in_one_line(OSError):
         files = output.write_results(chosen, results, records)
         if as_json:
             print(rows.as_json(results))
@@ -269,7 +269,7 @@ def batch(
 
     console, process = Console(stderr=True, quiet=quiet), this_process()
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
-    with _in_one_line(ValueError, TypeError, OSError), _resumable(console, out):
+    with in_one_line(ValueError, TypeError, OSError), _resumable(console, out):
         check_count("fftriton", "batch_size", batch_size, 1)
         target = Target(model, device, dtype, attention, max_new_tokens, trust_remote_code)
         sampling = asdict(Sampling(frames, fps, min_frames, max_frames, start, end))
@@ -317,18 +317,6 @@ def _resumable(console: Console, out: str) -> Iterator[None]:
         rest = "" if out == "-" else f" What is answered is in {out}: the same command resumes."
         console.print(f"Interrupted.{rest}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
-
-
-@contextmanager
-def _in_one_line(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions that the user can fix into a one-line message and an exit code."""
-    try:
-        yield
-    except BrokenPipeError:  # whoever read the output has had enough
-        raise
-    except kinds as error:
-        Console(stderr=True, style="bold red").print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(_FAILED) from None
 
 
 def _split(text: str) -> list[str]:

@@ -24,7 +24,7 @@ SUFFIX = ".jsonl"
 _KIND = "question"  # of lines that name none
 _CHOOSE = "Answer with the letter of the right option only."
 _SAMPLING = tuple(part.name for part in fields(Sampling))
-_KEYS = ("video", "question", "answer", "options", "letter", "kind", *_SAMPLING)
+_KEYS = ("video", "question", "answer", "options", "letter", "kind", "query", *_SAMPLING)
 
 
 @dataclass
@@ -39,6 +39,7 @@ class FileSample:
         options: the options' texts, in the order of their letters; empty for an open question.
         path: the video.
         sampling: which frames to take.
+        query: the question as a relevance predictor reads it.
     """
 
     index: int
@@ -48,6 +49,7 @@ class FileSample:
     options: list[str]
     path: Path
     sampling: Sampling
+    query: str
     depth: None = None
     loaded: Video | None = field(default=None, repr=False)
 
@@ -75,7 +77,8 @@ class FileTask:
 
     A line has a video, a question and an answer: a text that the model's answer must contain, or a list of such texts.
     With options, the answer is the text of the right one, or its letter, which may also stand under "letter". A line
-    may have a kind and the fields of a Sampling; other keys are not read.
+    may have a kind, the fields of a Sampling, and a query, which a relevance predictor reads in place of the question
+    with its options. Other keys are not read.
 
     Args:
         path: the file. Relative paths of videos start from its folder if they exist there, or else from the current
@@ -141,11 +144,11 @@ class FileTask:
         return sample.is_right(answer)
 
     def unrelated_question(self, sample: FileSample) -> str:
-        """The next question of the file that is another one and about another video."""
+        """The next question of the file that is another one and about another video, as a predictor reads it."""
         for step in range(1, len(self)):
             other = self._samples[(sample.index + step) % len(self)]
             if other.path != sample.path and other.question != sample.question:
-                return other.question
+                return other.query
         raise ValueError(f"eval: task: '{self._path}' must have a question about another video for a control")
 
     def _read(self, line: str) -> FileSample:
@@ -153,33 +156,35 @@ class FileTask:
         if not isinstance(entry, dict):
             raise ValueError(f"a line must be an object, got {line.strip()[:40]}")
         check_spelling(entry, _KEYS)
-        for name in ("video", "question"):
-            if not isinstance(entry.get(name), str) or not entry[name].strip():
+        for name in ("video", "question", "query"):
+            if (name in entry or name != "query") and (not isinstance(entry.get(name), str) or not entry[name].strip()):
                 raise ValueError(f"{name} must be a text, got {entry.get(name)!r}")
         wishes = {name: entry[name] for name in _SAMPLING if name in entry}
         if not wishes.keys() & {"frames", "fps", "min_frames", "max_frames"}:
             wishes["frames"] = self._frames
         options = [str(option) for option in entry.get("options") or []]
-        answers = _right(entry.get("letter", entry.get("answer")), options)
+        answers = _right(entry, options)
         lines = [entry["question"], *map("{}. {}".format, string.ascii_uppercase, options)]
         lines += [_CHOOSE] if options else []
+        question = "\n".join(lines)
         return FileSample(
-            len(self._samples), str(entry.get("kind", _KIND)), "\n".join(lines), answers, options,
-            beside(self._path.parent, entry["video"]), Sampling(**wishes),
+            len(self._samples), str(entry.get("kind", _KIND)), question, answers, options,
+            beside(self._path.parent, entry["video"]), Sampling(**wishes), entry.get("query", question),
         )  # fmt: skip
 
 
-def _right(answer: Any, options: list[str]) -> list[str]:
-    """The right answers, or the letter of the right option."""
+def _right(entry: dict[str, Any], options: list[str]) -> list[str]:
+    """The right answers, or the letter of the right option. What stands under "letter" is never an option's text."""
+    answer = entry.get("letter", entry.get("answer"))
     answers = [str(text) for text in (answer if isinstance(answer, list) else [answer]) if str(text).strip()]
     if answer is None or not answers:
         raise ValueError(f"answer must be a text or a list of texts, got {answer!r}")
     if not options:
         return answers
     letters = string.ascii_uppercase[: len(options)]
-    if len(options) > len(string.ascii_uppercase) or len({*options}) < len(options):
+    if len(options) > len(string.ascii_uppercase) or ("letter" not in entry and len({*options}) < len(options)):
         raise ValueError(f"options must be at most 26 different texts, got {options}")
-    if len(answers) == 1 and answers[0] in options:
+    if len(answers) == 1 and answers[0] in options and "letter" not in entry:
         return [letters[options.index(answers[0])]]
     if len(answers) == 1 and answers[0].strip(" ().").upper() in letters:
         return [answers[0].strip(" ().").upper()]

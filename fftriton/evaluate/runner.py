@@ -26,7 +26,7 @@ from .digests import digest_of_code, digest_of_method, digest_of_weights
 from .plan import Plan, Setting
 from .records import Record, RecordFolder
 from .rows import Row, summarise
-from .tasks import Sample, Task, check_sample
+from .tasks import Sample, Task, check_sample, query_of
 
 _MEMORY_SAMPLES = 3  # samples with peak memory: measuring it takes longer than the answer of a small model
 
@@ -105,7 +105,7 @@ class Answerer:
             warnings.filterwarnings("ignore", message="fftriton: the budget")  # the rows state the achieved budget
             records = []
             for setting, key in settings.items():
-                told = self.task.unrelated_question(sample) if setting.is_control else sample.question
+                told = self.task.unrelated_question(sample) if setting.is_control else query_of(sample)
                 method = setting.method(sample.index).about(sample.video.frames, told)
                 records.append(self._record(sample, inputs, method, key))
             return records

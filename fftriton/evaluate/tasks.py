@@ -28,7 +28,10 @@ _MEMBERS = ("split", "kinds", "digest", "sample", "inputs", "score", "unrelated_
 
 
 class Sample(Protocol):
-    """One video and one question about it."""
+    """One video and one question about it.
+
+    It may also have a `query`: the question as a relevance predictor is to read it, in place of `question`.
+    """
 
     @property
     def index(self) -> int:
@@ -135,6 +138,11 @@ def check_sample(task: Task, sample: Any, index: int) -> None:
         raise ValueError(f"eval: task: sample({index}) must have this index, got {sample.index}")
     if sample.kind not in task.kinds:
         raise ValueError(f"eval: task: kind must be one of {list(task.kinds)}, got {sample.kind!r} in sample {index}")
+
+
+def query_of(sample: Any) -> str:
+    """The question of a sample as a relevance predictor reads it."""
+    return getattr(sample, "query", sample.question)
 
 
 def task_names() -> list[str]:

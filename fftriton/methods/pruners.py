@@ -7,6 +7,7 @@ Sources: PruMerge, arXiv:2403.15388, as KVTP uses it, arXiv:2503.10742. ToMe is 
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fftriton_kernels import segmented_topk_keep, topk_keep
+from fftriton_kernels import topk_keep
 
 from ..checks import check_choice, check_count, check_seed
 from .base import VideoTokens
@@ -187,13 +188,25 @@ def cosines(x: Tensor, index: Tensor) -> Tensor:
 
 
 def best_rows(tokens: VideoTokens, frames: FrameRows, scores: Tensor, counts: Tensor, total: int) -> Tensor:
-    """[1, M] int64: each frame's `counts` best rows by `scores` [F, P], and all rows outside frames."""
-    frame = torch.arange(len(counts), device=counts.device)[:, None].expand_as(frames.rows)
-    segments = frames.spread(frame, torch.full_like(tokens.position, -1))
-    spread = frames.spread(scores, torch.zeros(1, tokens.length, device=scores.device))
+    """[1, M] int64: each frame's `counts` best rows by `scores` [F, P], and all rows outside frames.
+
+    Every frame is sorted by itself, so that the time is linear in the frames.
+    """
+    lowest = scores.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    ranked = lowest.masked_fill(~frames.present, math.nan)  # holes are below every token
+    column, _ = topk_keep(ranked, counts, capacity=ranked.shape[1])  # [F, P], -1 for padding
+    best = F.pad(torch.zeros_like(frames.present), (0, 1))
+    best = best.scatter_(1, column.where(column >= 0, ranked.shape[1]), True)[:, :-1]
+    stays = frames.spread(best, torch.ones_like(tokens.position, dtype=torch.bool))
     rows = tokens.length - tokens.num_video + total  # known beforehand, so there is no need to wait for a GPU
-    kept, _ = segmented_topk_keep(spread, segments, counts[None], capacity=rows)
-    return kept
+    return positions_of(stays[0], rows)[None]
+
+
+def positions_of(chosen: Tensor, number: int) -> Tensor:
+    """chosen [N] bool -> [number] int64 ascending: the positions that are chosen, if it is known how many there are."""
+    place = torch.where(chosen, chosen.cumsum(0) - 1, number)
+    positions = torch.arange(len(chosen), device=chosen.device)
+    return positions.new_empty(number + 1).scatter_(0, place, positions)[:-1]
 
 
 def put(hidden: Tensor, kept: Tensor, rows: Tensor, chosen: Tensor, values: Tensor, number: int) -> None:
@@ -207,9 +220,9 @@ def put(hidden: Tensor, kept: Tensor, rows: Tensor, chosen: Tensor, values: Tens
         values: [F, K, D].
         number: how many are meant.
     """
-    places, _ = topk_keep(chosen.flatten()[None].float(), number, capacity=number)
-    row = torch.searchsorted(kept[0], rows.flatten()[places[0]])
-    hidden[0].index_copy_(0, row, values.flatten(0, 1)[places[0]].to(hidden.dtype))
+    places = positions_of(chosen.flatten(), number)
+    row = torch.searchsorted(kept[0], rows.flatten()[places])
+    hidden[0].index_copy_(0, row, values.flatten(0, 1)[places].to(hidden.dtype))
 
 
 _MOVED = {

@@ -210,7 +210,7 @@ class QwenProcessor:
         self._pixels = pixels
         self._video_token_id = config.video_token_id
         self._has_seconds = config.model_type == "qwen2_5_vl"  # its positions count seconds
-        self._template = _chat_template(checkpoint)
+        self._template = chat_template(checkpoint)
         frames = {"min_frames": 4, "max_frames": 768, "temporal_patch_size": pixels.temporal_patch_size}
         self._frames = SimpleNamespace(**frames | _video_config(checkpoint) | {"do_sample_frames": False})
 
@@ -326,7 +326,7 @@ def _video_config(checkpoint: str | Path) -> dict[str, Any]:
     return {}
 
 
-def _chat_template(checkpoint: str | Path) -> str | None:
+def chat_template(checkpoint: str | Path) -> str | None:
     """The processor's template, which supports videos; None to use the tokenizer's."""
     text = _read_file(checkpoint, "chat_template.jinja")
     if text is not None:
