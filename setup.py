@@ -9,8 +9,10 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py").read_text())[1]
 
 EVAL = ["accelerate>=1.0", "scikit-learn>=1.2"]  # several processes; the handwritten digits of the needle task
+HF = ["accelerate>=1.0", "torchvision>=0.21"]  # device_map; Hugging Face's own processors
 TEST = [
     *EVAL,
+    *HF,
     "filelock",
     "hypothesis",
     "kernels>=0.12,<0.18",
@@ -60,6 +62,7 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
+        "hf": HF,
         "eval": EVAL,
         "siglip": ["protobuf", "sentencepiece"],  # the tokenizer of SigLIP checkpoints; SigLIP 2 needs neither
         "bench": ["flash-colreduce>=0.2.2", "scipy"],  # what the kernel bench compares with where it is installed

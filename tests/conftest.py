@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 
+import cpu_torchvision
 import pytest
 import torch
 from feature_table import spoken_for
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fftriton_kernels is imported, so before any test module
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
 torch.set_num_threads(1)
+cpu_torchvision.install()
 
 FUZZ_MINUTES = float(os.environ.get("FUZZ_MINUTES", 0))  # what `make fuzz` sets: for all tests marked `fuzz` together
 settings.register_profile(
