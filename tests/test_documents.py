@@ -304,7 +304,8 @@ def test_blocks_are_found():
 @pytest.mark.parametrize(
     "command",
     [
-        "make nothing", "make test NO_SUCH=1", "fftriton run --no-such-option", "fftriton --no-such-option", "python bench/gpu.py --toy",
+        "make nothing", "make test NO_SUCH=1", "fftriton run --no-such-option", "python bench/gpu.py --toy",
+        "fftriton --no-such-option",
         "PYTHONPATH=. python bench/nothing.py",
         "python -m bench.kernels.run --no-such-option", "python -m bench.gpu --no-such-option",
         "python -m bench.nothing", "pip install .[nothing]", "curl https://example.org",
@@ -318,7 +319,8 @@ def test_what_does_not_exist_is_found(command):
 @pytest.mark.parametrize(
     "command",
     [
-        "fftriton --version", "make test-transformers-5.23", "make fuzz MINUTES=10", "fftriton run --compare --out out  # of a clip",
+        "fftriton --version", "make test-transformers-5.23",
+        "make fuzz MINUTES=10", "fftriton run --compare --out out  # of a clip",
         "PYTHONPATH=kernels python -m bench.kernels.run --device cpu", "python -m bench.gpu --toy",
         "PYTHONPATH=kernels:. python bench/gpu.py --toy",
         "python kernels/examples/tome.py", "pip install .[eval]",
