@@ -18,11 +18,11 @@ import fftriton.app.cli
 import fftriton.app.run
 import fftriton.evaluate.output
 import fftriton.evaluate.runner
-from fftriton.app import terminal
 from fftriton.app.cli import app
-from fftriton.app.options import CommonOptions, ModelOptions, with_options
+from fftriton.runtime.options import CommonOptions, ModelOptions, with_options
 from fftriton.runtime.shipped import NEEDLE
 from fftriton.runtime.target import Target
+from fftriton.runtime.terminal import INTERRUPTED
 
 pytest.importorskip("av")
 
@@ -214,7 +214,7 @@ def test_ctrl_c(tmp_path, monkeypatch, command):
 
     monkeypatch.setattr(owner, name, interrupted)
     result = invoke(command, *arguments, "--out", tmp_path / "out")
-    assert result.exit_code == terminal.INTERRUPTED == 130
+    assert result.exit_code == INTERRUPTED == 130
     assert "Interrupted." in result.stderr
     assert told in result.stderr
     assert "Traceback" not in result.output

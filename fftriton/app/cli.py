@@ -5,6 +5,7 @@ Most modules are imported when a command runs, so that `--help` is quick.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,9 @@ from rich.console import Console
 
 from .. import __version__
 from ..methods.registry import names
+from ..runtime.options import CommonOptions, ModelOptions, ReductionOptions, SamplingOptions, with_options
+from ..runtime.terminal import say, working
 from .bars import Bars, make_progress
-from .options import CommonOptions, ModelOptions, ReductionOptions, SamplingOptions, with_options
-from .terminal import say, working
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -91,7 +92,7 @@ def run(
             with Bars(progress).open("Loading the model") as on_progress:
                 loaded = options.target.load_model()
                 on_progress(1, 1)
-        replaced = (out / "report.json").exists()
+        replaced = os.path.exists(out / "report.json")
         if replaced:
             say(messages, f"{out} holds the report of an earlier run, which this one replaces.")
         print_run(console, options)
@@ -157,7 +158,7 @@ def evaluate(
             out=out,
             reference=reference,
         )
-        replaced = (out / output.RESULTS).exists()
+        replaced = os.path.exists(out / output.RESULTS)
         if replaced:
             say(messages, f"{out} holds the results of an earlier run, which this one replaces; its answers are kept.")
         with make_progress(messages) as progress:

@@ -53,5 +53,5 @@ def wait_for_all() -> None:
     try:
         from accelerate import PartialState
     except ImportError as error:
-        raise ValueError("eval: several processes need accelerate: pip install 'fftriton[eval]'") from error
+        raise ValueError("several processes need accelerate: pip install accelerate") from error
     PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()

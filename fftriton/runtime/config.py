@@ -20,7 +20,7 @@ from typing import Any
 
 import typer
 
-from .terminal import in_one_line
+from .one_line import in_one_line
 
 _NOT_IN_A_FILE = ("config", "help", "version", "install_completion", "show_completion")
 

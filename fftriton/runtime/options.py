@@ -22,8 +22,8 @@ from ..methods.registry import names
 from .config import read_config
 
 if TYPE_CHECKING:
-    from ..runtime.sampling import Sampling
-    from ..runtime.target import Target
+    from .sampling import Sampling
+    from .target import Target
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ModelOptions:
         Raises:
             ValueError, TypeError: an option cannot be met.
         """
-        from ..runtime.target import Target
+        from .target import Target
 
         return Target(**asdict(self))
 
@@ -83,7 +83,7 @@ class SamplingOptions:
         Raises:
             ValueError, TypeError: a value is out of range, or two exclude each other.
         """
-        from ..runtime.sampling import Sampling
+        from .sampling import Sampling
 
         return Sampling(**asdict(self))
 

@@ -1,4 +1,4 @@
-"""What commands show besides their results: progress, log, errors in one line, and exit codes."""
+"""What commands show besides their results, on standard error: progress, messages, the log; and what Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ..runtime.unusable import hide_unusable_torchvision
+from .one_line import in_one_line
+from .unusable import hide_unusable_torchvision
 
-LOG = logging.getLogger("fftriton")
-
-FAILED = 2  # exit code: bad input, or a file that cannot be written
 INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+_LOG = logging.getLogger("fftriton")
 
 
 @contextmanager
 def working(quiet: bool = False, verbose: bool = False, resumes: str = "") -> Iterator[Console]:
-    """Yield the console for progress and messages, on standard error, and end a command that fails in one line.
+    """Yield the console for progress and messages, and end a command that fails in one line.
 
     Args:
         quiet: whether nothing is shown there but warnings and errors.
@@ -29,9 +30,9 @@ def working(quiet: bool = False, verbose: bool = False, resumes: str = "") -> It
     """
     console = Console(stderr=True, quiet=quiet)
     handler = RichHandler(console=Console(stderr=True) if quiet else console, show_path=False, rich_tracebacks=False)
-    level = LOG.level
-    LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO if verbose else logging.WARNING)
+    level = _LOG.level
+    _LOG.addHandler(handler)
+    _LOG.setLevel(logging.INFO if verbose else logging.WARNING)
     try:
         with in_one_line():
             if quiet and verbose:
@@ -42,22 +43,8 @@ def working(quiet: bool = False, verbose: bool = False, resumes: str = "") -> It
         say(console, " ".join(filter(None, ["Interrupted.", resumes])))
         raise typer.Exit(INTERRUPTED) from None
     finally:
-        LOG.removeHandler(handler)
-        LOG.setLevel(level)
-
-
-@contextmanager
-def in_one_line() -> Iterator[None]:
-    """Turn exceptions that the user can mend into a one-line message and an exit code."""
-    try:
-        yield
-    except BrokenPipeError:  # whoever read the output has had enough
-        raise
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        LOG.info("The command fails.", exc_info=error)
-        console = Console(stderr=True, style="bold red")
-        say(console, f"Error: {error}")
-        raise typer.Exit(FAILED) from None
+        _LOG.removeHandler(handler)
+        _LOG.setLevel(level)
 
 
 def say(console: Console, text: str) -> None:
