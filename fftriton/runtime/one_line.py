@@ -28,6 +28,15 @@ def in_one_line(*kinds: type[Exception]) -> Iterator[None]:
     except BrokenPipeError:  # whoever read the output has had enough
         raise
     except caught as error:
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
         _LOG.info("The command fails.", exc_info=error)
         Console(stderr=True, style="bold red").print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED) from None
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an exception, as when it comes while a package imports another."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
