@@ -61,9 +61,9 @@ def load_processor(
         ValueError: torchvision cannot be imported and the checkpoint is of another family; or the checkpoint cannot be
             read, or needs code that is not trusted.
     """
+    model_type = load_config(checkpoint, trust_remote_code, revision).model_type  # raises if its code cannot be run
     if torchvision_works():
         return HubProcessor(checkpoint, max_pixels, trust_remote_code, revision)
-    model_type = load_config(checkpoint, trust_remote_code, revision).model_type
     if model_type not in QWEN_MODEL_TYPES:
         raise ValueError(
             f"model must be one of {', '.join(QWEN_MODEL_TYPES)} if torchvision cannot be imported, got {model_type}"
