@@ -12,7 +12,6 @@ EVAL = ["accelerate>=1.0", "scikit-learn>=1.2"]  # several processes; the handwr
 HF = ["accelerate>=1.0", "torchvision>=0.21"]  # device_map; Hugging Face's own processors
 TEST = [
     *EVAL,
-    *HF,
     "filelock",
     "hypothesis",
     "kernels>=0.12,<0.18",
