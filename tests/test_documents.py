@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from checkpoints import needs_torchvision
 from remote_models import PLACEHOLDER, llava_qwen
 from remote_prompts import pixels
 from transformers import Qwen2VLForConditionalGeneration
@@ -121,7 +122,9 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize(
+    "document", [pytest.param(name, marks=needs_torchvision) if name == "README.md" else name for name in DOCUMENTS]
+)
 def test_python_runs(document, tmp_path):
     python = [block for block in every_block() if block.document == document and block.language == "python"]
     checkpoints = dict(SHIPPED)
@@ -140,6 +143,7 @@ def test_python_runs(document, tmp_path):
         exec(code, namespace)
 
 
+@needs_torchvision
 def test_the_first_snippet_of_the_readme_answers(capsys):
     """As it stands, but for the model: Hugging Face's own processor makes the inputs."""
     text = next(blocks("README.md", (ROOT / "README.md").read_text(encoding="utf-8"))).text
