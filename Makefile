@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TORCHVISION := $(VENV)/overlays/torchvision/.installed
 MINUTES ?= 10
 # Every release that is installed, so that a release of tomorrow changes nothing; CONSTRAINTS= takes the newest of all.
 LOCK := .ci/lock.txt
@@ -15,11 +16,11 @@ MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://ben
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
 
-test: $(INSTALLED)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
-	$(BIN)/pytest --numprocesses auto
+test: $(TORCHVISION)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
+	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto
 
-test-night: $(INSTALLED)  ## the slow tests that `make test` leaves to the workflow's nightly run
-	$(BIN)/pytest --numprocesses auto -m night
+test-night: $(TORCHVISION)  ## the slow tests that `make test` leaves to the workflow's nightly run
+	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto -m night
 
 test-oldest: test-transformers-4.57 test-triton-3.2  ## both of the following with the oldest supported release
 
@@ -38,6 +39,12 @@ test-compiled-%: $(INSTALLED)  ## compile every kernel ahead of time with Triton
 
 # An overlay: only what differs from $(VENV), in a folder in front of it.
 IN_OVERLAY = PYTHONPATH=$(abspath $(dir $(1)))$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+# Beside a CPU build of torch, only the tests can import the torchvision of PyPI (tests/support/startup).
+$(TORCHVISION): $(LOCK) $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/pip install -qq --no-deps $(CONSTRAINTS) --target $(@D) torchvision
+	touch $@
 
 $(VENV)/overlays/%/.installed: .ci/%.txt $(INSTALLED)
 	rm -rf $(@D)

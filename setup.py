@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py")
 
 EVAL = ["accelerate>=1.0", "scikit-learn>=1.2"]  # several processes; the handwritten digits of the needle task
 LABELS = ["pyarrow>=14"]  # reads .parquet files
+HF = ["accelerate>=1.0", "torchvision>=0.21"]  # device_map; Hugging Face's own processors
 TEST = [
     *EVAL,
     *LABELS,
@@ -63,6 +64,7 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.6"],
+        "hf": HF,
         "eval": EVAL,
         "labels": LABELS,
         "siglip": ["protobuf", "sentencepiece"],  # the tokenizer of SigLIP checkpoints; SigLIP 2 needs neither

@@ -1,8 +1,10 @@
 """Without a GPU the kernel tests run in Triton's interpreter; all other tests run the plain PyTorch path."""
 
 import os
+import runpy
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fftriton_kernels is imported, so before any test module
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
 torch.set_num_threads(1)
+STARTUP = Path(__file__).parent / "support" / "startup"
+runpy.run_path(
+    str(STARTUP / "sitecustomize.py")
+)  # torchvision can be imported: here, and in processes that tests start
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
 
 FUZZ_MINUTES = float(os.environ.get("FUZZ_MINUTES", 0))  # what `make fuzz` sets: for all tests marked `fuzz` together
 settings.register_profile(

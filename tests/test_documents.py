@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from checkpoints import needs_torchvision
 from remote_models import PLACEHOLDER, llava_qwen
 from remote_prompts import pixels
 from transformers import Qwen2VLForConditionalGeneration
@@ -121,7 +122,9 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize(
+    "document", [pytest.param(name, marks=needs_torchvision) if name == "README.md" else name for name in DOCUMENTS]
+)
 def test_python_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     python = [block for block in every_block() if block.document == document and block.language == "python"]
@@ -141,8 +144,30 @@ def test_python_runs(document, tmp_path, monkeypatch):
         exec(code, namespace)
 
 
+@needs_torchvision
+def test_the_first_snippet_of_the_readme_answers(capsys):
+    """As it stands, but for the model: Hugging Face's own processor makes the inputs."""
+    text = next(blocks("README.md", (ROOT / "README.md").read_text(encoding="utf-8"))).text
+    (name,) = SHIPPED
+    assert text.count(f'"{name}"') == 1
+    exec(compile(text.replace(f'"{name}"', repr(str(MODEL))), "README.md", "exec"), {"__name__": "document"})
+    answer, figures = capsys.readouterr().out.splitlines()
+    assert answer.startswith("['3 ")
+    assert re.fullmatch(r"0\.30\d+ \[77(, 77){7}\]", figures)
+
+
+@pytest.mark.parametrize("block", [block for block in every_block() if block.language == "yaml"], ids=str)
+def test_files_of_options_are_read(block, tmp_path):
+    (tmp_path / "options.yaml").write_text(block.text)
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        parent = group.context_class(group, info_name="fftriton")
+        values = command.make_context(name, ["--config", str(tmp_path / "options.yaml")], parent=parent).params
+        assert values["model"] == "Qwen/Qwen2-VL-7B-Instruct"
+
+
 @pytest.mark.parametrize(
-    "block", [block for block in every_block() if block.language not in ("python", "toml")], ids=str
+    "block", [block for block in every_block() if block.language not in ("python", "toml", "yaml")], ids=str
 )
 def test_commands_exist(block):
     if not block.marked and not is_listing(block.text):
@@ -203,9 +228,10 @@ def check_make(arguments: list[str]) -> None:
 
 
 def check_fftriton(arguments: list[str]) -> None:
-    """A subcommand and its options."""
+    """A subcommand and its options, or an option of the program."""
     name, *options = arguments
-    parse(typer.main.get_command(app).commands[name], options)
+    program = typer.main.get_command(app)
+    parse(program, arguments) if name.startswith("-") else parse(program.commands[name], options)
 
 
 def check_python(arguments: list[str]) -> None:
@@ -284,6 +310,7 @@ def test_blocks_are_found():
     "command",
     [
         "make nothing", "make test NO_SUCH=1", "fftriton run --no-such-option", "python bench/gpu.py --toy",
+        "fftriton --no-such-option",
         "PYTHONPATH=. python bench/nothing.py",
         "python -m bench.kernels.run --no-such-option", "python -m bench.gpu --no-such-option",
         "python -m bench.nothing", "pip install .[nothing]", "curl https://example.org",
@@ -297,7 +324,8 @@ def test_what_does_not_exist_is_found(command):
 @pytest.mark.parametrize(
     "command",
     [
-        "make test-transformers-5.23", "make fuzz MINUTES=10", "fftriton run --compare --out out  # of a clip",
+        "fftriton --version", "make test-transformers-5.23",
+        "make fuzz MINUTES=10", "fftriton run --compare --out out  # of a clip",
         "PYTHONPATH=kernels python -m bench.kernels.run --device cpu", "python -m bench.gpu --toy",
         "PYTHONPATH=kernels:. python bench/gpu.py --toy",
         "python kernels/examples/tome.py", "pip install .[eval]",

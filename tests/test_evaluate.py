@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 import fftriton
 import fftriton.app.cli
+import fftriton.evaluate.plots
 from bench.needle import ablations
 from fftriton.evaluate import Plan, Setting, evaluate, mcnemar_exact, runner, summarise, wilson_interval
 from fftriton.evaluate.records import Record, RecordFolder
-from fftriton.evaluate.rows import depth_cells
+from fftriton.evaluate.rows import Row, depth_cells
 from fftriton.hf.flops import prefill_flops
 from fftriton.needle import generate_sample
 from fftriton.needle.task import NeedleTask
@@ -59,6 +60,27 @@ def test_wilson_interval():
     assert wilson_interval(95, 100) == pytest.approx((0.8882, 0.9785), abs=1e-4)
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.161125), abs=1e-6)
     assert wilson_interval(20, 20) == pytest.approx((1 - 0.161125, 1.0), abs=1e-6)
+
+
+def test_points_and_lines_that_coincide_are_all_seen(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(fftriton.evaluate.plots, "save", lambda figure, path: figures.append(figure))
+    figure_of = {"accuracy_low": 0.96, "accuracy_high": 0.99, "vision_tokens": [4.0, 2.0]}
+    rows = [
+        Row(name, 0.5, accuracy=0.975, relative_flops=cost, **figure_of)
+        for name, cost in (("framefusion", 0.5), ("fastv", 0.5), ("kvtp", 0.3))
+    ]
+    fftriton.evaluate.plots.draw_pareto(tmp_path / "pareto.png", rows, "title")
+    fftriton.evaluate.plots.draw_layers(tmp_path / "layers.png", rows, "title")
+    pareto, layers = (figure.axes[0] for figure in figures)
+    places = [bars.lines[0].get_xdata()[0] for bars in pareto.containers]
+    assert places == pytest.approx([0.496, 0.504, 0.3])
+    pareto.set_ylim(0.96, 0.99)
+    figures[0].canvas.draw()
+    assert "97.50%" in [label.get_text() for label in pareto.get_yticklabels()]
+    widths = [line.get_linewidth() for line in layers.patches]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == 3
 
 
 @pytest.mark.parametrize(("right", "samples"), [(1, 10), (30, 80)])

@@ -215,9 +215,10 @@ def command():
 
 def test_command_line(planted, tmp_path):
     small(width=16, depth=1).save_pretrained(tmp_path / "siglip")
+    (tmp_path / "options.yaml").write_text("clip: 2\nhead: unscaled\n")
     arguments = [
         str(tmp_path / "held.jsonl"), "--checkpoint", str(tmp_path / "siglip"), "--out", str(tmp_path / "out"),
-        "--eval-data", str(tmp_path / "held.jsonl"), "--clip", "2", "--head", "unscaled", "--device", "cpu",
+        "--eval-data", str(tmp_path / "held.jsonl"), "--config", str(tmp_path / "options.yaml"), "--device", "cpu",
         "--batch-size", "8", "--precision", "bfloat16", "--checkpointing",
     ]  # fmt: skip
     result = CliRunner().invoke(command(), arguments)

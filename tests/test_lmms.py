@@ -27,7 +27,7 @@ from fftriton.runtime.target import Target, to_model
 
 pytest.importorskip("av")  # reads videos
 
-REASON = "needs lmms-eval 0.7 (pip install lmms-eval; it depends on torchvision, decord and many more)"
+REASON = "needs lmms-eval 0.7, which pip cannot install beside fftriton: it asks for PyAV below 16, videos need 16"
 
 
 class NoBar:

@@ -221,15 +221,24 @@ def test_overlays_pin_the_release_of_their_name(path):
     assert all(re.fullmatch(r"==[0-9.]+", version) for version in named.values())
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
-def test_nothing_is_installed_that_the_lock_does_not_pin(tmp_path, target):
+@pytest.mark.parametrize(("target", "number"), [("demo", 2), ("test", 3)])
+def test_nothing_is_installed_that_the_lock_does_not_pin(tmp_path, target, number):
     make = ["make", "--dry-run", "--no-print-directory", target, f"VENV={tmp_path / 'new'}"]
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
     installs = [line for line in done.stdout.splitlines() if "pip install" in line]
-    assert len(installs) == 2
+    assert len(installs) == number
     for line in installs:
         assert "--constraint .ci/lock.txt" in line
-        assert "--no-build-isolation" in line or " pip setuptools" in line  # what builds is pinned
+        # what builds is pinned, and so is what has no dependencies
+        assert any(part in line for part in ("--no-build-isolation", " pip setuptools", "--no-deps"))
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_locked_torchvision_is_the_one_for_the_locked_torch(python):
+    """Release 0.N is made for torch 2.(N - 15)."""
+    torch, torchvision = (pins(python)[name].split(".") for name in ("torch", "torchvision"))
+    assert (torch[0], torchvision[0]) == ("2", "0")
+    assert int(torchvision[1]) == int(torch[1]) + 15
 
 
 def test_the_readme_names_the_releases_of_the_lock():

@@ -187,7 +187,7 @@ def test_hugging_faces_processor_is_taken_where_it_works():
 
 
 def test_ours_is_taken_elsewhere(monkeypatch, tmp_path):
-    monkeypatch.setattr(processing, "_torchvision_works", lambda: False)
+    monkeypatch.setattr(processing, "torchvision_works", lambda: False)
     assert isinstance(load_processor(MODEL), QwenProcessor)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_onevision"}))
     with pytest.raises(ValueError, match=r"model must be one of qwen2_vl, .* got llava_onevision"):

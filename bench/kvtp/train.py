@@ -41,7 +41,9 @@ from torch import Tensor, nn
 
 from bench.kvtp.triples import Triple, read_triples
 from fftriton.relevance import ContextFusion, SiglipRelevance, load_relevance
+from fftriton.runtime.options import CommonOptions, with_options
 from fftriton.runtime.processes import this_process, wait_for_all
+from fftriton.runtime.terminal import working
 
 STATE = "trainer.pt"
 LOG = "log.csv"
@@ -285,13 +287,15 @@ def enable_checkpointing(model: Any) -> None:
     enable()
 
 
-def progress_bar() -> Progress:
+def progress_bar(quiet: bool = False) -> Progress:
     """On standard error, of the first process."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True, quiet=not this_process().is_main))
+    return Progress(*columns, console=Console(stderr=True, quiet=quiet or not this_process().is_main))
 
 
+@with_options
 def main(
+    *,
     data: Annotated[Path, typer.Argument(help="Triples in JSONL.", exists=True, dir_okay=False)],
     checkpoint: Annotated[str, typer.Option(help="The SigLIP to start from: a folder or a name on the hub.")],
     out: Annotated[Path, typer.Option(help="Folder of the result; training resumes from a checkpoint in it.")],
@@ -306,32 +310,30 @@ def main(
     device: Annotated[str | None, typer.Option(help="A torch device (default: the process's GPU, if any).")] = None,
     precision: Annotated[Precision, typer.Option(help="Of products; weights are float32.")] = Precision.float32,
     checkpointing: Annotated[bool, typer.Option(help="Less memory, for a third more time.")] = False,
+    common: CommonOptions,
 ) -> None:
     """Train a SigLIP and its context fusion head to tell the clips that a question is about."""
-    fusion = None if head is Head.none else ContextFusion(clip, scaled=head is Head.scaled)
-    try:
+    resumes = f"The last checkpoint is in {out}: the same command resumes."
+    with working(common.quiet, common.verbose, resumes):
+        fusion = None if head is Head.none else ContextFusion(clip, scaled=head is Head.scaled)
         relevance = load_relevance(checkpoint, fusion)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if head is Head.none:
-        relevance.head = None
-    wait_for_all()  # joins the processes
-    own = f"cuda:{this_process().local_index}" if torch.cuda.is_available() else "cpu"
-    relevance.to(device or own)
-    recipe = Recipe(
-        learning_rate, epochs, batch_size, clip, seed=seed, save_every=save_every, precision=precision.value,
-        checkpointing=checkpointing,
-    )  # fmt: skip
-    held_out = read_triples(eval_data) if eval_data else []
-    try:
+        if head is Head.none:
+            relevance.head = None
+        wait_for_all()  # joins the processes
+        own = f"cuda:{this_process().local_index}" if torch.cuda.is_available() else "cpu"
+        relevance.to(device or own)
+        recipe = Recipe(
+            learning_rate, epochs, batch_size, clip, seed=seed, save_every=save_every, precision=precision.value,
+            checkpointing=checkpointing,
+        )  # fmt: skip
+        held_out = read_triples(eval_data) if eval_data else []
         trainer = Trainer(relevance, read_triples(data), recipe, out, held_out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    with progress_bar() as progress:
-        rows = trainer.run(progress)
-    wait_for_all()
-    before, after = rows[0]["key_clip_auc"], rows[-1]["key_clip_auc"]
-    Console(quiet=not this_process().is_main).print(f"{trainer.step} steps: key-clip AUC {before:.3f} -> {after:.3f}")
+        with progress_bar(common.quiet) as progress:
+            rows = trainer.run(progress)
+        wait_for_all()
+        before, after = rows[0]["key_clip_auc"], rows[-1]["key_clip_auc"]
+        console = Console(quiet=not this_process().is_main)
+        console.print(f"{trainer.step} steps: key-clip AUC {before:.3f} -> {after:.3f}")
 
 
 if __name__ == "__main__":

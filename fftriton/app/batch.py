@@ -113,6 +113,7 @@ def run_batch(
     own = batches(tasks, batch_size)[process.index :: process.count]
     total = sum(len(clip.tasks) for clips in own for clip in clips)
     missing = [clips for clips in own if any(task.key not in done for clip in clips for task in clip.tasks)]
+    _LOG.info("%d of %d requests are answered already", len(done), len(tasks))
     before = total - sum(task.key not in done for clips in missing for clip in clips for task in clip.tasks)
     runner, written, failed = _Runner(target, model, batch_size), 0, 0
     on_progress(before, total)

@@ -5,9 +5,7 @@ Most modules are imported when a command runs, so that `--help` is quick.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -16,37 +14,14 @@ from rich.console import Console
 
 from .. import __version__
 from ..methods.registry import names
-from ..runtime.one_line import in_one_line
+from ..runtime.options import CommonOptions, ModelOptions, ReductionOptions, SamplingOptions, with_options
+from ..runtime.terminal import say, working
 from .bars import Bars, make_progress
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
-# The options of all commands that make up a Target.
-Model = Annotated[str | None, typer.Option(help="Checkpoint: a folder or a name on the Hugging Face hub.")]
-Device = Annotated[str | None, typer.Option(help="Torch device (default: the GPU if there is one).")]
-DType = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32).")
-]
-Attention = Annotated[
-    str | None,
-    typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2 (default: the model's)."),
-]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Maximum answer length (default: checkpoint's).")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the checkpoint to run its own code.")]
-
-# The options of run and batch.
-Frames = Annotated[int | None, typer.Option(help="Number of frames to sample (default: checkpoint's rule).")]
-FPS = Annotated[float | None, typer.Option(help="Frames to sample per second of video.")]
-MinFrames = Annotated[int | None, typer.Option(help="Minimum number of frames to sample.")]
-MaxFrames = Annotated[int | None, typer.Option(help="Maximum number of frames to sample.")]
-Start = Annotated[float | None, typer.Option(help="Second of the video to start from.")]
-End = Annotated[float | None, typer.Option(help="Second of the video to end at.")]
-MaxPixels = Annotated[int | None, typer.Option(help="Maximum pixels per frame (default: checkpoint's).")]
-
-MethodName = Annotated[str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(names())}.")]
-Budget = Annotated[str, typer.Option(metavar="FLOAT", help="Vision tokens to keep: a fraction in (0, 1].")]
-
-_INTERRUPTED = 130
+Question = Annotated[list[str] | None, typer.Option(help="Question about each video; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only the results, as JSON.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -65,12 +40,13 @@ def main(
 
 
 @app.command()
+@with_options
 def run(
-    model: Model = None,
+    *,
     video: Annotated[list[Path] | None, typer.Option(help="Video file; may be repeated.")] = None,
-    question: Annotated[list[str] | None, typer.Option(help="Question about each video; may be repeated.")] = None,
-    method: MethodName = "framefusion",
-    budget: Budget = "0.3",
+    question: Question = None,
+    model: ModelOptions,
+    reduction: ReductionOptions,
     relevance: Annotated[
         str | None, typer.Option(help="For kvtp: a SigLIP that scores the frames, as a folder or a name on the hub.")
     ] = None,
@@ -82,66 +58,60 @@ def run(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and report.json.")] = Path("fftriton-out"),
-    frames: Frames = None,
-    fps: FPS = None,
-    min_frames: MinFrames = None,
-    max_frames: MaxFrames = None,
-    start: Start = None,
-    end: End = None,
-    max_pixels: MaxPixels = None,
-    max_new_tokens: MaxNewTokens = None,
-    device: Device = None,
-    dtype: DType = None,
-    attention: Attention = None,
-    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    sampling: SamplingOptions,
+    common: CommonOptions,
 ) -> None:
     """Ask a model about a video with its vision tokens reduced; print the cost and draw the merged patches.
 
     Without --model, a small trained model that ships with fftriton is used; without --video, two shipped clips.
     """
-    from dataclasses import replace
+    with working(common.quiet, common.verbose) as messages:
+        from dataclasses import replace
 
-    from ..runtime.sampling import Sampling
-    from ..runtime.target import Target
-    from .display import print_result, print_run, write_report
-    from .request import Options, prepare, told_apart
-    from .run import run as run_job
+        from .display import as_text, describe_results, print_result, print_run, write_report
+        from .request import Options, prepare, told_apart
+        from .run import run as run_job
 
-    console = Console()
-    with in_one_line(ValueError, TypeError, OSError):
+        console = Console(quiet=as_json)
         options = Options(
-            target=Target(model, device, dtype, attention, max_new_tokens, trust_remote_code),
-            method=method,
-            budget=_parse_budget(budget),
+            target=model.target(),
+            method=reduction.method,
+            budget=_parse_budget(reduction.budget),
             relevance=relevance,
             compare=not video if compare is None else compare,
             out=out,
-            sampling=Sampling(frames, fps, min_frames, max_frames, start, end),
-            max_pixels=max_pixels,
+            sampling=sampling.sampling(),
+            max_pixels=reduction.max_pixels,
         )
         videos: list[Path | None] = [*video] if video else [None]
         questions: list[str | None] = [*question] if question else [None]
         asked = [replace(options, video=one, question=text) for one in videos for text in questions]
-        with make_progress(console) as progress:
+        with make_progress(messages) as progress:
             jobs = told_apart([job for each in asked for job in prepare(each, Bars(progress).open)])
             with Bars(progress).open("Loading the model") as on_progress:
                 loaded = options.target.load_model()
                 on_progress(1, 1)
-    with in_one_line(OSError, ValueError):
+        replaced = os.path.exists(out / "report.json")
+        if replaced:
+            say(messages, f"{out} holds the report of an earlier run, which this one replaces.")
         print_run(console, options)
         results = []
         for job in jobs:
-            with make_progress(console) as progress:
+            with make_progress(messages) as progress:
                 results.append(run_job(options, loaded, job, Bars(progress).open))
             print_result(console, options, results[-1])
-        earlier = (out / "report.json").exists()
-        write_report(out / "report.json", options, results)
-        told = "replaced that of an earlier run" if earlier else "written"
-        console.print(f"{out / 'report.json'}: {told}", markup=False, highlight=False, soft_wrap=True)
+        content = describe_results(options, results)
+        write_report(out / "report.json", content)
+        say(console, f"{out / 'report.json'}: {'replaced that of an earlier run' if replaced else 'written'}")
+        if as_json:
+            print(as_text(content))
 
 
 @app.command("eval")
+@with_options
 def evaluate(
+    *,
     task: Annotated[
         str, typer.Option(help="Task: needle, the name of an installed task, module:Class, or FILE.jsonl.")
     ] = "needle",
@@ -155,31 +125,26 @@ def evaluate(
         str | None, typer.Option(help="Split of the task; needle: easy (the default), hard, blended, real or long.")
     ] = None,
     frames: Annotated[str, typer.Option(help="Frames per video, separated by commas (default: split's).")] = "",
-    model: Model = None,
+    model: ModelOptions,
     reference: Annotated[
         str | None, typer.Option(help="Method to test the others against (default: keep-all, or else the first).")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for records, results and pictures.")] = Path("fftriton-eval"),
-    device: Device = None,
-    dtype: DType = None,
-    attention: Attention = None,
-    trust_remote_code: TrustRemoteCode = False,
-    max_new_tokens: MaxNewTokens = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only the results, as a JSON list.")] = False,
+    as_json: AsJson = False,
+    common: CommonOptions,
 ) -> None:
     """Measure accuracy and cost of methods, all on the same samples.
 
     An interrupted run resumes. Several processes share the samples: on GPUs `accelerate launch -m fftriton eval ...`,
     on CPUs `torchrun --nproc-per-node 2 -m fftriton eval ...`.
     """
-    from ..evaluate import output, plan, rows, runner
-    from ..evaluate.tasks import make_task, sample_count
-    from ..methods import split_methods
-    from ..runtime.processes import this_process
-    from ..runtime.target import Target
+    resumes = f"The answers so far are in {out}: the same command resumes."
+    with working(common.quiet, common.verbose, resumes) as messages:
+        from ..evaluate import output, plan, rows, runner
+        from ..evaluate.tasks import make_task, sample_count
+        from ..methods import split_methods
+        from ..runtime.processes import this_process
 
-    console = Console(stderr=as_json)
-    with in_one_line(ValueError, TypeError, OSError, ImportError):
         lengths = tuple(_parse_frames(length) for length in _split(frames))
         chosen = plan.Plan(
             methods=tuple(split_methods(methods)),
@@ -189,37 +154,29 @@ def evaluate(
             samples=sample_count(make_task(task, split, seed, lengths), samples),
             seed=seed,
             num_frames=lengths,
-            target=Target(model, device, dtype, attention, max_new_tokens, trust_remote_code),
+            target=model.target(),
             out=out,
             reference=reference,
         )
-        with make_progress(console) as progress:
+        replaced = os.path.exists(out / output.RESULTS)
+        if replaced:
+            say(messages, f"{out} holds the results of an earlier run, which this one replaces; its answers are kept.")
+        with make_progress(messages) as progress:
             results, records = runner.evaluate(chosen, Bars(progress).open)
-    if not this_process().is_main:
-        return
-    with in_one_line(OSError):
+        if not this_process().is_main:
+            return
         files = output.write_results(chosen, results, records)
         if as_json:
             print(rows.as_json(results))
             return
-        console.print(output.results_table(results))
-        for row in results:
-            if row.note is not None:
-                console.print(
-                    f"{row.method} at {row.budget:.0%}: {row.note}", markup=False, highlight=False, soft_wrap=True
-                )
-            if row.relevance_ms is not None:
-                time = f"{row.relevance_ms:.1f} of {row.prefill_ms:.1f} ms and " if row.relevance_ms else ""
-                console.print(
-                    f"{row.method} at {row.budget:.0%}: relevance takes {time}{row.relevance_gigaflops:.3g} of "
-                    f"{row.gigaflops:.3g} GMACs",
-                    markup=False, highlight=False, soft_wrap=True,
-                )  # fmt: skip
-        console.print("Written: " + ", ".join(str(path) for path in files), highlight=False, soft_wrap=True)
+        output.print_results(Console(), results)
+        say(Console(), "Written: " + ", ".join(map(str, files)))
 
 
 @app.command()
+@with_options
 def batch(
+    *,
     requests: Annotated[
         str,
         typer.Argument(
@@ -228,55 +185,36 @@ def batch(
         ),
     ],
     out: Annotated[str, typer.Option(help="File for the answers, a JSON line each; - prints them.")] = "answers.jsonl",
-    question: Annotated[
-        list[str] | None, typer.Option(help="Question about each video that comes without one; may be repeated.")
-    ] = None,
-    model: Model = None,
-    method: MethodName = "framefusion",
-    budget: Budget = "0.3",
+    question: Question = None,
+    model: ModelOptions,
+    reduction: ReductionOptions,
     batch_size: Annotated[int, typer.Option(help="Number of videos that go through the model together.")] = 1,
-    frames: Frames = None,
-    fps: FPS = None,
-    min_frames: MinFrames = None,
-    max_frames: MaxFrames = None,
-    start: Start = None,
-    end: End = None,
-    max_pixels: MaxPixels = None,
-    max_new_tokens: MaxNewTokens = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of answers.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Ask again what failed in an earlier run.")] = False,
-    device: Device = None,
-    dtype: DType = None,
-    attention: Attention = None,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of each failure.")] = False,
+    sampling: SamplingOptions,
+    common: CommonOptions,
 ) -> None:
     """Answer many questions about many videos, with the vision tokens reduced.
 
-    An interrupted run resumes. A video that fails is a line with an error. Several processes share the requests: on
-    GPUs `accelerate launch -m fftriton batch ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton batch ...`.
+    An interrupted run resumes. A video that fails is a line with an error. --question is asked about videos that come
+    without one. Several processes share the requests: on GPUs `accelerate launch -m fftriton batch ...`, on CPUs
+    `torchrun --nproc-per-node 2 -m fftriton batch ...`.
     """
-    from dataclasses import asdict
+    resumes = "" if out == "-" else f"What is answered is in {out}: the same command resumes."
+    with working(common.quiet, common.verbose, resumes) as messages:
+        from dataclasses import asdict
 
-    from ..checks import check_count
-    from ..runtime.processes import this_process, wait_for_all
-    from ..runtime.sampling import Sampling
-    from ..runtime.target import Target
-    from .answer_file import AnswerFile, StandardOutput
-    from .batch import make_tasks, run_batch
-    from .requests import Defaults, read_requests
+        from ..checks import check_count
+        from ..runtime.processes import this_process, wait_for_all
+        from .answer_file import AnswerFile, StandardOutput
+        from .batch import make_tasks, run_batch
+        from .requests import Defaults, read_requests
 
-    console, process = Console(stderr=True, quiet=quiet), this_process()
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
-    with in_one_line(ValueError, TypeError, OSError), _resumable(console, out):
+        process = this_process()
         check_count("fftriton", "batch_size", batch_size, 1)
-        target = Target(model, device, dtype, attention, max_new_tokens, trust_remote_code)
-        sampling = asdict(Sampling(frames, fps, min_frames, max_frames, start, end))
-        settings = {"method": method, "budget": _parse_budget(budget), "max_pixels": max_pixels}
-        tasks = make_tasks(
-            read_requests(requests, Defaults(question or [_question(model)], settings | sampling)), target
-        )
+        target, wishes = model.target(), asdict(sampling.sampling())
+        settings = asdict(reduction) | {"budget": _parse_budget(reduction.budget)} | wishes
+        tasks = make_tasks(read_requests(requests, Defaults(question or [_question(model.model)], settings)), target)
         if out == "-":
             answers: AnswerFile | StandardOutput = StandardOutput()
         else:
@@ -285,18 +223,16 @@ def batch(
             wait_for_all()
         keys = [task.key for task in tasks]
         if len(answers.done(keys)) == len(keys):
-            console.print(
-                f"All {len(keys)} requests are answered: {out}", markup=False, highlight=False, soft_wrap=True
-            )
+            say(messages, f"All {len(keys)} requests are answered: {out}")
             return
         own = process.own_target(target)
-        with make_progress(console, rate=True) as progress, own.own_threads():
+        with make_progress(messages, rate=True) as progress, own.own_threads():
             with Bars(progress).open("Loading the model") as on_progress:
                 loaded = own.load_model()
                 on_progress(1, 1)
             with Bars(progress).open(f"Answering {len(tasks)} requests") as on_progress:
                 written, failed = run_batch(tasks, answers, own, loaded, batch_size, process, on_progress)
-    console.print(f"{written - failed} answered, {failed} failed: {out}", markup=False, highlight=False, soft_wrap=True)
+        say(messages, f"{written - failed} answered, {failed} failed: {out}")
     if failed == written > 0:
         raise typer.Exit(1)
 
@@ -306,17 +242,6 @@ def _question(model: str | None) -> str:
     from ..runtime.shipped import DEFAULT_QUESTION, NEEDLE
 
     return NEEDLE.question if model is None else DEFAULT_QUESTION
-
-
-@contextmanager
-def _resumable(console: Console, out: str) -> Iterator[None]:
-    """Say on Ctrl-C how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        rest = "" if out == "-" else f" What is answered is in {out}: the same command resumes."
-        console.print(f"Interrupted.{rest}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(_INTERRUPTED) from None
 
 
 def _split(text: str) -> list[str]:

@@ -28,6 +28,8 @@ def describe_run(options: Options) -> dict[str, Any]:
     """The model, method, sampling and machine that the figures belong to: all that is needed to repeat the run."""
     target = options.target
     asked = {
+        "revision": target.revision,
+        "device_map": target.device_map,
         "dtype": str(target.torch_dtype()).removeprefix("torch."),
         "attention": target.attention,
         "max_new_tokens": target.max_new_tokens,
@@ -73,11 +75,20 @@ def print_result(console: Console, options: Options, result: Result) -> None:
     console.print("Pictures: " + ", ".join(str(path) for path in result.pictures), highlight=False, soft_wrap=True)
 
 
-def write_report(path: Path, options: Options, results: Sequence[Result]) -> None:
+def describe_results(options: Options, results: Sequence[Result]) -> dict[str, Any]:
+    """The run and the figures of all clips, for report.json and for programs."""
+    return describe_run(options) | {"clips": [_as_dict(result) for result in results]}
+
+
+def write_report(path: Path, content: dict[str, Any]) -> None:
     """Write the figures of all clips as JSON."""
-    content = describe_run(options) | {"clips": [_as_dict(result) for result in results]}
     with writing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(as_text(content) + "\n", encoding="utf-8")
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """The figures of all clips as JSON."""
+    return json.dumps(content, indent=2)
 
 
 def summarise_layers(counts: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +17,8 @@ from .plots import draw_depths, draw_layers, draw_pareto
 from .records import Record
 from .rows import Row, depth_cells, write_csv
 
+RESULTS = "results.csv"
+
 
 def write_results(plan: Plan, rows: Sequence[Row], records: Mapping[Setting, Sequence[Record]]) -> list[Path]:
     """Write results.csv, depths.csv and the pictures into the plan's folder.
@@ -24,7 +27,7 @@ def write_results(plan: Plan, rows: Sequence[Row], records: Mapping[Setting, Seq
         The paths of the files.
     """
     cells = [cell for setting, own in records.items() for cell in depth_cells(setting, own)]
-    names = ("results.csv", "depths.csv", "pareto.png", "depths.png", "layers.png")
+    names = (RESULTS, "depths.csv", "pareto.png", "depths.png", "layers.png")
     results, depths, pareto, heat_maps, layers = [plan.out / name for name in names]
     origin, title = describe(plan), _title(plan)
     write_csv(results, rows, origin)
@@ -43,6 +46,19 @@ def describe(plan: Plan) -> dict[str, Any]:
     """Provenance of the results: samples, model, machine, versions, command."""
     asked = {"task": plan.task, "split": plan.make_task().split, "seed": plan.seed}
     return asked | plan.target.describe() | provenance()
+
+
+def print_results(console: Console, rows: Sequence[Row]) -> None:
+    """Print the table of results, and below it what does not fit into it."""
+    console.print(results_table(rows))
+    for row in rows:
+        start = f"{row.method} at {row.budget:.0%}: "
+        if row.note is not None:
+            console.print(start + row.note, markup=False, highlight=False, soft_wrap=True)
+        if row.relevance_ms is not None:
+            time = f"{row.relevance_ms:.1f} of {row.prefill_ms:.1f} ms and " if row.relevance_ms else ""
+            cost = f"relevance takes {time}{row.relevance_gigaflops:.3g} of {row.gigaflops:.3g} GMACs"
+            console.print(start + cost, markup=False, highlight=False, soft_wrap=True)
 
 
 def results_table(rows: Sequence[Row]) -> Table:

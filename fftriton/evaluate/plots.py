@@ -16,10 +16,13 @@ from .rows import DEPTHS, Cell, Row
 
 _COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
 _MARKERS = "osD^vP*X"
+_APART = 0.008  # of the dense cost, between points that would cover each other
 
 
 def draw_pareto(path: Path, rows: Sequence[Row], title: str) -> None:
     """Plot accuracy over multiply-accumulates of the prefill, one line per method, as in figure 7 of FrameFusion.
+
+    Points of equal cost are drawn side by side.
 
     Args:
         path: PNG file to write.
@@ -27,17 +30,17 @@ def draw_pareto(path: Path, rows: Sequence[Row], title: str) -> None:
         title: title of the plot.
     """
     figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    axes, places = figure.add_subplot(), _side_by_side(rows)
     for number, (method, own) in enumerate(_by_method(rows).items()):
         own = sorted(own, key=lambda row: row.relative_flops or 0)
-        x, y = ([getattr(row, name) for row in own] for name in ("relative_flops", "accuracy"))
+        x, y = [places[id(row)] for row in own], [row.accuracy or 0.0 for row in own]
         below, above = ([abs(getattr(row, name) - row.accuracy) for row in own] for name in _INTERVAL)
         marker, colour = _MARKERS[number % len(_MARKERS)], _COLOURS[number % len(_COLOURS)]
         axes.errorbar(x, y, [below, above], label=method, marker=marker, color=colour, capsize=3, linewidth=1.5)
     axes.set_title(title, parse_math=False)
     axes.set(xlabel="prefill MACs, relative to all tokens", ylabel="accuracy, 95 % interval", xlim=(0, 1.05))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_major_formatter(PercentFormatter(1))
     _tidy(axes)
     axes.legend(frameon=False, loc="best")
     save(figure, path)
@@ -95,10 +98,11 @@ def draw_layers(path: Path, rows: Sequence[Row], title: str) -> None:
     colours = dict(zip(_by_method(rows), _COLOURS * len(rows), strict=False))
     figure = Figure(figsize=(max(7, 1 + 3 * len(budgets)), 4.2), dpi=150, layout="constrained")
     for axes, budget in zip(figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0], budgets, strict=True):
-        for row in (row for row in rows if row.budget in (budget, 1.0)):
-            edges = np.arange(len(row.vision_tokens) + 1) - 0.5
-            axes.stairs(
-                row.vision_tokens, edges, label=row.method, color=colours[row.method], baseline=None, linewidth=2
+        shown = [row for row in rows if row.budget in (budget, 1.0)]
+        for number, row in enumerate(shown):
+            edges, width = np.arange(len(row.vision_tokens) + 1) - 0.5, 2 + 1.5 * (len(shown) - 1 - number)
+            axes.stairs(  # later lines are thinner: what they cover can be seen on both sides
+                row.vision_tokens, edges, label=row.method, color=colours[row.method], baseline=None, linewidth=width
             )
         axes.set_title(f"budget {budget:.0%}", fontsize=9)
         axes.set(xlabel="layer", ylim=(0, None))
@@ -121,6 +125,22 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
         if row.accuracy is not None:
             found.setdefault(row.method, []).append(row)
     return found
+
+
+def _side_by_side(rows: Sequence[Row]) -> dict[int, float]:
+    """Where each row's point is drawn, by the row's id: at its cost, or beside others that cost the same."""
+    costs = {id(row): row.relative_flops for row in rows if row.relative_flops is not None}
+    groups: list[list[int]] = []
+    for row in sorted(costs, key=lambda row: costs[row]):
+        if groups and costs[row] - costs[groups[-1][0]] < _APART / 2:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return {
+        row: costs[row] + (number - (len(group) - 1) / 2) * _APART
+        for group in groups
+        for number, row in enumerate(group)
+    }
 
 
 def _grid(cells: Sequence[Cell], method: str, budget: float, lengths: Sequence[int]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from typing import Any
 
@@ -28,6 +29,7 @@ from .records import Record, RecordFolder
 from .rows import Row, summarise
 from .tasks import Sample, Task, check_sample, query_of
 
+_LOG = logging.getLogger(__name__)
 _MEMORY_SAMPLES = 3  # samples with peak memory: measuring it takes longer than the answer of a small model
 
 
@@ -63,6 +65,7 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
             relevance.to(answerer.model.device)
         folder = RecordFolder(plan.out, process.index)
         done = folder.read(keys.values())
+        _LOG.info("%s: %d of %d answers are there already", plan.out, len(done), len(keys) * plan.samples)
         own = range(process.index, plan.samples, process.count)
         with open_bar(f"Answering {len(own)} samples in {len(keys)} ways") as on_progress:
             for count, index in enumerate(own, 1):

@@ -1,6 +1,6 @@
 """The needle task: a handwritten digit appears for a moment in a video; which, when, where, how many?
 
-Needs scikit-learn for its digits: pip install 'fftriton[eval]'.
+Needs scikit-learn for its digits.
 """
 
 from .samples import KINDS, SPLITS, Sample, generate_sample, write_clip

@@ -33,7 +33,7 @@ def digit_images(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the needle task needs the handwritten digits of scikit-learn: pip install 'fftriton[eval]'"
+            "the needle task needs the handwritten digits of scikit-learn: pip install scikit-learn"
         ) from error
     pixels, labels = load_digits(return_X_y=True)
     small = torch.tensor(pixels / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)

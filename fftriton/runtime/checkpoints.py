@@ -8,18 +8,23 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 
-def load_part(part: Any, checkpoint: str | Path, trust_remote_code: bool, **arguments: Any) -> Any:
+def load_part(
+    part: Any, checkpoint: str | Path, trust_remote_code: bool, revision: str | None = None, **arguments: Any
+) -> Any:
     """Call `part.from_pretrained` without a prompt about the checkpoint's code.
 
     Args:
         part: one of transformers' Auto classes.
         checkpoint: folder, or name on the Hugging Face hub.
         trust_remote_code: whether to run the checkpoint's own code if it has any.
+        revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
         arguments: passed to `from_pretrained`.
 
     Raises:
         ValueError: the checkpoint cannot be loaded, or needs code that is not trusted.
     """
+    if revision is not None:
+        arguments["revision"] = revision
     try:
         return part.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, **arguments)
     except (ImportError, OSError, ValueError) as error:
@@ -27,10 +32,11 @@ def load_part(part: Any, checkpoint: str | Path, trust_remote_code: bool, **argu
             raise _needs_code(checkpoint) from error
         reason = str(error).strip().splitlines()[0]
         rule = "the folder or the hub name of a video language model that transformers can load"
-        raise ValueError(f"model must be {rule}, got '{checkpoint}': {reason}") from error
+        at = "" if revision is None else f" at revision '{revision}'"
+        raise ValueError(f"model must be {rule}, got '{checkpoint}'{at}: {reason}") from error
 
 
-def load_config(checkpoint: str | Path, trust_remote_code: bool) -> Any:
+def load_config(checkpoint: str | Path, trust_remote_code: bool, revision: str | None = None) -> Any:
     """Load the configuration of a checkpoint.
 
     Raises:
@@ -38,18 +44,18 @@ def load_config(checkpoint: str | Path, trust_remote_code: bool) -> Any:
             cannot be called like a model of transformers; or the checkpoint names an attention kernel on the hub, which
             is code, and is not trusted.
     """
-    _check_code(checkpoint, trust_remote_code)
-    config = load_part(AutoConfig, checkpoint, trust_remote_code)
+    _check_code(checkpoint, trust_remote_code, revision)
+    config = load_part(AutoConfig, checkpoint, trust_remote_code, revision)
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     if not trust_remote_code and any("/" in (getattr(part, "_attn_implementation", None) or "") for part in parts):
         raise _needs_code(checkpoint)
     return config
 
 
-def _check_code(checkpoint: str | Path, trust_remote_code: bool) -> None:
+def _check_code(checkpoint: str | Path, trust_remote_code: bool, revision: str | None) -> None:
     """Raise a ValueError if there is no code for the checkpoint's type of model that could be run here."""
     try:
-        settings, _ = PretrainedConfig.get_config_dict(checkpoint)
+        settings, _ = PretrainedConfig.get_config_dict(checkpoint, revision=revision)
     except OSError:
         return  # the checkpoint cannot be read, which loading it will say
     kind, own = settings.get("model_type"), settings.get("auto_map") or {}

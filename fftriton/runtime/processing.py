@@ -7,7 +7,6 @@ small shipped model; its outputs equal Hugging Face's bit for bit.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from transformers.utils import cached_file
 
 from .checkpoints import load_config, load_part
 from .sampling import FrameRule, Sampling, frame_rule
+from .unusable import torchvision_works
 from .video import Video
 
 QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
@@ -40,13 +40,19 @@ class Processor(Protocol):
         """Which frames to take from a video; what `sampling` leaves open is decided by the checkpoint."""
 
 
-def load_processor(checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False) -> Processor:
+def load_processor(
+    checkpoint: str | Path,
+    max_pixels: int | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Processor:
     """Load the processor of a checkpoint.
 
     Args:
         checkpoint: folder, or name on the Hugging Face hub.
         max_pixels: maximum pixels per frame after resizing; None for the checkpoint's own.
         trust_remote_code: whether to run the checkpoint's own code if it has any.
+        revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
 
     Returns:
         Hugging Face's processor if torchvision can be imported, otherwise a `QwenProcessor`.
@@ -55,14 +61,14 @@ def load_processor(checkpoint: str | Path, max_pixels: int | None = None, trust_
         ValueError: torchvision cannot be imported and the checkpoint is of another family; or the checkpoint cannot be
             read, or needs code that is not trusted.
     """
-    if _torchvision_works():
-        return HubProcessor(checkpoint, max_pixels, trust_remote_code)
-    model_type = load_config(checkpoint, trust_remote_code).model_type
+    model_type = load_config(checkpoint, trust_remote_code, revision).model_type  # raises if its code cannot be run
+    if torchvision_works():
+        return HubProcessor(checkpoint, max_pixels, trust_remote_code, revision)
     if model_type not in QWEN_MODEL_TYPES:
         raise ValueError(
             f"model must be one of {', '.join(QWEN_MODEL_TYPES)} if torchvision cannot be imported, got {model_type}"
         )
-    return QwenProcessor(checkpoint, max_pixels, trust_remote_code)
+    return QwenProcessor(checkpoint, max_pixels, trust_remote_code, revision)
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
@@ -81,14 +87,21 @@ class HubProcessor:
         checkpoint: folder, or name on the hub.
         max_pixels: maximum pixels per frame, if the processor supports it; None for the checkpoint's own.
         trust_remote_code: whether to run the checkpoint's own code if it has any.
+        revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
 
     Raises:
         ValueError: the checkpoint has no processor for videos, has frames of a fixed size although `max_pixels` is
             given, or needs code that is not trusted.
     """
 
-    def __init__(self, checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False):
-        self._processor = load_part(AutoProcessor, checkpoint, trust_remote_code)
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        max_pixels: int | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ):
+        self._processor = load_part(AutoProcessor, checkpoint, trust_remote_code, revision)
         if getattr(self._processor, "video_processor", None) is None:
             raise ValueError(f"model must have a processor for videos, got '{checkpoint}'")
         self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
@@ -147,9 +160,9 @@ class QwenPixels:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: str | Path) -> QwenPixels:
+    def from_checkpoint(cls, checkpoint: str | Path, revision: str | None = None) -> QwenPixels:
         """Read the checkpoint's configuration files; the defaults above are those of Hugging Face."""
-        config = _video_config(checkpoint)
+        config = _video_config(checkpoint, revision)
         size = config.get("size") or {}
         named = {
             "patch_size": config.get("patch_size"),
@@ -199,20 +212,27 @@ class QwenProcessor:
         checkpoint: folder, or name on the hub.
         max_pixels: maximum pixels per frame after resizing; None for the checkpoint's own.
         trust_remote_code: whether to run the checkpoint's own code if it has any.
+        revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
     """
 
-    def __init__(self, checkpoint: str | Path, max_pixels: int | None = None, trust_remote_code: bool = False):
-        pixels = QwenPixels.from_checkpoint(checkpoint)
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        max_pixels: int | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ):
+        pixels = QwenPixels.from_checkpoint(checkpoint, revision)
         if max_pixels is not None:
             pixels = replace(pixels, max_pixels=max_pixels, min_pixels=min(pixels.min_pixels, max_pixels))
-        config = load_config(checkpoint, trust_remote_code)
-        self.tokenizer: PreTrainedTokenizerBase = load_part(AutoTokenizer, checkpoint, trust_remote_code)
+        config = load_config(checkpoint, trust_remote_code, revision)
+        self.tokenizer: PreTrainedTokenizerBase = load_part(AutoTokenizer, checkpoint, trust_remote_code, revision)
         self._pixels = pixels
         self._video_token_id = config.video_token_id
         self._has_seconds = config.model_type == "qwen2_5_vl"  # its positions count seconds
-        self._template = chat_template(checkpoint)
+        self._template = chat_template(checkpoint, revision)
         frames = {"min_frames": 4, "max_frames": 768, "temporal_patch_size": pixels.temporal_patch_size}
-        self._frames = SimpleNamespace(**frames | _video_config(checkpoint) | {"do_sample_frames": False})
+        self._frames = SimpleNamespace(**frames | _video_config(checkpoint, revision) | {"do_sample_frames": False})
 
     def __call__(self, video: Video, question: str) -> dict[str, Tensor]:
         """Tokens and pixels for one video and one question.
@@ -300,36 +320,28 @@ def _messages(question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
 
 
-def _torchvision_works() -> bool:
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):  # RuntimeError: installed, but built against another torch
-        return False
-    return True
-
-
-def _read_file(checkpoint: str | Path, name: str) -> str | None:
+def _read_file(checkpoint: str | Path, name: str, revision: str | None) -> str | None:
     """The text of a checkpoint's file, local or from the hub; None if it does not exist."""
-    path = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False)
+    path = cached_file(str(checkpoint), name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path).read_text(encoding="utf-8")
 
 
-def _video_config(checkpoint: str | Path) -> dict[str, Any]:
+def _video_config(checkpoint: str | Path, revision: str | None) -> dict[str, Any]:
     """The configuration of the video processor, from the first file in which Hugging Face looks for it."""
-    nested = _read_file(checkpoint, "processor_config.json")
+    nested = _read_file(checkpoint, "processor_config.json", revision)
     if nested is not None and "video_processor" in json.loads(nested):
         return json.loads(nested)["video_processor"]
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-        text = _read_file(checkpoint, name)
+        text = _read_file(checkpoint, name, revision)
         if text is not None:
             return json.loads(text)
     return {}
 
 
-def chat_template(checkpoint: str | Path) -> str | None:
+def chat_template(checkpoint: str | Path, revision: str | None = None) -> str | None:
     """The processor's template, which supports videos; None to use the tokenizer's."""
-    text = _read_file(checkpoint, "chat_template.jinja")
+    text = _read_file(checkpoint, "chat_template.jinja", revision)
     if text is not None:
         return text
-    legacy = _read_file(checkpoint, "chat_template.json")
+    legacy = _read_file(checkpoint, "chat_template.json", revision)
     return None if legacy is None else json.loads(legacy)["chat_template"]

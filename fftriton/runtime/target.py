@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from ..checks import check_choice, check_count
 from ..hf import reduce
@@ -22,8 +25,11 @@ from .checkpoints import load_config, load_part
 from .processing import Processor, load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""The ways of spreading a model over devices that have a name; see accelerate."""
 
 _DEFAULT_ANSWER_TOKENS = 64
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,9 @@ class Target:
         attention: attention implementation ("sdpa", "eager", "flash_attention_2", ...); None for transformers' choice.
         max_new_tokens: maximum length of an answer, at least 1; None for the checkpoint's own.
         trust_remote_code: whether to run the checkpoint's own code if it has any.
+        revision: branch, tag or commit of a checkpoint on the hub; None for its main branch.
+        device_map: how to spread the model over devices, instead of `device`: one of DEVICE_MAPS, or a JSON object
+            from names of modules to devices. Needs accelerate.
 
     Raises:
         ValueError, TypeError: an invalid parameter; the message names the parameter, the rule and the value.
@@ -48,12 +57,19 @@ class Target:
     attention: str | None = None
     max_new_tokens: int | None = None
     trust_remote_code: bool = False
+    revision: str | None = None
+    device_map: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
             check_count("fftriton", "max_new_tokens", self.max_new_tokens, 1)
         if self.dtype is not None:
             check_choice("fftriton", "dtype", self.dtype, tuple(DTYPES))
+        if self.revision is not None and os.path.isdir(self.checkpoint):
+            raise ValueError(f"revision must go with a name on the hub, got '{self.revision}' and '{self.checkpoint}'")
+        if self.device_map is not None and self.device is not None:
+            raise ValueError(f"device_map must go without device, got '{self.device_map}' and '{self.device}'")
+        self._parsed_device_map()
         self.torch_device()
 
     @property
@@ -107,11 +123,13 @@ class Target:
         Raises:
             ValueError: the checkpoint cannot be read, or needs code that is not trusted.
         """
-        return load_config(self.checkpoint, self.trust_remote_code)
+        return load_config(self.checkpoint, self.trust_remote_code, self.revision)
 
     def load_processor(self, max_pixels: int | None = None) -> Processor:
         """Load the processor, which makes the model's inputs; see `processing.load_processor`."""
-        return load_processor(self.checkpoint, max_pixels, self.trust_remote_code)
+        processor = load_processor(self.checkpoint, max_pixels, self.trust_remote_code, self.revision)
+        _LOG.info("%s: inputs are made by %s", self.name, type(processor).__name__)
+        return processor
 
     def load_model(self) -> Any:
         """Load the model on the device, ready to generate.
@@ -120,13 +138,37 @@ class Target:
             ValueError, TypeError: the checkpoint does not exist, is not a model for videos, or cannot be reduced.
         """
         quieten_transformers()
-        chosen = {} if self.attention is None else {"attn_implementation": self.attention}
+        wishes = {"attn_implementation": self.attention, "device_map": self._parsed_device_map()}
+        chosen = {name: value for name, value in wishes.items() if value is not None}
         model = load_part(
-            AutoModelForImageTextToText, self.checkpoint, self.trust_remote_code,
+            AutoModelForImageTextToText, self.checkpoint, self.trust_remote_code, self.revision,
             config=self.load_config(), dtype=self.torch_dtype(), **chosen,
         )  # fmt: skip
         reduce(model, KeepAll())  # raises if the model cannot be reduced
-        return model.to(self.torch_device()).eval()
+        if self.device_map is None:
+            model.to(self.torch_device())
+        config = model.config.get_text_config()
+        described = (self.name, type(model).__name__, model.dtype, model.device, config._attn_implementation)
+        _LOG.info("%s: %s in %s on %s with %s attention", *described)
+        return model.eval()
+
+    def _parsed_device_map(self) -> str | dict[str, Any] | None:
+        """The device map as transformers takes it.
+
+        Raises:
+            ValueError: it is neither a known name nor a JSON object, or accelerate is not installed.
+        """
+        if self.device_map is None:
+            return None
+        if importlib.util.find_spec("accelerate") is None:
+            raise ValueError(f"device_map needs accelerate (pip install accelerate), got '{self.device_map}'")
+        if not self.device_map.lstrip().startswith("{"):
+            check_choice("fftriton", "device_map", self.device_map, DEVICE_MAPS)
+            return self.device_map
+        try:
+            return json.loads(self.device_map)
+        except ValueError as error:
+            raise ValueError(f"device_map must be a JSON object, got '{self.device_map}': {error}") from error
 
     def answer_length(self, model: Any) -> int:
         """Maximum number of new tokens: `max_new_tokens`, or else the checkpoint's own."""
@@ -143,14 +185,14 @@ class Target:
             torch.set_num_threads(before)
 
     def describe(self) -> dict[str, Any]:
-        """Model, device and threads, for reports."""
+        """Model, device and threads, for reports; revision and device map if they were chosen."""
         device = self.torch_device()
         on_gpu = device.type == "cuda"
         return {
             "model": self.name,
             "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
             "threads": None if on_gpu else self.threads,
-        }
+        } | {name: value for name in ("revision", "device_map") if (value := getattr(self, name)) is not None}
 
 
 def to_model(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -162,5 +204,5 @@ def to_model(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def quieten_transformers() -> None:
     """Turn off the progress bars and warnings of transformers."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

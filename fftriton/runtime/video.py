@@ -6,6 +6,7 @@ that the file is whole. The second decodes the sampled frames (see decoding.py).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,8 @@ from .timeline import Timeline, make_timeline, scan
 __all__ = ["Video", "read_video", "sample_indices", "write_video"]
 
 OnProgress = Callable[[int, int], None]  # called with (done, total)
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def _take(
     if len(images) < len(wanted):
         raise ValueError(f"video must be whole, got '{path}', which is cut off after {len(images)} sampled frames")
     frames = np.stack([images[number] for number in chosen])
+    _LOG.info("%s: %d of %d frames, from %.2f to %.2f s", path, len(wanted), len(timeline.times), first, last)
     whole = start is None and end is None
     return Video(
         frames,

@@ -1,25 +1,15 @@
 """Checkpoint folders of the tiny models: weights, a tokenizer of words, and the family's own processor."""
 
-import importlib
-
 import pytest
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-
-def torchvision_works() -> bool:
-    """Whether Hugging Face's video processors can be used."""
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
+from fftriton.runtime.unusable import torchvision_works
 
 needs_torchvision = pytest.mark.skipif(
-    not torchvision_works(), reason="no torchvision on PyPI imports beside a CPU build of torch"
+    not torchvision_works(), reason="needs torchvision, as Hugging Face's video processors do"
 )
 
 QWEN = {
