@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import first_line
 from ..hf import Report, reduce
 from ..hf.flops import prefill_flops
 from ..methods import Method, RandomTokens
@@ -120,7 +121,7 @@ class Comparer:
                 try:
                     records.append(self._reduced(question, dense, right, setting, key, with_memory))
                 except Exception as error:  # out of memory, a method that cannot work on this video, ...
-                    records.append(Comparison(key, question.index, error=_first_line(error)))
+                    records.append(Comparison(key, question.index, error=first_line(error)))
         return records
 
     def _reduced(
@@ -184,8 +185,3 @@ class Comparer:
 
 def _decode(question: Question, tokens: Tensor) -> str:
     return question.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
