@@ -131,9 +131,8 @@ class _Runner:
         ]
         tokenizer = processors[0].tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        inputs = share_pixels(
-            to_model(collate(prompts, padding), self._model), [id(clip.video) for clip, _ in pairs], pixels
-        )
+        inputs = to_model(collate(prompts, padding), self._model)
+        inputs = share_pixels(inputs, [id(clip.video) for clip, _ in pairs], pixels)
         longest = pairs[0][1].request.max_new_tokens or self._target.answer_length(self._model)
         with reduce(self._model, method) as reduction:
             rows = generate_batch(self._model, inputs, longest, padding)

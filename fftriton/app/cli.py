@@ -264,7 +264,8 @@ def batch(
     from ..runtime.sampling import Sampling
     from ..runtime.target import Target
     from .answer_file import AnswerFile, StandardOutput
-    from .batch import make_tasks, run_batch
+    from .batch import run_batch
+    from .clips import make_tasks
     from .requests import Defaults, read_requests
 
     console, process = Console(stderr=True, quiet=quiet), this_process()

@@ -128,7 +128,7 @@ class Comparer:
         self, question: Question, dense: DenseAnswer, right: bool | None, setting: Setting, key: str, with_memory: bool
     ) -> Comparison:
         if setting == RANDOM:
-            method = RandomTokens(RANDOM.budget, seed=question.seed)
+            method: Method = RandomTokens(RANDOM.budget, seed=question.seed)
         else:
             method = setting.method(question.seed).about(question.video.frames, question.text)
         method.check(self._config.num_hidden_layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -91,7 +91,7 @@ class RecordFolder(Generic[R]):
     def append(self, records: Iterable[R]) -> None:
         """Append records to the file at once, so that no answer is lost."""
         with naming(self._own), self._own.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+            file.writelines(json.dumps(vars(record)) + "\n" for record in records)
 
     def read(self, keys: Iterable[str]) -> dict[tuple[str, Any], R]:
         """The records with these keys, by key and index; unfinished lines of an interrupted run are skipped."""

@@ -1,4 +1,4 @@
-"""Next-token distributions along a given answer: from greedy generation, or from one forward with the answer appended."""
+"""Next-token distributions along an answer: by greedy generation, or by one forward with the answer appended."""
 
 from __future__ import annotations
 
