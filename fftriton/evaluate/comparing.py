@@ -62,6 +62,12 @@ class Question:
         return int.from_bytes(hashlib.sha256(self.index.encode()).digest()[:4], "big")
 
 
+def blank_video(question: Question) -> Question:
+    """The same question about a video of the same size and length that shows nothing."""
+    frames = np.full_like(question.video.frames, _GREY)
+    return replace(question, video=replace(question.video, frames=frames))
+
+
 class Comparer:
     """A model that answers questions in several settings.
 
@@ -114,7 +120,7 @@ class Comparer:
                 same = Agreement(True, None, n, 1.0, 0.0, 0.0)
                 records.append(self._record(question, key, same, right, dense.report, peak))
             elif setting == BLANK:
-                grey = replace(question.video, frames=np.full_like(question.video.frames, _GREY))
+                grey = blank_video(question).video
                 blank = share(to_model(question.processor(grey, question.text), self._model), BLANK.name)
                 records.append(self._record(question, key, dense.compare(dense.forced(blank))))
             else:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from .. import __version__
+from ..methods import Method
 from .digests import digest_of_method, digest_of_weights
 from .plan import Setting
 
@@ -35,15 +36,17 @@ def origin_of_answers(model: Any, longest: int) -> dict[str, Any]:
     }
 
 
-def record_key(origin: dict[str, Any], setting: Setting) -> str:
+def record_key(origin: dict[str, Any], setting: Setting, method: Method | None = None) -> str:
     """A digest of everything that the answers of a setting depend on, including the source code of the method.
 
     Args:
         origin: of the answers, with what tells the samples.
         setting: the setting.
+        method: its method, if it is not made from the setting.
     """
+    method = method or setting.method()
     everything = origin | {
-        "name": setting.name, "budget": setting.budget, "code": digest_of_method(setting.method())
+        "name": setting.name, "budget": setting.budget, "code": digest_of_method(method)
     }  # fmt: skip
     if setting.relevances:
         everything["relevance"] = " ".join(relevance.digest for relevance in setting.relevances)
