@@ -7,8 +7,8 @@ many samples in one forward. The model answers in one token. Settings whose dist
 the first 60 samples, which nobody would recommend, are not run on the others: what was found repeats. The split
 "unneeded" asks how many boxes appear in videos that show none: the model's answer does not depend on the video.
 
-The file has, for each split, arrays [settings, samples]: same, overlap, right; and "seconds" [settings], the median time
-of a prefill of one sample.
+The file has, for each split, arrays [settings, samples]: same, overlap, right; and "seconds" [settings], the median
+time of a prefill of one sample.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: `fftriton run`, `fftriton batch` and `fftriton eval`.
+"""The command line: `fftriton run`, `batch`, `eval` and `calibrate`.
 
 Most modules are imported when a command runs, so that `--help` is quick.
 """
@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -45,6 +45,10 @@ MaxPixels = Annotated[int | None, typer.Option(help="Maximum pixels per frame (d
 MethodName = Annotated[str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(names())}.")]
 Budget = Annotated[str, typer.Option(metavar="FLOAT", help="Vision tokens to keep: a fraction in (0, 1].")]
 
+SettingsFile = Annotated[
+    Path | None, typer.Option(help="File of fftriton calibrate, which chooses method, budget and frames.")
+]
+
 _FAILED = 2  # exit code: bad input, or a file that cannot be written
 _INTERRUPTED = 130
 
@@ -66,11 +70,13 @@ def main(
 
 @app.command()
 def run(
+    context: typer.Context,
     model: Model = None,
     video: Annotated[list[Path] | None, typer.Option(help="Video file; may be repeated.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="Question about each video; may be repeated.")] = None,
     method: MethodName = "framefusion",
     budget: Budget = "0.3",
+    settings: SettingsFile = None,
     relevance: Annotated[
         str | None, typer.Option(help="For kvtp: a SigLIP that scores the frames, as a folder or a name on the hub.")
     ] = None,
@@ -109,15 +115,18 @@ def run(
 
     console = Console()
     with _in_one_line(ValueError, TypeError, OSError):
+        target = Target(model, device, dtype, attention, max_new_tokens, trust_remote_code)
+        sampling = Sampling(frames, fps, min_frames, max_frames, start, end)
+        chosen = _choose(context, console, settings, method, budget, target, sampling, max_pixels)
         options = Options(
-            target=Target(model, device, dtype, attention, max_new_tokens, trust_remote_code),
-            method=method,
-            budget=_parse_budget(budget),
+            target=target,
+            method=chosen.method,
+            budget=chosen.budget,
             relevance=relevance,
             compare=not video if compare is None else compare,
             out=out,
-            sampling=Sampling(frames, fps, min_frames, max_frames, start, end),
-            max_pixels=max_pixels,
+            sampling=chosen.sampling,
+            max_pixels=chosen.max_pixels,
         )
         videos: list[Path | None] = [*video] if video else [None]
         questions: list[str | None] = [*question] if question else [None]
@@ -220,6 +229,7 @@ def evaluate(
 
 @app.command()
 def batch(
+    context: typer.Context,
     requests: Annotated[
         str,
         typer.Argument(
@@ -234,6 +244,7 @@ def batch(
     model: Model = None,
     method: MethodName = "framefusion",
     budget: Budget = "0.3",
+    settings: SettingsFile = None,
     batch_size: Annotated[int, typer.Option(help="Number of videos that go through the model together.")] = 1,
     frames: Frames = None,
     fps: FPS = None,
@@ -273,11 +284,11 @@ def batch(
     with _in_one_line(ValueError, TypeError, OSError), _resumable(console, out):
         check_count("fftriton", "batch_size", batch_size, 1)
         target = Target(model, device, dtype, attention, max_new_tokens, trust_remote_code)
-        sampling = asdict(Sampling(frames, fps, min_frames, max_frames, start, end))
-        settings = {"method": method, "budget": _parse_budget(budget), "max_pixels": max_pixels}
-        tasks = make_tasks(
-            read_requests(requests, Defaults(question or [_question(model)], settings | sampling)), target
-        )
+        sampling = Sampling(frames, fps, min_frames, max_frames, start, end)
+        chosen = _choose(context, console, settings, method, budget, target, sampling, max_pixels)
+        values = {"method": chosen.method, "budget": chosen.budget, "max_pixels": chosen.max_pixels}
+        defaults = Defaults(question or [_question(model)], values | asdict(chosen.sampling))
+        tasks = make_tasks(read_requests(requests, defaults), target)
         if out == "-":
             answers: AnswerFile | StandardOutput = StandardOutput()
         else:
@@ -300,6 +311,107 @@ def batch(
     console.print(f"{written - failed} answered, {failed} failed: {out}", markup=False, highlight=False, soft_wrap=True)
     if failed == written > 0:
         raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    requests: Annotated[
+        str,
+        typer.Argument(help="As for batch; a line may have an answer, which is the label, and options."),
+    ],
+    methods: Annotated[
+        str, typer.Option(help=f"Separated by commas: {', '.join(names())}; NAME:PARAMETER=VALUE sets a parameter.")
+    ] = "framefusion,fastv,uniformframes",
+    budgets: Annotated[str, typer.Option(help="Vision tokens to keep, separated by commas.")] = "0.7,0.5,0.3,0.2,0.1",
+    keep: Annotated[
+        float, typer.Option(help="Overlap with the unreduced model's next-token distributions to keep, 0.5 to 1.")
+    ] = 0.98,
+    out: Annotated[Path, typer.Option(help="Folder for records, results and settings.json.")] = Path(
+        "fftriton-calibrate"
+    ),
+    question: Annotated[
+        list[str] | None, typer.Option(help="Question about each video that comes without one; may be repeated.")
+    ] = None,
+    model: Model = None,
+    frames: Frames = None,
+    fps: FPS = None,
+    min_frames: MinFrames = None,
+    max_frames: MaxFrames = None,
+    start: Start = None,
+    end: End = None,
+    max_pixels: MaxPixels = None,
+    max_new_tokens: MaxNewTokens = None,
+    device: Device = None,
+    dtype: DType = None,
+    attention: Attention = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only what was found, as JSON.")] = False,
+) -> None:
+    """Find out which method and budget keep the unreduced model's answers to your own requests, without labels.
+
+    An interrupted run resumes. Several processes share the videos: on GPUs `accelerate launch -m fftriton calibrate
+    ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton calibrate ...`.
+    """
+    from dataclasses import asdict
+
+    from ..methods import split_methods
+    from ..runtime.processes import this_process
+    from ..runtime.sampling import Sampling
+    from ..runtime.target import Target
+    from .calibrate import Calibration
+    from .calibrate import calibrate as run_calibration
+    from .calibrate_output import as_json as found_as_json
+    from .calibrate_output import notes, results_table, write_results
+    from .requests import Defaults, read_requests
+
+    console = Console(stderr=as_json)
+    with _in_one_line(ValueError, TypeError, OSError), _resumable(console, str(out)):
+        target = Target(model, device, dtype, attention, max_new_tokens, trust_remote_code)
+        sampling = Sampling(frames, fps, min_frames, max_frames, start, end)
+        dense = {"method": "keep-all", "budget": 1.0, "max_pixels": max_pixels}
+        defaults = Defaults(question or [_question(model)], dense | asdict(sampling))
+        plan = Calibration(
+            requests=read_requests(requests, defaults),
+            methods=tuple(split_methods(methods)),
+            budgets=tuple(_parse_budget(budget) for budget in _split(budgets)),
+            keep=keep,
+            target=target,
+            out=out,
+            sampling=sampling,
+            max_pixels=max_pixels,
+        )
+        with make_progress(console, rate=True) as progress:
+            found = run_calibration(plan, Bars(progress).open)
+        if not this_process().is_main:
+            return
+        files = write_results(plan, found)
+        if as_json:
+            print(found_as_json(found))
+        else:
+            console.print(results_table(found.results))
+            for note in notes(found):
+                console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            console.print(found.results.advice, style="bold", markup=False, highlight=False, soft_wrap=True)
+            console.print("Written: " + ", ".join(map(str, files)), markup=False, highlight=False, soft_wrap=True)
+    if not found.results.requests:
+        raise typer.Exit(1)
+
+
+def _choose(
+    context: typer.Context, console: Console, settings: Path | None, method: str, budget: str, target: Any,
+    sampling: Any, max_pixels: int | None,
+) -> Any:  # fmt: skip
+    """The method, the budget and the frames: from the options, or from a file of settings."""
+    from .chosen import Chosen, choose
+
+    if settings is None:
+        return Chosen(method, _parse_budget(budget), sampling, max_pixels)
+    sources = {name: context.get_parameter_source(name) for name in ("method", "budget")}
+    given = {name: source is not None and source.name != "DEFAULT" for name, source in sources.items()}
+    chosen = choose(settings, given, target, sampling, max_pixels)
+    for note in chosen.notes:
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return chosen
 
 
 def _question(model: str | None) -> str:

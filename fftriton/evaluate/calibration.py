@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from .statistics import clustered_interval, mcnemar_exact
 
@@ -27,6 +27,9 @@ class Way(Hashable, Protocol):
 
     @property
     def budget(self) -> float: ...
+
+
+W = TypeVar("W", bound=Way)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Comparison:
     error: str | None = None
 
 
-class Race:
+class Race(Generic[W]):
     """Stops settings that cannot be recommended any more.
 
     After every request, a setting is stopped if what it lost so far exceeds what it may lose on all requests; so are
@@ -75,17 +78,17 @@ class Race:
         keep: overlap that a setting must keep, in (0, 1].
     """
 
-    def __init__(self, settings: Sequence[Way], requests: int, keep: float) -> None:
+    def __init__(self, settings: Sequence[W], requests: int, keep: float) -> None:
         self._lost = dict.fromkeys(settings, 0.0)
         self._limit, self._keep = requests * (1 - keep), keep
-        self.stopped: dict[Way, str] = {}
+        self.stopped: dict[W, str] = {}
 
     @property
-    def live(self) -> list[Way]:
+    def live(self) -> list[W]:
         """The settings that are not stopped, in their order."""
         return [setting for setting in self._lost if setting not in self.stopped]
 
-    def add(self, records: Mapping[Way, Comparison]) -> None:
+    def add(self, records: Mapping[W, Comparison]) -> None:
         """Take in the records of one request."""
         for setting in self.live:
             record = records.get(setting)
@@ -98,7 +101,7 @@ class Race:
             if self._lost[setting] > self._limit + 1e-9:
                 self._stop(setting)
 
-    def _stop(self, setting: Way) -> None:
+    def _stop(self, setting: W) -> None:
         self.stopped[setting] = f"stopped: cannot reach {self._keep:.4g}"
         for other in self.live:
             if other.name == setting.name and other.budget < setting.budget:
@@ -204,13 +207,13 @@ def percent(share: float | None) -> str:
 
 
 def judge(
-    settings: Sequence[Way],
-    records: Mapping[Way, Mapping[str, Comparison]],
-    dense: Way,
-    controls: Sequence[Way],
+    settings: Sequence[W],
+    records: Mapping[W, Mapping[str, Comparison]],
+    dense: W,
+    controls: Sequence[W],
     videos: Mapping[str, str],
     keep: float,
-    problems: Mapping[Way, str],
+    problems: Mapping[W, str],
 ) -> Results:
     """Judge all settings and recommend one.
 
@@ -242,9 +245,9 @@ def judge(
 
 
 def _row(
-    setting: Way,
-    records: Mapping[Way, Mapping[str, Comparison]],
-    dense: Way,
+    setting: W,
+    records: Mapping[W, Mapping[str, Comparison]],
+    dense: W,
     answered: Sequence[str],
     videos: Mapping[str, str],
     note: str | None,

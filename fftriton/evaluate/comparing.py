@@ -108,6 +108,8 @@ class Comparer:
         """
         share = share or (lambda inputs, kind: inputs)
         inputs = share(to_model(question.processor(question.video, question.text), self._model), "video")
+        if with_memory:
+            DenseAnswer(self._model, inputs, 1)  # the vision encoder, which all settings share, has run then
         memory = self._memory(with_memory)
         dense = DenseAnswer(self._model, inputs, self._most)
         peak = self._peak(memory)

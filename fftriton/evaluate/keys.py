@@ -44,10 +44,11 @@ def record_key(origin: dict[str, Any], setting: Setting, method: Method | None =
         setting: the setting.
         method: its method, if it is not made from the setting.
     """
+    relevances = setting.relevances if method is None else []
     method = method or setting.method()
     everything = origin | {
         "name": setting.name, "budget": setting.budget, "code": digest_of_method(method)
     }  # fmt: skip
-    if setting.relevances:
-        everything["relevance"] = " ".join(relevance.digest for relevance in setting.relevances)
+    if relevances:
+        everything["relevance"] = " ".join(relevance.digest for relevance in relevances)
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
