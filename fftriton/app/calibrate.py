@@ -170,7 +170,7 @@ class _Runner:
         self._folder = RecordFolder(plan.out, process, Comparison)
         self._records = self._folder.read(self._keys.values())
         self._race = Race(able, len(self.tasks), plan.keep)
-        self._measured = 0
+        self._seen: set[str] = set()  # requests that the race knows
 
     def order(self) -> list[Clip]:
         """The clips in an order that depends on nothing but the requests."""
@@ -184,7 +184,6 @@ class _Runner:
             for task in clip.tasks:
                 if self._missing(task):
                     return number
-            for task in clip.tasks:
                 self._advance(task)
         return len(clips)
 
@@ -229,9 +228,11 @@ class _Runner:
         return {way: self._keys[way] for way in wanted if (self._keys[way], task.key) not in self._records}
 
     def _advance(self, task: Task) -> None:
+        if task.key in self._seen:
+            return
+        self._seen.add(task.key)
         found = {way: self._records.get((self._keys[way], task.key)) for way in self._race.live}
         self._race.add({way: record for way, record in found.items() if record is not None})
-        self._measured += 1
 
     def _compare(self, clip: Clip, task: Task, missing: dict[Setting, str], share: Any) -> list[Comparison]:
         try:
@@ -240,7 +241,7 @@ class _Runner:
             assert clip.video is not None
             processor = self.decoder.processor(task.request.max_pixels)
             question = Question(task.key, clip.video, task.request.question, processor, self._judges[task.key])
-            return self._comparer.compare(question, missing, share, with_memory=self._measured < _WITH_MEMORY)
+            return self._comparer.compare(question, missing, share, with_memory=len(self._seen) < _WITH_MEMORY)
         except Exception as error:  # whatever a file does, the others go on
             return [Comparison(self._keys[DENSE], task.key, error=first_line(error))]
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from .statistics import clustered_interval, mcnemar_exact
 
 CONTROL_FACTOR = 5  # a control must lose this many times as much as a setting that is recommended
 FEW, FEW_STRICT, STRICT = 50, 100, 0.95  # requests below which a warning is due; the second for `keep` above STRICT
+
+_ROUNDING = 1e-9
+_STOPPED = "stopped"  # start of the notes of settings that the race stopped
 
 
 class Way(Hashable, Protocol):
@@ -98,14 +101,14 @@ class Race(Generic[W]):
                 self.stopped[setting] = f"failed: {record.error}"
                 continue
             self._lost[setting] += 1 - record.overlap
-            if self._lost[setting] > self._limit + 1e-9:
+            if self._lost[setting] > self._limit + _ROUNDING:
                 self._stop(setting)
 
     def _stop(self, setting: W) -> None:
-        self.stopped[setting] = f"stopped: cannot reach {self._keep:.4g}"
+        self.stopped[setting] = f"{_STOPPED}: cannot reach {self._keep:.4g}"
         for other in self.live:
             if other.name == setting.name and other.budget < setting.budget:
-                self.stopped[other] = f"stopped: {setting.budget:.4g} of this method cannot reach {self._keep:.4g}"
+                self.stopped[other] = f"{_STOPPED}: {setting.budget:.4g} of this method cannot reach {self._keep:.4g}"
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,8 @@ def judge(
     notes = dict(problems) | race.stopped
     rows = [_row(setting, records, dense, answered, videos, notes.get(setting)) for setting in settings]
     blind = [_row(control, records, dense, answered, videos, None) for control in controls]
-    rows = _with_verdicts(rows, blind, keep)
+    verdicts = _keeping(rows, keep, _least(blind, keep))
+    rows = [replace(row, keeps=keeps) for row, keeps in zip(rows, verdicts, strict=True)]
     why_not = _why_not(rows, blind, keep, len(answered))
     kept = [row for row in rows if row.keeps]
     chosen = min(kept, key=lambda row: (row.prefill_ms, row.budget)) if kept and not why_not else None
@@ -255,7 +259,7 @@ def _row(
     own = records.get(setting, {})
     good = [index for index in answered if index in own and own[index].error is None]
     if len(good) < len(answered) or not good:
-        return Row(setting.name, setting.budget, len(good), note=note or "stopped")
+        return Row(setting.name, setting.budget, len(good), note=note or _STOPPED)
     found, whole = [own[index] for index in good], [records[dense][index] for index in good]
     clusters = [videos[index] for index in good]
     same_low, same_high = clustered_interval([float(record.same) for record in found], clusters)
@@ -288,18 +292,26 @@ def _row(
     )
 
 
-def _with_verdicts(rows: Sequence[Row], controls: Sequence[Row], keep: float) -> list[Row]:
-    """The same rows, with `keeps`."""
+def _keeping(rows: Sequence[Row], keep: float, least: float) -> list[bool]:
+    """Whether each row has an overlap of `least`, and no higher budget of its method failed to reach `keep`."""
+
+    def reaches(row: Row, wanted: float) -> bool:
+        return row.overlap is not None and row.overlap >= wanted - _ROUNDING
+
+    def is_out(row: Row) -> bool:
+        return not reaches(row, keep) if row.overlap is not None else (row.note or "").startswith(_STOPPED)
+
+    return [
+        reaches(row, least)
+        and not any(is_out(other) for other in rows if other.method == row.method and other.budget >= row.budget)
+        for row in rows
+    ]
+
+
+def _least(controls: Sequence[Row], keep: float) -> float:
+    """The overlap that a setting must have so that the controls lose CONTROL_FACTOR times as much."""
     lost = min((1 - row.overlap for row in controls if row.overlap is not None), default=1.0)
-    least = max(keep, 1 - lost / CONTROL_FACTOR)
-
-    def keeps(row: Row) -> bool:
-        higher = [other for other in rows if other.method == row.method and other.budget >= row.budget]
-        stopped = any(other.overlap is None and (other.note or "").startswith("stopped") for other in higher)
-        own = row.overlap is not None and row.overlap >= least - 1e-12
-        return own and not stopped and all(o.overlap is None or o.overlap >= keep - 1e-12 for o in higher)
-
-    return [_replace(row, keeps(row)) for row in rows]
+    return max(keep, 1 - lost / CONTROL_FACTOR)
 
 
 def _why_not(rows: Sequence[Row], controls: Sequence[Row], keep: float, requests: int) -> str:
@@ -317,8 +329,7 @@ def _why_not(rows: Sequence[Row], controls: Sequence[Row], keep: float, requests
             )
     if any(row.keeps for row in rows):
         return ""
-    near = max((row.overlap for row in rows if row.overlap is not None), default=None)
-    if near is not None and near >= keep:
+    if any(_keeping(rows, keep, keep)):
         return (
             f"some settings keep {percent(keep)}, but lose more than 1/{CONTROL_FACTOR} of what the controls lose, so "
             "that these requests hardly tell them from a model that sees nothing"
@@ -352,10 +363,6 @@ def _savings(row: Row) -> str:
     if row.peak_mib and row.dense_peak_mib:
         parts.append(f"peak memory is {row.peak_mib:.3g} MiB instead of {row.dense_peak_mib:.3g}")
     return ", ".join(parts)
-
-
-def _replace(row: Row, keeps: bool) -> Row:
-    return Row(**{**vars(row), "keeps": keeps})
 
 
 def _mean_ratio(records: Sequence[Comparison]) -> float | None:

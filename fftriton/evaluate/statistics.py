@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist, fmean
 
@@ -32,8 +33,9 @@ def clustered_interval(
     """Confidence interval of the mean of values in [0, 1] that come in clusters, such as questions about one video.
 
     Wilson's interval with the effective number of values: their number over the design effect, which is the variance of
-    the mean among clusters over that among independent proportions, and at least 1. If all values are equal, nothing is
-    known of the variance, and each cluster counts once. Few clusters make the interval wider by Student's t.
+    the mean over that of independent proportions, and at least 1. One more cluster, of which all values differ from the
+    others, is added to both, so that a few different values do not make the variance seem small: if all values are
+    equal, each cluster counts once. Few clusters make the interval wider by Student's t.
 
     Args:
         values: one or more.
@@ -49,17 +51,16 @@ def clustered_interval(
     """
     mean, count = fmean(values), len(values)
     sums: dict[Hashable, float] = {}
+    sizes = Counter(clusters)
     for value, cluster in zip(values, clusters, strict=True):
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
     groups = len(sums)
     if groups == 1:
         return wilson_interval(mean, 1, confidence)
-    independent = mean * (1 - mean) / count
-    if independent > 0:
-        observed = groups / (groups - 1) * sum(total**2 for total in sums.values()) / count**2
-        effective = count / max(1.0, observed / independent)
-    else:
-        effective = float(groups)
+    size = sum(number**2 for number in sizes.values()) / count  # of the cluster that is added
+    observed = groups / (groups - 1) * sum(total**2 for total in sums.values()) + size**2
+    independent = count * mean * (1 - mean) + size
+    effective = count / max(1.0, observed / independent)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     effective *= (z / _student_quantile(z, groups - 1)) ** 2
     return wilson_interval(mean * effective, effective, confidence)
