@@ -146,9 +146,6 @@ def test_a_setting_that_fails_is_stopped():
 
 def test_a_stopped_setting_gets_no_percentage():
     """It would be biased; and a lower budget that was lucky is not recommended in its place."""
-    results = judged({FUSION[0]: [0.99] * 100, UNIFORM[0]: [0.3] * 100})
-    row = results.rows[1]
-    assert (row.same, row.overlap) == (0.0, pytest.approx(0.3))  # all were asked, in an earlier run
     records = {
         DENSE: comparisons([1.0] * 100, 50.0),
         FUSION[0]: comparisons([0.99] * 100),
@@ -203,24 +200,24 @@ def recorded():
         return dict(arrays)
 
 
-def resample(recorded, split: str, rng: np.random.Generator, count: int, keep: float, methods=None):
-    """The judgement of `count` recorded requests, drawn without labels, and their numbers."""
-    ways = [
-        Way(str(name), float(budget)) for name, budget in zip(recorded["methods"], recorded["budgets"], strict=True)
-    ]
+def comparisons_of(recorded, split: str) -> dict[Way, dict[str, Comparison]]:
+    """The recorded requests of a split as records without labels."""
     overlap, same = recorded[f"{split}/overlap"], recorded[f"{split}/same"]
-    drawn = rng.permutation(overlap.shape[1])[:count]
-    records = {
-        way: {
+    return {
+        Way(str(name), float(budget)): {
             str(i): Comparison("", str(i), bool(same[row, i]), overlap=float(overlap[row, i]), seconds=float(seconds))
-            for i in drawn
+            for i in range(overlap.shape[1])
         }
-        for row, (way, seconds) in enumerate(zip(ways, recorded["seconds"], strict=True))
+        for row, (name, budget, seconds) in enumerate(
+            zip(recorded["methods"], recorded["budgets"], recorded["seconds"], strict=True)
+        )
     }
-    dense, *controls = ways[:3]
-    settings = [way for way in ways[3:] if methods is None or way.name in methods]
-    results = judge(settings, records, dense, controls, {str(i): str(i) for i in drawn}, keep, {})
-    return results, drawn, ways
+
+
+def judge_some(records: dict[Way, dict[str, Comparison]], drawn: np.ndarray, keep: float) -> Results:
+    """The judgement of the requests with these numbers."""
+    dense, *controls = list(records)[:3]
+    return judge(list(records)[3:], records, dense, controls, {str(i): str(i) for i in drawn}, keep, {})
 
 
 SPLITS = ("easy", "hard", "blended", "real")
@@ -230,23 +227,25 @@ SPLITS = ("easy", "hard", "blended", "real")
 def test_the_recommended_setting_keeps_the_accuracy_on_other_samples(recorded, split):
     """Five methods, 100 requests, no labels, 200 draws; the samples that were not drawn are the judge."""
     rng, kept, budgets, right = np.random.default_rng(1), [], [], recorded[f"{split}/right"]
+    records = comparisons_of(recorded, split)
     for _ in range(200):
-        results, drawn, ways = resample(recorded, split, rng, 100, keep=0.95)
-        others = np.setdiff1d(np.arange(right.shape[1]), drawn)
+        drawn, others = np.split(rng.permutation(right.shape[1]), [100])
+        results = judge_some(records, drawn, keep=0.95)
         if results.chosen is not None:
-            row = ways.index(Way(results.chosen.method, results.chosen.budget))
+            row = list(records).index(Way(results.chosen.method, results.chosen.budget))
             kept.append(right[row, others].mean() >= 0.95 * right[0, others].mean())
-        budgets += [[row.budget for row in results.rows if row.method == "framefusion" and row.keeps]]
+        own = [row for row in results.rows if row.method == "framefusion" and row.keeps]
+        budgets.append(min(own, key=lambda row: row.prefill_ms).budget if own else 1.0)
     assert len(kept) >= 190  # something is recommended
     assert np.mean(kept) >= 0.9
-    assert np.median([min(own, default=1.0) for own in budgets]) < 0.6
+    assert np.mean(np.array(budgets) < 0.6) >= 0.9
 
 
 def test_requests_that_do_not_need_the_video(recorded):
-    rng = np.random.default_rng(1)
+    rng, records = np.random.default_rng(1), comparisons_of(recorded, "unneeded")
     for keep in (0.95, 0.98):
         for _ in range(20):
-            results, _, _ = resample(recorded, "unneeded", rng, 50, keep)
+            results = judge_some(records, rng.permutation(60)[:50], keep)
             assert results.chosen is None
             assert "do not need the video" in results.why_not
 
@@ -254,14 +253,11 @@ def test_requests_that_do_not_need_the_video(recorded):
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_request_takes_few_forwards(recorded, split):
     """All settings are forwards; so are the dense answer and the two controls."""
-    overlap = recorded[f"{split}/overlap"]
-    ways = [
-        Way(str(name), float(budget)) for name, budget in zip(recorded["methods"], recorded["budgets"], strict=True)
-    ]
-    assert len(ways) - 3 >= 37
-    order = random.Random(0).sample(range(overlap.shape[1]), 100)
-    race, forwards = Race(ways[3:], 100, 0.95), 0
-    for i in order:
+    records = comparisons_of(recorded, split)
+    settings, requests = list(records)[3:], [str(i) for i in random.Random(0).sample(range(200), 100)]
+    assert len(settings) >= 37
+    race, forwards = Race(settings, 100, 0.95), 0
+    for request in requests:
         forwards += 3 + len(race.live)
-        race.add({way: Comparison("", "", overlap=float(overlap[ways.index(way), i])) for way in race.live})
+        race.add({way: records[way][request] for way in race.live})
     assert forwards / 100 <= 20

@@ -19,7 +19,6 @@ CONTROL_FACTOR = 5  # a control must lose this many times as much as a setting t
 FEW, FEW_STRICT, STRICT = 50, 100, 0.95  # requests below which a warning is due; the second for `keep` above STRICT
 
 _ROUNDING = 1e-9
-_STOPPED = "stopped"  # start of the notes of settings that the race stopped
 
 
 class Way(Hashable, Protocol):
@@ -105,10 +104,10 @@ class Race(Generic[W]):
                 self._stop(setting)
 
     def _stop(self, setting: W) -> None:
-        self.stopped[setting] = f"{_STOPPED}: cannot reach {self._keep:.4g}"
+        self.stopped[setting] = f"stopped: cannot reach {self._keep:.4g}"
         for other in self.live:
             if other.name == setting.name and other.budget < setting.budget:
-                self.stopped[other] = f"{_STOPPED}: {setting.budget:.4g} of this method cannot reach {self._keep:.4g}"
+                self.stopped[other] = f"stopped: {setting.budget:.4g} of this method cannot reach {self._keep:.4g}"
 
 
 @dataclass(frozen=True)
@@ -237,8 +236,8 @@ def judge(
     notes = dict(problems) | race.stopped
     rows = [_row(setting, records, dense, answered, videos, notes.get(setting)) for setting in settings]
     blind = [_row(control, records, dense, answered, videos, None) for control in controls]
-    verdicts = _keeping(rows, keep, _least(blind, keep))
-    rows = [replace(row, keeps=keeps) for row, keeps in zip(rows, verdicts, strict=True)]
+    least = _least(blind, keep) - _ROUNDING
+    rows = [replace(row, keeps=row.overlap is not None and row.overlap >= least) for row in rows]
     why_not = _why_not(rows, blind, keep, len(answered))
     kept = [row for row in rows if row.keeps]
     chosen = min(kept, key=lambda row: (row.prefill_ms, row.budget)) if kept and not why_not else None
@@ -258,8 +257,8 @@ def _row(
 ) -> Row:
     own = records.get(setting, {})
     good = [index for index in answered if index in own and own[index].error is None]
-    if len(good) < len(answered) or not good:
-        return Row(setting.name, setting.budget, len(good), note=note or _STOPPED)
+    if note is not None or len(good) < len(answered) or not good:
+        return Row(setting.name, setting.budget, len(good), note=note or "failed")
     found, whole = [own[index] for index in good], [records[dense][index] for index in good]
     clusters = [videos[index] for index in good]
     same_low, same_high = clustered_interval([float(record.same) for record in found], clusters)
@@ -288,24 +287,7 @@ def _row(
         dense_ms=1e3 * statistics.median(record.seconds for record in whole),
         peak_mib=_median_mib(found),
         dense_peak_mib=_median_mib(whole),
-        note=note,
     )
-
-
-def _keeping(rows: Sequence[Row], keep: float, least: float) -> list[bool]:
-    """Whether each row has an overlap of `least`, and no higher budget of its method failed to reach `keep`."""
-
-    def reaches(row: Row, wanted: float) -> bool:
-        return row.overlap is not None and row.overlap >= wanted - _ROUNDING
-
-    def is_out(row: Row) -> bool:
-        return not reaches(row, keep) if row.overlap is not None else (row.note or "").startswith(_STOPPED)
-
-    return [
-        reaches(row, least)
-        and not any(is_out(other) for other in rows if other.method == row.method and other.budget >= row.budget)
-        for row in rows
-    ]
 
 
 def _least(controls: Sequence[Row], keep: float) -> float:
@@ -329,7 +311,7 @@ def _why_not(rows: Sequence[Row], controls: Sequence[Row], keep: float, requests
             )
     if any(row.keeps for row in rows):
         return ""
-    if any(_keeping(rows, keep, keep)):
+    if any(row.overlap is not None for row in rows):  # the race stopped those that do not keep enough
         return (
             f"some settings keep {percent(keep)}, but lose more than 1/{CONTROL_FACTOR} of what the controls lose, so "
             "that these requests hardly tell them from a model that sees nothing"
