@@ -45,7 +45,8 @@ class Comparison:
         right: whether the answer is right; None without a label.
         budget_achieved: mean over layers of the video tokens in attention, as a fraction of the prompt's.
         flops, dense_flops: multiply-accumulates of the prefill, in this setting and with all tokens.
-        seconds: time of the prefill, relevance predictor included, vision encoder not.
+        seconds: time of the prefill, relevance predictor included, vision encoder not; the answer goes along if it was
+            appended.
         peak_memory: peak bytes above those in use before; None if it was not measured.
         error: why there is no answer; everything else is then meaningless.
     """
