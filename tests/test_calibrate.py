@@ -57,7 +57,7 @@ def write_lines(path: Path, lines) -> Path:
 
 
 def invoke(*arguments: object, given: str | None = None, command: str = "calibrate"):
-    return CliRunner().invoke(app, [command, *map(str, arguments)], input=given, env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, [command, *map(str, arguments)], input=given, env={"COLUMNS": "80"})
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,11 @@ def test_the_table_the_advice_and_the_files(calibrated):
     assert "Use framefusion at a budget of 0." in text
     assert "5 of 5 answers stay the same (95 % interval" in text
     assert "5 requests are few" in text
-    assert "stopped: cannot reach 0.95" in text
-    assert "control: sees next to nothing" in text
+    assert "Stopped: cannot keep 0.95 any more" in text
+    for word in ("take this", "keeps", "stopped", "control"):
+        assert word in text
+    assert max(map(len, output.splitlines()[:14])) <= 80
+    assert "…" not in output  # nothing is cut off
     found = rows(out)
     fusion, dropped, blank = found["framefusion", 0.5], found["uniformframes", 0.2], found["blank video", 1.0]
     assert (fusion["kind"], blank["kind"]) == ("setting", "control")

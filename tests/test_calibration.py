@@ -189,7 +189,7 @@ def test_intervals_of_independent_values_are_wilsons_but_for_students_t():
 
 def test_percentages_are_not_rounded_to_all_or_none():
     assert [percent(share) for share in (1, 0.9999, 0.5, 0.0001, 0, None)] == [
-        "100.0 %", "99.9 %", "50.0 %", "0.1 %", "0.0 %", "-",
+        "100 %", "99.9 %", "50.0 %", "0.1 %", "0 %", "-",
     ]  # fmt: skip
 
 

@@ -55,18 +55,19 @@ def write_results(plan: Calibration, found: Found) -> list[Path]:
 
 
 def results_table(results: Results) -> Table:
-    """The table: MACs are relative to all tokens, ms is the prefill without the vision encoder."""
+    """The table, for 80 columns: shares in percent, ms of the prefill without the vision encoder, MiB above rest."""
     labelled = any(row.accuracy is not None for row in results.rows)
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("method", overflow="fold", min_width=11)
-    right = ["right", "p"] if labelled else []
-    for heading in ("budget", "asked", "same answer", "overlap", "est. loss", *right, "MACs", "ms", "MiB", ""):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=bool(heading))
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 0))
+    table.add_column("method", overflow="fold", min_width=13)
+    widths = {"budget": 6, "same": 5, "95 %": 10, "overlap": 7, "ms": 5, "MiB": 4}
+    widths |= {"right": 5, "p": 5} if labelled else {}
+    for heading, width in widths.items():
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    table.add_column("", no_wrap=True, min_width=9)
     for row in results.rows:
-        table.add_row(*_cells(row, results, labelled))
+        table.add_row(*_cells(row, labelled), _verdict(row, results))
     for row in results.controls:
-        cells = _cells(row, results, labelled)
-        table.add_row(*cells[:-1], "control: sees next to nothing", style="dim")
+        table.add_row(*_cells(row, labelled), "control", style="dim")
     return table
 
 
@@ -87,19 +88,29 @@ def as_json(found: Found) -> str:
     return json.dumps(content, indent=2)
 
 
-def _cells(row: Row, results: Results, labelled: bool) -> list[str]:
-    start = [escape(row.method), f"{row.budget:.4g}", str(row.requests)]
+def _cells(row: Row, labelled: bool) -> list[str]:
+    start = [escape(row.method), f"{row.budget:.4g}"]
     if row.same is None or row.same_low is None or row.same_high is None:
-        return [*start, *[""] * (6 + 2 * labelled), f"[dim]{escape(row.note or '')}[/dim]"]
-    interval = f"{percent(row.same)} ({100 * row.same_low:.1f}-{100 * row.same_high:.1f})"
-    judged = [percent(row.accuracy), "" if row.p_value is None else f"{row.p_value:.1g}"] if labelled else []
-    verdict = "[green]keeps, recommended[/green]" if row is results.chosen else "keeps" if row.keeps else ""
-    milliseconds = f"{row.prefill_ms:.1f}" if row.prefill_ms else ""
+        return [*start, *[""] * (5 + 2 * labelled)]
+    judged = [_bare(row.accuracy), "" if row.p_value is None else f"{row.p_value:.1g}"] if labelled else []
     return [
-        *start, interval, percent(row.overlap), f"{100 * (row.loss or 0):.1f} %", *judged,
-        "" if row.relative_flops is None else f"{row.relative_flops:.1%}",
-        milliseconds, "" if row.peak_mib is None else f"{row.peak_mib:.1f}", verdict,
+        *start, _bare(row.same), f"{100 * row.same_low:.1f}-{100 * row.same_high:.1f}", _bare(row.overlap),
+        f"{row.prefill_ms:.1f}" if row.prefill_ms else "", "" if row.peak_mib is None else f"{row.peak_mib:.3g}",
+        *judged,
     ]  # fmt: skip
+
+
+def _verdict(row: Row, results: Results) -> str:
+    if row is results.chosen:
+        return "[green]take this[/green]"
+    if row.keeps:
+        return "keeps"
+    return "" if row.note is None else "[dim]stopped[/dim]" if row.stopped else "[dim]fails[/dim]"
+
+
+def _bare(share: float | None) -> str:
+    """A share in percent, without the sign."""
+    return percent(share).removesuffix(" %")
 
 
 def _accuracy(row: Row) -> Accuracy:
@@ -133,6 +144,11 @@ def _settings(plan: Calibration, found: Found) -> Settings:
 
 def notes(found: Found) -> Iterator[str]:
     """What a reader must know besides the table."""
+    for row in found.results.rows:
+        if row.note is not None and not row.stopped:
+            yield f"{row.method} at {row.budget:.4g}: {row.note}"
+    if any(row.stopped for row in found.results.rows):
+        yield f"Stopped: cannot keep {found.results.keep:.4g} any more, or a higher budget of the method cannot."
     yield from found.results.warnings
     if found.failures:
         video, error = found.failures[0]

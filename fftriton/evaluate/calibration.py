@@ -19,6 +19,7 @@ CONTROL_FACTOR = 5  # a control must lose this many times as much as a setting t
 FEW, FEW_STRICT, STRICT = 50, 100, 0.95  # requests below which a warning is due; the second for `keep` above STRICT
 
 _ROUNDING = 1e-9
+_STOPPED = "stopped: "
 
 
 class Way(Hashable, Protocol):
@@ -105,10 +106,10 @@ class Race(Generic[W]):
                 self._stop(setting)
 
     def _stop(self, setting: W) -> None:
-        self.stopped[setting] = f"stopped: cannot reach {self._keep:.4g}"
+        self.stopped[setting] = f"{_STOPPED}cannot reach {self._keep:.4g}"
         for other in self.live:
             if other.name == setting.name and other.budget < setting.budget:
-                self.stopped[other] = f"stopped: {setting.budget:.4g} of this method cannot reach {self._keep:.4g}"
+                self.stopped[other] = f"{_STOPPED}{setting.budget:.4g} of this method cannot reach {self._keep:.4g}"
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,11 @@ class Row:
     keeps: bool = False
     note: str | None = None
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the race stopped it, because it cannot keep enough."""
+        return self.note is not None and self.note.startswith(_STOPPED)
+
 
 @dataclass(frozen=True)
 class Results:
@@ -206,7 +212,7 @@ def percent(share: float | None) -> str:
         text = "99.9"
     if share > 0 and text == "0.0":
         text = "0.1"
-    return f"{text} %"
+    return f"{text.removesuffix('.0') if share in (0, 1) else text} %"
 
 
 def judge(
