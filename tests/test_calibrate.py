@@ -95,7 +95,7 @@ def test_the_table_the_advice_and_the_files(calibrated):
     assert "Stopped: cannot keep 0.95 any more" in text
     for word in ("take this", "keeps", "stopped", "control"):
         assert word in text
-    assert max(map(len, output.splitlines()[:14])) <= 80
+    assert max(map(len, output.splitlines()[:11])) <= 80
     assert "…" not in output  # nothing is cut off
     found = rows(out)
     fusion, dropped, blank = found["framefusion", 0.5], found["uniformframes", 0.2], found["blank video", 1.0]
