@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TopKPruner,
         UniformFrames,
         frame_budgets,
+        load_settings,
     )
     from .relevance import ContextFusion, SiglipRelevance
 
@@ -68,6 +69,7 @@ __all__ = [
     "frame_budgets",
     "hf",
     "layouts",
+    "load_settings",
     "methods",
     "reduce",
     "relevance",

@@ -69,3 +69,9 @@ def check_spelling(keys: Iterable[str], known: Iterable[str]) -> None:
     for key in keys:
         if key not in names and (meant := get_close_matches(key, names, 1, 0.9)):
             raise ValueError(f"keys must not be nearly '{meant[0]}', got '{key}'")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line; the name of its class if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

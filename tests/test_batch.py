@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 import fftriton.app.answer_file
 import fftriton.app.batch
+import fftriton.app.clips
 from fftriton.app.answer_file import AnswerFile
-from fftriton.app.batch import make_tasks
 from fftriton.app.cli import app
+from fftriton.app.clips import make_tasks
 from fftriton.app.requests import Defaults, read_requests
 from fftriton.needle import generate_sample
 from fftriton.needle.samples import write_clip
@@ -157,7 +158,7 @@ def test_a_video_is_decoded_and_encoded_once(clips, tmp_path, monkeypatch, batch
     folder, _ = clips
     lines = [{"video": str(folder / f"{i}.mp4"), "question": question} for question in QUESTIONS for i in range(2)]
     decoded, encoded = [], []
-    read, load = fftriton.app.batch.read_video, Target.load_model
+    read, load = fftriton.app.clips.read_video, Target.load_model
 
     def load_model(target):
         model = load(target)
@@ -166,7 +167,7 @@ def test_a_video_is_decoded_and_encoded_once(clips, tmp_path, monkeypatch, batch
 
     monkeypatch.setattr(Target, "load_model", load_model)
     monkeypatch.setattr(
-        fftriton.app.batch, "read_video", lambda path, **rest: decoded.append(path) or read(path, **rest)
+        fftriton.app.clips, "read_video", lambda path, **rest: decoded.append(path) or read(path, **rest)
     )
     requests = write_lines(tmp_path / "requests.jsonl", lines)
     assert invoke(requests, "--out", tmp_path / "out.jsonl", "--batch-size", batch_size).exit_code == 0

@@ -303,7 +303,7 @@ def test_the_video_is_encoded_once(monkeypatch):
 
 
 def test_records_keep_to_their_keys(tmp_path):
-    first, second = RecordFolder(tmp_path, 0), RecordFolder(tmp_path, 1)
+    first, second = RecordFolder(tmp_path, 0, Record), RecordFolder(tmp_path, 1, Record)
     first.append([record(0), record(1, key="other")])
     second.append([record(2)])
     assert sorted(first.read(["k"])) == [("k", 0), ("k", 2)]

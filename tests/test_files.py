@@ -172,8 +172,8 @@ def test_an_evaluation_whose_disk_filled_up_resumes(tmp_path, monkeypatch, owner
 def test_a_line_that_was_left_unfinished_costs_no_other_record(tmp_path):
     record = Record("key", 0, "kind", 4, None, "3", "3", True, 0.5, 1.0, 2.0, 0.1, None, [4])
     (tmp_path / "records-0.jsonl").write_text('{"key": "key", "ind')
-    RecordFolder(tmp_path).append([record])
-    assert RecordFolder(tmp_path).read(["key"]) == {("key", 0): record}
+    RecordFolder(tmp_path, 0, Record).append([record])
+    assert RecordFolder(tmp_path, 0, Record).read(["key"]) == {("key", 0): record}
 
 
 def test_writing_replaces_a_file_at_once(tmp_path):

@@ -2,86 +2,28 @@
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby, zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import __version__
+from ..checks import first_line
 from ..evaluate import Setting
 from ..hf import reduce
 from ..methods import Method
 from ..runtime.answers import generate_batch
 from ..runtime.encoding import encoded_once
 from ..runtime.processes import Process
-from ..runtime.processing import Processor
 from ..runtime.progress import OnProgress
 from ..runtime.target import Target, to_model
-from ..runtime.video import Video, read_video
 from .answer_file import Answers, Line
-from .requests import Request
+from .clips import Clip, Decoder, Task, ahead, batches, quick_collection, share_pixels
 
 _LOG = logging.getLogger("fftriton")
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-
-
-@dataclass(frozen=True)
-class Task:
-    """A request with its key, a digest of everything that its answer depends on."""
-
-    key: str
-    request: Request
-
-
-@dataclass
-class Clip:
-    """A video with the questions about it.
-
-    Attributes:
-        tasks: all questions about this video, in their order.
-        video: the sampled frames; None before they are decoded, or if they cannot be.
-        error: why they cannot be decoded.
-    """
-
-    tasks: list[Task]
-    video: Video | None = None
-    error: Exception | None = None
-
-
-def make_tasks(requests: Sequence[Request], target: Target) -> list[Task]:
-    """Give each request its key; equal requests get different ones."""
-    device, dtype = target.torch_device().type, str(target.torch_dtype())
-    settings = asdict(target) | {"device": device, "dtype": dtype, "fftriton": __version__}
-    seen: Counter[str] = Counter()
-    tasks = []
-    for request in requests:
-        text = json.dumps([settings, asdict(request)], sort_keys=True, default=str)
-        seen[text] += 1
-        digest = hashlib.sha256(f"{text} {seen[text]}".encode()).hexdigest()
-        tasks.append(Task(digest[:20], request))
-    return tasks
-
-
-def batches(tasks: Sequence[Task], batch_size: int) -> list[list[Clip]]:
-    """Clips that run together: the questions about one video are one clip, wherever they stand."""
-    clips: dict[Any, Clip] = {}
-    for task in tasks:
-        request = task.request
-        clips.setdefault((request.video, request.sampling, request.max_pixels), Clip([])).tasks.append(task)
-    ordered = list(clips.values())
-    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
 def run_batch(
@@ -117,8 +59,8 @@ def run_batch(
     before = total - sum(task.key not in done for clips in missing for clip in clips for task in clip.tasks)
     runner, written, failed = _Runner(target, model, batch_size), 0, 0
     on_progress(before, total)
-    with _quick_collection() as collect:
-        for clips in _ahead(runner.decode, missing):
+    with quick_collection() as collect:
+        for clips in ahead(runner.decoder.decode, missing):
             for lines in runner.answer(clips, done):
                 answers.append(lines)
                 written += len(lines)
@@ -130,24 +72,11 @@ def run_batch(
 
 
 class _Runner:
-    """Decodes clips and answers the questions about them."""
+    """Answers the questions about clips."""
 
     def __init__(self, target: Target, model: Any, batch_size: int) -> None:
         self._target, self._model, self._batch_size = target, model, batch_size
-        self._processor: Callable[[int | None], Processor] = lru_cache(8)(target.load_processor)
-
-    def decode(self, clips: list[Clip]) -> list[Clip]:
-        """Decode the videos; what fails is remembered."""
-        return [self._decode(clip) for clip in clips]
-
-    def _decode(self, clip: Clip) -> Clip:
-        request = clip.tasks[0].request
-        try:
-            rule = self._processor(request.max_pixels).frame_rule(request.sampling)
-            part = request.sampling
-            return replace(clip, video=read_video(request.video, rule=rule, start=part.start, end=part.end))
-        except Exception as error:  # whatever a file does, the others go on
-            return replace(clip, error=error)
+        self.decoder = Decoder(target)
 
     @torch.no_grad()
     def answer(self, clips: list[Clip], done: set[str]) -> Iterator[list[Line]]:
@@ -196,14 +125,15 @@ class _Runner:
 
     def _forward(self, pairs: list[tuple[Clip, Task]], method: Method, pixels: dict[Any, Tensor]) -> list[Line]:
         method.check(self._model.config.get_text_config().num_hidden_layers)
-        processors = [self._processor(task.request.max_pixels) for _, task in pairs]
+        processors = [self.decoder.processor(task.request.max_pixels) for _, task in pairs]
         prompts = [
             processor(clip.video, task.request.question)  # type: ignore[arg-type]
             for processor, (clip, task) in zip(processors, pairs, strict=True)
         ]
         tokenizer = processors[0].tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        inputs = _share(to_model(collate(prompts, padding), self._model), [id(clip.video) for clip, _ in pairs], pixels)
+        inputs = to_model(collate(prompts, padding), self._model)
+        inputs = share_pixels(inputs, [id(clip.video) for clip, _ in pairs], pixels)
         longest = pairs[0][1].request.max_new_tokens or self._target.answer_length(self._model)
         with reduce(self._model, method) as reduction:
             rows = generate_batch(self._model, inputs, longest, padding)
@@ -243,16 +173,6 @@ def collate(prompts: Sequence[dict[str, Tensor]], padding: int) -> dict[str, Ten
     return joined
 
 
-def _share(inputs: dict[str, Tensor], videos: Sequence[int], pixels: dict[Any, Tensor]) -> dict[str, Tensor]:
-    """Replace pixels by the equal ones of an earlier prompt, so that the vision encoder runs once."""
-    for name, value in inputs.items():
-        if name.startswith("pixel"):
-            known = pixels.setdefault((name, *videos), value)
-            if known is not value and known.shape == value.shape and torch.equal(known, value):
-                inputs[name] = known
-    return inputs
-
-
 def _bound(setting: Setting, clip: Clip, task: Task) -> Method:
     assert clip.video is not None
     return setting.method().about(clip.video.frames, task.request.question)
@@ -279,28 +199,4 @@ def _success(pair: tuple[Clip, Task], answer: str, report: Any) -> Line:
 
 def _failure(task: Task, error: Exception) -> Line:
     _LOG.info("%s: %s", task.request.video, error, exc_info=error)
-    text = str(error).strip().splitlines()
-    return _common(task) | {"answer": None, "error": text[0] if text else type(error).__name__}
-
-
-@contextmanager
-def _quick_collection() -> Iterator[Callable[[], object]]:
-    """Yield a function that frees unreachable objects, and does not look at those from before the block."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield gc.collect
-    finally:
-        gc.unfreeze()
-
-
-def _ahead(function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-    """Results of a function, of which the next is computed while the last is used."""
-    with ThreadPoolExecutor(1) as pool:
-        following = None
-        for item in items:
-            current, following = following, pool.submit(function, item)
-            if current is not None:
-                yield current.result()
-        if following is not None:
-            yield following.result()
+    return _common(task) | {"answer": None, "error": first_line(error)}

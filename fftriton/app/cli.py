@@ -1,4 +1,4 @@
-"""The command line: `fftriton run`, `fftriton batch` and `fftriton eval`.
+"""The command line: `fftriton run`, `batch`, `eval` and `calibrate`.
 
 Most modules are imported when a command runs, so that `--help` is quick.
 """
@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .. import __version__
 from ..methods.registry import names
-from ..runtime.options import CommonOptions, ModelOptions, ReductionOptions, SamplingOptions, with_options
+from ..runtime.options import (
+    BUDGET,
+    METHOD,
+    CommonOptions,
+    MaxPixels,
+    ModelOptions,
+    ReductionOptions,
+    SamplingOptions,
+    with_options,
+)
 from ..runtime.terminal import say, working
 from .bars import Bars, make_progress
 
@@ -74,15 +83,17 @@ def run(
         from .run import run as run_job
 
         console = Console(quiet=as_json)
+        target = model.target()
+        chosen = _choose(messages, reduction, target, sampling.sampling())
         options = Options(
-            target=model.target(),
-            method=reduction.method,
-            budget=_parse_budget(reduction.budget),
+            target=target,
+            method=chosen.method,
+            budget=chosen.budget,
             relevance=relevance,
             compare=not video if compare is None else compare,
             out=out,
-            sampling=sampling.sampling(),
-            max_pixels=reduction.max_pixels,
+            sampling=chosen.sampling,
+            max_pixels=chosen.max_pixels,
         )
         videos: list[Path | None] = [*video] if video else [None]
         questions: list[str | None] = [*question] if question else [None]
@@ -207,14 +218,17 @@ def batch(
         from ..checks import check_count
         from ..runtime.processes import this_process, wait_for_all
         from .answer_file import AnswerFile, StandardOutput
-        from .batch import make_tasks, run_batch
+        from .batch import run_batch
+        from .clips import make_tasks
         from .requests import Defaults, read_requests
 
         process = this_process()
         check_count("fftriton", "batch_size", batch_size, 1)
-        target, wishes = model.target(), asdict(sampling.sampling())
-        settings = asdict(reduction) | {"budget": _parse_budget(reduction.budget)} | wishes
-        tasks = make_tasks(read_requests(requests, Defaults(question or [_question(model.model)], settings)), target)
+        target = model.target()
+        chosen = _choose(messages, reduction, target, sampling.sampling())
+        values = {"method": chosen.method, "budget": chosen.budget, "max_pixels": chosen.max_pixels}
+        defaults = Defaults(question or [_question(model.model)], values | asdict(chosen.sampling))
+        tasks = make_tasks(read_requests(requests, defaults), target)
         if out == "-":
             answers: AnswerFile | StandardOutput = StandardOutput()
         else:
@@ -235,6 +249,91 @@ def batch(
         say(messages, f"{written - failed} answered, {failed} failed: {out}")
     if failed == written > 0:
         raise typer.Exit(1)
+
+
+@app.command()
+@with_options
+def calibrate(
+    *,
+    requests: Annotated[
+        str,
+        typer.Argument(help="As for batch; a line may have an answer, which is the label, and options."),
+    ],
+    methods: Annotated[
+        str, typer.Option(help=f"Separated by commas: {', '.join(names())}; NAME:PARAMETER=VALUE sets a parameter.")
+    ] = "framefusion,fastv,uniformframes",
+    budgets: Annotated[str, typer.Option(help="Vision tokens to keep, separated by commas.")] = "0.7,0.5,0.3,0.2,0.1",
+    keep: Annotated[
+        float, typer.Option(help="Overlap with the unreduced model's next-token distributions to keep, 0.5 to 1.")
+    ] = 0.98,
+    out: Annotated[Path, typer.Option(help="Folder for records, results and settings.json.")] = Path(
+        "fftriton-calibrate"
+    ),
+    question: Question = None,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    max_pixels: MaxPixels = None,
+    as_json: AsJson = False,
+    common: CommonOptions,
+) -> None:
+    """Find out which method and budget keep the unreduced model's answers to your own requests, without labels.
+
+    An interrupted run resumes. Several processes share the videos: on GPUs `accelerate launch -m fftriton calibrate
+    ...`, on CPUs `torchrun --nproc-per-node 2 -m fftriton calibrate ...`.
+    """
+    resumes = f"What is compared is in {out}: the same command resumes."
+    with working(common.quiet, common.verbose, resumes) as messages:
+        from dataclasses import asdict
+
+        from ..methods import split_methods
+        from ..runtime.processes import this_process
+        from .calibrate import Calibration
+        from .calibrate import calibrate as run_calibration
+        from .calibrate_output import as_json as found_as_json
+        from .calibrate_output import notes, results_table, write_results
+        from .requests import Defaults, read_requests
+
+        dense = {"method": "keep-all", "budget": 1.0, "max_pixels": max_pixels}
+        defaults = Defaults(question or [_question(model.model)], dense | asdict(sampling.sampling()))
+        plan = Calibration(
+            requests=read_requests(requests, defaults),
+            methods=tuple(split_methods(methods)),
+            budgets=tuple(_parse_budget(budget) for budget in _split(budgets)),
+            keep=keep,
+            target=model.target(),
+            out=out,
+            sampling=sampling.sampling(),
+            max_pixels=max_pixels,
+        )
+        with make_progress(messages, rate=True) as progress:
+            found = run_calibration(plan, Bars(progress).open)
+        if not this_process().is_main:
+            return
+        files = write_results(plan, found)
+        console = Console(quiet=as_json)
+        if as_json:
+            print(found_as_json(found))
+        console.print(results_table(found.results))
+        for note in notes(found):
+            console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(found.results.advice, style="bold", markup=False, highlight=False, soft_wrap=True)
+        say(console, "Written: " + ", ".join(map(str, files)))
+    if not found.results.requests:
+        raise typer.Exit(1)
+
+
+def _choose(messages: Console, reduction: ReductionOptions, target: Any, sampling: Any) -> Any:
+    """The method, the budget and the frames: from the options, or from a file of settings."""
+    from .chosen import Chosen, choose
+
+    method, budget, pixels = reduction.method, reduction.budget, reduction.max_pixels
+    if reduction.settings is None:
+        return Chosen(method or METHOD, _parse_budget(budget or BUDGET), sampling, pixels)
+    given = {"method": method is not None, "budget": budget is not None}
+    chosen = choose(reduction.settings, given, target, sampling, pixels)
+    for note in chosen.notes:
+        messages.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return chosen
 
 
 def _question(model: str | None) -> str:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..evaluate.agreement import Agreement
+from ..evaluate.calibration import percent
 from ..hf import Report
 from ..methods import KVTP, Chain, Method
 from ..methods.text import to_dict
@@ -119,6 +121,9 @@ def _rows(result: Result, ways: list[Way]) -> Iterator[tuple[str, list[str], str
     report = result.reduced.report
     alone = [""] * (len(ways) - 1)  # cells of the ways without reduction
     yield "answer", [_answer_cell(way.answer, result.job.clip.answer) for way in ways], ""
+    if result.agreement is not None:
+        yield "same answer", [*alone, _agreement_cell(result.agreement)], ""
+        yield "next-token distributions", [*alone, _distance_cell(result.agreement)], ""
     yield "vision tokens in layer", [summarise_layers(_vision_tokens(way, report)) for way in ways], ""
     yield "budget asked", [*alone, f"{report.budget:.0%}"], ""
     yield "budget achieved", [*alone, f"{report.budget_achieved:.1%}"], ""
@@ -137,6 +142,19 @@ def _rows(result: Result, ways: list[Way]) -> Iterator[tuple[str, list[str], str
     yield "decode, per token", [_milliseconds(seconds) for seconds in decodes], _speed_up(decodes)
     peaks = [way.cost.peak_memory for way in ways]
     yield "peak memory above rest", [_mebibytes(peak) for peak in peaks], _saving(peaks)
+
+
+def _agreement_cell(agreement: Agreement) -> str:
+    """Whether greedy generation gives the same tokens."""
+    if agreement.first_difference is None:
+        return "[green]yes[/green]"
+    same = f"token {agreement.first_difference + 1} of {agreement.tokens} is the first that differs"
+    return f"[red]no[/red]: {same}" if agreement.tokens > 1 else "[red]no[/red]"
+
+
+def _distance_cell(agreement: Agreement) -> str:
+    """How far apart the distributions are, mean over the tokens of the dense answer."""
+    return f"overlap {percent(agreement.overlap)}, KL {agreement.kl:.2g} nats"
 
 
 def _relevance_cell(report: Report) -> str:
@@ -224,6 +242,7 @@ def _as_dict(result: Result) -> dict[str, Any]:
             for scores in report.frame_scores
         ],
         "tokens_of_frames": [counts.tolist() for counts in report.frame_counts],
+        "agreement": asdict(result.agreement) if result.agreement else None,
         "dense": _way_as_dict(result.dense, report) if result.dense else None,
         "reduced": _way_as_dict(result.reduced, report),
         "pictures": [path.name for path in result.pictures],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..evaluate.agreement import Agreement, DenseAnswer
 from ..hf import Report, reduce
 from ..methods import Chain, Method
 from ..runtime.answers import TokenClock, generate
@@ -73,6 +74,7 @@ class Result:
         job: the job.
         dense: the unreduced model; None if not compared.
         reduced: the reduced model.
+        agreement: how far the reduced model's answer is from the dense one's; None if not compared.
         vision_seconds: time of the vision encoder, included in both prefills; None if it could not be timed separately.
         pictures: the files of the pictures.
     """
@@ -80,6 +82,7 @@ class Result:
     job: Job
     dense: Way | None
     reduced: Way
+    agreement: Agreement | None
     vision_seconds: float | None
     pictures: list[Path]
 
@@ -112,6 +115,12 @@ def _run(options: Options, model: Any, job: Job, open_bar: OpenBar) -> Result:
     for way in ways:
         with open_bar(f"Generating, {way.name}") as on_progress:
             way.answer = _answer(options.target.answer_length(model), model, inputs, way, job.tokenizer, on_progress)
+    agreement = None
+    if dense is not None:
+        with open_bar("Comparing") as on_progress:
+            answer = DenseAnswer(model, inputs, options.target.answer_length(model))
+            agreement = answer.compare(answer.under(job.method)[0])
+            on_progress(1, 1)
     with open_bar("Timing") as on_progress:
         for done in range(_REPEATS):
             for way in ways:  # in turn, so that other load on the machine affects all ways alike
@@ -119,7 +128,7 @@ def _run(options: Options, model: Any, job: Job, open_bar: OpenBar) -> Result:
             on_progress(done + 1, _REPEATS)
 
     pictures = _draw(options.out, job, reduced, inputs)
-    return Result(job, dense, reduced, vision_seconds, pictures)
+    return Result(job, dense, reduced, agreement, vision_seconds, pictures)
 
 
 def _name(method: Method) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,25 @@ _KIND = "question"  # of lines that name none
 _CHOOSE = "Answer with the letter of the right option only."
 _SAMPLING = tuple(part.name for part in fields(Sampling))
 _KEYS = ("video", "question", "answer", "options", "letter", "kind", "query", *_SAMPLING)
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a right answer is.
+
+    Attributes:
+        answers: right answers: texts that the answer may contain, or the letter of the right option.
+        options: the options' texts, in the order of their letters; empty for an open question.
+    """
+
+    answers: list[str]
+    options: list[str]
+
+    def is_right(self, answer: str) -> bool:
+        """Whether an answer contains a right one, or names the right option by letter or text."""
+        if not self.options:
+            return any(is_right(answer, expected) for expected in self.answers)
+        return chosen_letter(answer, self.options) == self.answers[0]
 
 
 @dataclass
@@ -67,9 +86,7 @@ class FileSample:
 
     def is_right(self, answer: str) -> bool:
         """Whether an answer contains a right one, or names the right option by letter or text."""
-        if not self.options:
-            return any(is_right(answer, expected) for expected in self.answers)
-        return chosen_letter(answer, self.options) == self.answers[0]
+        return Label(self.answers, self.options).is_right(answer)
 
 
 class FileTask:
@@ -162,19 +179,33 @@ class FileTask:
         wishes = {name: entry[name] for name in _SAMPLING if name in entry}
         if not wishes.keys() & {"frames", "fps", "min_frames", "max_frames"}:
             wishes["frames"] = self._frames
-        options = [str(option) for option in entry.get("options") or []]
-        answers = _right(entry, options)
-        lines = [entry["question"], *map("{}. {}".format, string.ascii_uppercase, options)]
-        lines += [_CHOOSE] if options else []
-        question = "\n".join(lines)
+        label = read_label(entry)
+        question = with_options(entry["question"], label.options)
         return FileSample(
-            len(self._samples), str(entry.get("kind", _KIND)), question, answers, options,
+            len(self._samples), str(entry.get("kind", _KIND)), question, label.answers, label.options,
             beside(self._path.parent, entry["video"]), Sampling(**wishes), entry.get("query", question),
         )  # fmt: skip
 
 
-def _right(entry: dict[str, Any], options: list[str]) -> list[str]:
-    """The right answers, or the letter of the right option. What stands under "letter" is never an option's text."""
+def read_label(entry: Mapping[str, Any]) -> Label:
+    """The right answers and the options of a line. What stands under "letter" is never an option's text.
+
+    Raises:
+        ValueError: they are missing or contradict each other.
+    """
+    options = [str(option) for option in entry.get("options") or []]
+    return Label(_right(entry, options), options)
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """A question with its options and their letters; the question itself if there are none."""
+    if not options:
+        return question
+    return "\n".join([question, *map("{}. {}".format, string.ascii_uppercase, options), _CHOOSE])
+
+
+def _right(entry: Mapping[str, Any], options: list[str]) -> list[str]:
+    """The right answers, or the letter of the right option."""
     answer = entry.get("letter", entry.get("answer"))
     answers = [str(text) for text in (answer if isinstance(answer, list) else [answer]) if str(text).strip()]
     if answer is None or not answers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
@@ -105,18 +106,9 @@ class Plan:
     def __post_init__(self) -> None:
         check_count("eval", "samples", self.samples, 1)
         sample_count(self.make_task(), self.samples)
-        for name in ("methods", "budgets"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"eval: {name} must be one or more, each once, got {values!r}")
-        for budget in self.budgets:
-            check_budget("eval", "budgets", budget)
+        check_settings("eval", self.methods, self.budgets)
         if self.reference is not None:
             check_choice("eval", "reference", self.reference, self.methods)
-        for name in self.methods:
-            if "budget" in read(name)[-1].parameters:
-                raise ValueError(f"eval: methods must leave the budget of the last one to budgets, got '{name}'")
-            Setting(name, min(self.budgets)).method()  # a chain whose first budget is fixed cannot meet all budgets
 
     def make_task(self) -> Task:
         """Make the task with its split, seed and lengths."""
@@ -125,18 +117,40 @@ class Plan:
     @property
     def settings(self) -> list[Setting]:
         """Each method at each budget; keep-all once, because it has no budget."""
-        return [
-            Setting(name, budget) for name in self.methods for budget in ((1.0,) if _keeps_all(name) else self.budgets)
-        ]
+        return make_settings(self.methods, self.budgets)
 
     def counterpart(self, setting: Setting) -> Setting | None:
         """The setting that this one is tested against; None for the reference itself and for keep-all."""
         reference = self.reference
         if reference is None:
-            reference = next(filter(_keeps_all, self.methods), self.methods[0])
-        if setting.name == reference or _keeps_all(setting.name):
+            reference = next(filter(keeps_all, self.methods), self.methods[0])
+        if setting.name == reference or keeps_all(setting.name):
             return None
-        return Setting(reference, 1.0 if _keeps_all(reference) else setting.budget)
+        return Setting(reference, 1.0 if keeps_all(reference) else setting.budget)
+
+
+def check_settings(owner: str, methods: Sequence[str], budgets: Sequence[float]) -> None:
+    """Raise a ValueError or TypeError unless each of the methods can be made with each of the budgets.
+
+    Args:
+        owner: what the message starts with.
+        methods: methods as text.
+        budgets: fractions of the video tokens to keep.
+    """
+    for name, values in (("methods", methods), ("budgets", budgets)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{owner}: {name} must be one or more, each once, got {values!r}")
+    for budget in budgets:
+        check_budget(owner, "budgets", budget)
+    for method in methods:
+        if "budget" in read(method)[-1].parameters:
+            raise ValueError(f"{owner}: methods must leave the budget of the last one to budgets, got '{method}'")
+        Setting(method, min(budgets)).method()  # a chain whose first budget is fixed cannot meet all budgets
+
+
+def make_settings(methods: Sequence[str], budgets: Sequence[float]) -> list[Setting]:
+    """Each method at each budget; keep-all once, because it has no budget."""
+    return [Setting(name, budget) for name in methods for budget in ((1.0,) if keeps_all(name) else budgets)]
 
 
 def _is_checkpoint(relevance: object) -> TypeGuard[str]:
@@ -144,6 +158,6 @@ def _is_checkpoint(relevance: object) -> TypeGuard[str]:
     return isinstance(relevance, str) and relevance not in RELEVANCES
 
 
-def _keeps_all(name: str) -> bool:
+def keeps_all(name: str) -> bool:
     """Whether this is the name of a method that keeps everything."""
     return [class_of(part) for part in read(name)] == [KeepAll]

@@ -19,7 +19,9 @@ _MARKERS = "osD^vP*X"
 _APART = 0.008  # of the dense cost, between points that would cover each other
 
 
-def draw_pareto(path: Path, rows: Sequence[Row], title: str) -> None:
+def draw_pareto(
+    path: Path, rows: Sequence[Row], title: str, ylabel: str = "accuracy", keep: float | None = None
+) -> None:
     """Plot accuracy over multiply-accumulates of the prefill, one line per method, as in figure 7 of FrameFusion.
 
     Points of equal cost are drawn side by side.
@@ -28,6 +30,8 @@ def draw_pareto(path: Path, rows: Sequence[Row], title: str) -> None:
         path: PNG file to write.
         rows: results; rows without an accuracy are left out.
         title: title of the plot.
+        ylabel: what the accuracy of the rows is called.
+        keep: where to draw a line.
     """
     figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
     axes, places = figure.add_subplot(), _side_by_side(rows)
@@ -38,9 +42,11 @@ def draw_pareto(path: Path, rows: Sequence[Row], title: str) -> None:
         marker, colour = _MARKERS[number % len(_MARKERS)], _COLOURS[number % len(_COLOURS)]
         axes.errorbar(x, y, [below, above], label=method, marker=marker, color=colour, capsize=3, linewidth=1.5)
     axes.set_title(title, parse_math=False)
-    axes.set(xlabel="prefill MACs, relative to all tokens", ylabel="accuracy, 95 % interval", xlim=(0, 1.05))
+    axes.set(xlabel="prefill MACs, relative to all tokens", ylabel=f"{ylabel}, 95 % interval", xlim=(0, 1.05))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1))
+    if keep is not None:
+        axes.axhline(keep, color="black", linestyle="--", linewidth=1, label=f"{keep:.4g}")
     _tidy(axes)
     axes.legend(frameon=False, loc="best")
     save(figure, path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..runtime.files import naming
 
@@ -51,7 +52,20 @@ class Record:
     relevance_flops: float = 0.0
 
 
-class RecordFolder:
+class Keyed(Protocol):
+    """A record with the key of its setting and the name of its sample."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def index(self) -> Any: ...
+
+
+R = TypeVar("R", bound=Keyed)
+
+
+class RecordFolder(Generic[R]):
     """The records of a folder: JSON lines, one file per process, appended to as answers arrive.
 
     A record has the key of its setting, a digest of everything that an answer depends on. Records of other settings,
@@ -60,9 +74,11 @@ class RecordFolder:
     Args:
         folder: folder of the files; created if missing.
         process: number of this process, which determines the file that it appends to.
+        kind: the dataclass of the records.
     """
 
-    def __init__(self, folder: Path, process: int = 0) -> None:
+    def __init__(self, folder: Path, process: int, kind: type[R]) -> None:
+        self._kind = kind
         self._folder, self._own = folder, folder / f"records-{process}.jsonl"
         with naming(self._own):
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,18 +88,18 @@ class RecordFolder:
                     if file.read() != b"\n":  # an unfinished line
                         file.write(b"\n")
 
-    def append(self, records: Iterable[Record]) -> None:
+    def append(self, records: Iterable[R]) -> None:
         """Append records to the file at once, so that no answer is lost."""
         with naming(self._own), self._own.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+            file.writelines(json.dumps(vars(record)) + "\n" for record in records)
 
-    def read(self, keys: Iterable[str]) -> dict[tuple[str, int], Record]:
+    def read(self, keys: Iterable[str]) -> dict[tuple[str, Any], R]:
         """The records with these keys, by key and index; unfinished lines of an interrupted run are skipped."""
         wanted, found = set(keys), {}
         for path in sorted(self._folder.glob("records-*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    record = Record(**json.loads(line))
+                    record = self._kind(**json.loads(line))
                 except (json.JSONDecodeError, TypeError):
                     continue
                 if record.key in wanted:

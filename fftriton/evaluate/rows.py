@@ -152,7 +152,7 @@ def depth_cells(setting: Setting, records: Sequence[Record]) -> list[Cell]:
 
 def write_csv(
     path: Path,
-    items: Sequence[Row | Cell],
+    items: Sequence[Any],
     origin: Mapping[str, Any],
     first_columns: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
@@ -160,7 +160,7 @@ def write_csv(
 
     Args:
         path: file to write.
-        items: rows or cells.
+        items: rows, cells, or objects of any other dataclass.
         origin: last columns, the same in every line.
         first_columns: first columns of each item.
     """

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import warnings
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-from .. import __version__
 from ..hf import reduce
 from ..hf.flops import prefill_flops
 from ..methods import Method
@@ -23,7 +19,8 @@ from ..runtime.measure import memory_before, peak_memory
 from ..runtime.processes import this_process, wait_for_all
 from ..runtime.progress import OpenBar
 from ..runtime.target import Target, to_model
-from .digests import digest_of_code, digest_of_method, digest_of_weights
+from .digests import digest_of_code
+from .keys import origin_of_answers, record_key
 from .plan import Plan, Setting
 from .records import Record, RecordFolder
 from .rows import Row, summarise
@@ -60,10 +57,10 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
         layers = answerer.config.num_hidden_layers
         problems = {setting: why for setting in plan.settings if (why := setting.problem(layers)) is not None}
         origin = answerer.describe()
-        keys = {setting: _key(origin, setting) for setting in plan.settings if setting not in problems}
+        keys = {setting: record_key(origin, setting) for setting in plan.settings if setting not in problems}
         for relevance in {relevance for setting in keys for relevance in setting.relevances}:
             relevance.to(answerer.model.device)
-        folder = RecordFolder(plan.out, process.index)
+        folder = RecordFolder(plan.out, process.index, Record)
         done = folder.read(keys.values())
         _LOG.info("%s: %d of %d answers are there already", plan.out, len(done), len(keys) * plan.samples)
         own = range(process.index, plan.samples, process.count)
@@ -115,20 +112,8 @@ class Answerer:
 
     def describe(self) -> dict[str, Any]:
         """Everything about the model, the task and this library that an answer depends on."""
-        kind = type(self.model)  # a checkpoint's own code may answer differently with the same weights
-        return {
-            "class": f"{kind.__module__}.{kind.__qualname__}",
-            "weights": digest_of_weights(self.model),
-            "dtype": str(self.model.dtype),
-            "device": self.model.device.type,
-            "attention": self.config._attn_implementation,
-            "longest answer": self._longest,
-            "samples": self.task.digest,
-            "task": digest_of_code(type(self.task)),
-            "fftriton": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+        task = {"samples": self.task.digest, "task": digest_of_code(type(self.task))}
+        return origin_of_answers(self.model, self._longest) | task
 
     def _record(self, sample: Sample, inputs: dict[str, Tensor], method: Method, key: str) -> Record:
         clock, device = TokenClock(), self.model.device
@@ -161,14 +146,3 @@ class Answerer:
             report.relevance_seconds,
             report.relevance_macs,
         )
-
-
-def _key(origin: dict[str, Any], setting: Setting) -> str:
-    """A digest of everything that the answers of this setting depend on, including the source code of the method."""
-    method = setting.method()
-    everything = origin | {
-        "name": setting.name, "budget": setting.budget, "code": digest_of_method(method)
-    }  # fmt: skip
-    if setting.relevances:
-        everything["relevance"] = " ".join(relevance.digest for relevance in setting.relevances)
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]

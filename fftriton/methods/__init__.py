@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .pruners import PruMerge, Pruner, RandomPruner, TopKPruner
     from .random_tokens import RandomTokens
     from .registry import names
+    from .settings import load_settings
     from .streaming_llm import StreamingLLM
     from .temporal_merge import TemporalMerge
     from .text import from_dict, parse, split_methods, to_dict, to_text
@@ -43,6 +44,7 @@ _MODULES = {
     "pruners": ("PruMerge", "Pruner", "RandomPruner", "TopKPruner"),
     "random_tokens": ("RandomTokens",),
     "registry": ("names",),
+    "settings": ("load_settings",),
     "streaming_llm": ("StreamingLLM",),
     "temporal_merge": ("TemporalMerge",),
     "text": ("from_dict", "parse", "split_methods", "to_dict", "to_text"),
@@ -84,6 +86,7 @@ __all__ = [
     "Window",
     "frame_budgets",
     "from_dict",
+    "load_settings",
     "names",
     "parse",
     "split_methods",

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from .target import Target
 
 
+METHOD, BUDGET = "framefusion", "0.3"
+"""What runs where neither --method and --budget nor --settings say otherwise."""
+
+MaxPixels = Annotated[int | None, typer.Option(help="Maximum pixels per frame (default: checkpoint's).")]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is loaded; see `Target`."""
@@ -93,12 +99,16 @@ class ReductionOptions:
     """How the vision tokens are reduced."""
 
     method: Annotated[
-        str, typer.Option(metavar="NAME", help=f"How to reduce: {', '.join(names())}.")
-    ] = "framefusion"  # fmt: skip
+        str | None, typer.Option(metavar="NAME", show_default=METHOD, help=f"How to reduce: {', '.join(names())}.")
+    ] = None  # fmt: skip
     budget: Annotated[
-        str, typer.Option(metavar="FLOAT", help="Vision tokens to keep: a fraction in (0, 1].")
-    ] = "0.3"  # fmt: skip
-    max_pixels: Annotated[int | None, typer.Option(help="Maximum pixels per frame (default: checkpoint's).")] = None
+        str | None,
+        typer.Option(metavar="FLOAT", show_default=BUDGET, help="Vision tokens to keep: a fraction in (0, 1]."),
+    ] = None
+    settings: Annotated[
+        Path | None, typer.Option(help="File of fftriton calibrate, which chooses method, budget and frames.")
+    ] = None
+    max_pixels: MaxPixels = None
 
 
 @dataclass(frozen=True)
