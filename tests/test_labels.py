@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scripted_endpoint import Reply, chat, endpoint
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from bench.kvtp.small import word_tokenizer
@@ -602,12 +603,17 @@ def test_a_scorer_that_cannot_score(needles, tmp_path):
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "language")
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
     config = Qwen2Config(**size, num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=1024)
     language = Qwen2ForCausalLM(config)
     language.generation_config.max_new_tokens = 4
     language.save_pretrained(tmp_path / "language")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "language")  # of the class that the checkpoint's kind has
+    ids = loaded("score clip", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    tokens = language.eval().generate(ids, do_sample=False)[0, ids.shape[1] :]
+    reply = loaded.decode(tokens, skip_special_tokens=True)
+    assert make_reader("scorer", str(tmp_path / "language"), Settings()).call("score clip") == reply.strip()
     for scorer in (tmp_path / "language", MODEL):
-        assert make_reader("scorer", str(scorer), Settings()).call("score clip").strip()
         out = tmp_path / f"{scorer.name}.jsonl"
         result = invoke("label", folder / "questions.jsonl", "--out", out, "--captioner", MODEL, "--scorer", scorer)
         assert result.exit_code == 1, result.output
