@@ -58,6 +58,7 @@ setup(
         "av>=16",
         "matplotlib>=3.7",
         "pillow>=10",
+        "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
         "typer>=0.12",
