@@ -80,6 +80,11 @@ def test_demo(tmp_path):
     assert needle["dense"]["answer"] == needle["reduced"]["answer"] == needle["right_answer"] == "3"
     assert needle["dense"]["vision_tokens_per_layer"] == [256] * 8
     assert bunny["dense"]["vision_tokens_per_layer"] == [3520] * 8
+    assert "same answer" in output
+    assert needle["agreement"]["same"]
+    assert bunny["agreement"]["same"] == (bunny["dense"]["answer"] == bunny["reduced"]["answer"])
+    assert 0.9 < needle["agreement"]["overlap"] <= 1
+    assert f"overlap {100 * bunny['agreement']['overlap']:.1f} %" in output
     for clip in report["clips"]:
         assert abs(clip["budget_achieved"] - 0.3) < 0.005
         for name in clip["pictures"]:
