@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
 from ..runtime.files import check_out
-from ..runtime.one_line import in_one_line
+from ..runtime.options import CommonOptions, with_options
+from ..runtime.terminal import say, working
 from .datasets import SETS, Files
 from .questions import read_questions, write_questions
 from .splitting import split as split_questions
@@ -27,7 +27,9 @@ _SHOWN = 5  # failures that are printed
 
 
 @app.command()
+@with_options
 def read(
+    *,
     data_set: Annotated[Set, typer.Argument(metavar="SET", help=f"One of {', '.join(SETS)}.")],
     annotations: Annotated[Path, typer.Argument(help="Its questions: a .parquet, .csv or .json file.")],
     videos: Annotated[Path, typer.Option(help="Folder of its videos.")],
@@ -35,22 +37,25 @@ def read(
     answers: Annotated[Path | None, typer.Option(help="EgoSchema's subset_answers.json.")] = None,
     spans: Annotated[Path | None, typer.Option(help="NExT-GQA's gsub_val.json or gsub_test.json.")] = None,
     video_map: Annotated[Path | None, typer.Option("--map", help="NExT-QA's map_vid_vidorID.json.")] = None,
+    common: CommonOptions,
 ) -> None:
     """Read the annotations of a public data set. Questions whose videos are not in the folder are left out."""
-    with in_one_line(ValueError, TypeError, OSError, ImportError):
+    with working(common.quiet, common.verbose) as messages:
         questions = SETS[data_set.value](Files(annotations, videos, answers, spans, video_map))
         present = [question for question in questions if question.video.is_file()]
         if not present:
             raise ValueError(f"labels: videos must be a folder with '{questions[0].video.name}', got '{videos}'")
         write_questions(out, present)
-    _say(f"{len(present)} questions: {out}")
-    if missing := sorted({question.video.name for question in questions if not question.video.is_file()}):
-        left_out = len(questions) - len(present)
-        _say(f"{left_out} questions left out: {len(missing)} videos are not in '{videos}', such as {missing[0]}")
+        say(messages, f"{len(present)} questions: {out}")
+        if missing := sorted({question.video.name for question in questions if not question.video.is_file()}):
+            left_out, some = len(questions) - len(present), f"{len(missing)} videos are not in '{videos}'"
+            say(messages, f"{left_out} questions left out: {some}, such as {missing[0]}")
 
 
 @app.command()
+@with_options
 def label(
+    *,
     questions: Annotated[list[Path], typer.Argument(help="Files of questions.")],
     out: Annotated[Path, typer.Option(help="File for the labelled questions.")],
     captioner: Annotated[
@@ -74,6 +79,7 @@ def label(
     device: Annotated[str | None, typer.Option(help="Torch device of checkpoints (default: the GPU if any).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, for checkpoints.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As for fftriton eval.")] = False,
+    common: CommonOptions,
 ) -> None:
     """Label questions: caption all clips, then score each against the question. An interrupted run resumes.
 
@@ -85,7 +91,8 @@ def label(
     from .models import Settings, make_captioner, make_reader
     from .prompts import CAPTION, count_words
 
-    with in_one_line(ValueError, TypeError, OSError, ImportError):
+    resumes = "The replies so far are kept: the same command resumes."
+    with working(common.quiet, common.verbose, resumes) as messages:
         check_out(out.parent)
         if out.resolve() in [path.resolve() for path in questions]:
             raise ValueError(f"labels: out must be another file than the questions, got '{out}'")
@@ -102,7 +109,7 @@ def label(
             count=count_words if predictor is None else _token_counter(predictor),
             counter=predictor or "",
         )
-        with Progress(console=Console(stderr=True)) as progress:
+        with Progress(console=messages) as progress:
             task = progress.add_task("Labelling videos", total=None)
             labelled, failures = labeller.label(
                 asked, lambda done, total: progress.update(task, completed=done, total=total), workers
@@ -113,33 +120,38 @@ def label(
         if failures:
             lines = [json.dumps({"id": one.question.id, "error": one.reason}, ensure_ascii=False) for one in failures]
             failed.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    _say(f"{len(labelled)} questions labelled: {out}")
-    if failures:
-        _say(f"{len(failures)} failed: {failed}")
+        say(messages, f"{len(labelled)} questions labelled: {out}")
+        if failures:
+            say(messages, f"{len(failures)} failed: {failed}")
         for one in failures[:_SHOWN]:
-            _say(f"  {one.question.id}: {one.reason}")
+            say(messages, f"  {one.question.id}: {one.reason}")
     if not labelled:
         raise typer.Exit(1)
 
 
 @app.command()
+@with_options
 def split(
+    *,
     questions: Annotated[list[Path], typer.Argument(help="Files of labelled questions.")],
     out: Annotated[Path, typer.Option(help="Folder for train.jsonl, sparse.jsonl and dense.jsonl.")],
     share: Annotated[float, typer.Option(help="Share of the videos that are trained on.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Draws the videos.")] = 0,
+    common: CommonOptions,
 ) -> None:
     """Split labelled questions: train.jsonl, and to evaluate sparse.jsonl and dense.jsonl, with other videos."""
-    with in_one_line(ValueError, TypeError, OSError, ImportError):
+    with working(common.quiet, common.verbose) as messages:
         found = split_questions(read_questions(questions), share, seed)
         for name in ("train", "sparse", "dense"):
-            write_questions(out / f"{name}.jsonl", getattr(found, name))
-    for name in ("train", "sparse", "dense"):
-        part = getattr(found, name)
-        videos = len({question.video for question in part})
-        _say(f"{out / name}.jsonl: {len(part)} questions about {videos} videos")
-    if found.unused:
-        _say(f"{len(found.unused)} questions left out: level labels in training, or no answer in evaluation")
+            part = getattr(found, name)
+            write_questions(out / f"{name}.jsonl", part)
+            videos = len({question.video for question in part})
+            say(messages, f"{out / name}.jsonl: {len(part)} questions about {videos} videos")
+        if found.unused:
+            say(
+                messages,
+                f"{len(found.unused)} questions left out: level labels in training, or no answer in evaluation",
+            )
 
 
 def _token_counter(checkpoint: str) -> Callable[[str], int]:
@@ -159,10 +171,6 @@ def _read_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"labels: parameters must be a JSON object, got '{text}'")
     return value
-
-
-def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
