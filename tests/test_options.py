@@ -123,7 +123,7 @@ def test_the_command_line_comes_first_and_a_section_before_the_top(config):
     assert (parsed("run", "--config", path)["budget"], parsed("run", "--config", path)["frames"]) == ("0.4", 4)
     assert parsed("run", "--budget", 0.6, "--config", path)["budget"] == "0.6"
     assert parsed("batch", "x", "--config", path)["budget"] == "0.2"
-    assert parsed("batch", "x", "--config", config(""))["budget"] == "0.3"
+    assert parsed("batch", "x", "--config", config(""))["budget"] is None
 
 
 @pytest.mark.parametrize(
