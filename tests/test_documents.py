@@ -240,7 +240,9 @@ def check_python(arguments: list[str]) -> None:
         assert (ROOT / arguments[0]).is_file(), f"there is no file {arguments[0]}"
         return
     module, options = arguments[1], arguments[2:]
-    assert importlib.util.find_spec(module) is not None, f"there is no module {module}"
+    found = importlib.util.find_spec(module)
+    assert found is not None, f"there is no module {module}"
+    module += ".__main__" if found.submodule_search_locations is not None else ""
     if not module.startswith("bench."):
         return
     main = importlib.import_module(module).main

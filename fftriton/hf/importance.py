@@ -2,7 +2,7 @@
 
 While a prompt is reduced, the config of each attention module is a proxy. In the thread and the layer that listens, it
 names an attention function of ours, which keeps the queries and keys and then calls the function that the model chose,
-so outputs are unchanged. Where that runs one of PyTorch's causal flash kernels, the log-sum-exp of each row is kept,
+so outputs are unchanged. Where sdpa runs one of PyTorch's causal flash kernels, the log-sum-exp of each row is kept,
 too, which saves the first of the two passes over the scores. If tensor parallelism splits the heads over processes, all
 of them get the mean over all heads.
 """
@@ -122,7 +122,8 @@ class AttentionTap:
     def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.stop()
         norms = _RowNorms(query, kwargs.get("scaling"))
-        with nullcontext() if torch.compiler.is_compiling() else norms:
+        is_sdpa = attention_name(module.config) == "sdpa"  # others may be made of what a dispatch mode disturbs
+        with norms if is_sdpa and not torch.compiler.is_compiling() else nullcontext():
             out = attention_function(module)(module, query, key, value, *args, **kwargs)
         group = head_group(module, query.shape[1])
         self._local.seen = Attention(query, key, kwargs.get("scaling"), group, norms.lse)
@@ -135,6 +136,8 @@ class _RowNorms(TorchDispatchMode):
     The kernels differ in what they are given beside queries, keys and values, and are asked by the names of their
     arguments. Where anything is not as expected, nothing is kept.
     """
+
+    supports_higher_order_operators = True  # it calls every operator as it is
 
     def __init__(self, query: Tensor, scale: float | None) -> None:
         super().__init__()
