@@ -21,7 +21,6 @@ from ..evaluate.plan import Setting, check_settings, keeps_all, make_settings
 from ..evaluate.records import RecordFolder
 from ..methods import KeepAll, RandomTokens
 from ..runtime.encoding import encoded_once
-from ..runtime.files import check_out
 from ..runtime.processes import this_process, wait_for_all
 from ..runtime.progress import OpenBar
 from ..runtime.sampling import Sampling
@@ -118,10 +117,9 @@ def calibrate(plan: Calibration, open_bar: OpenBar) -> Found:
         open_bar: opens a progress bar.
 
     Raises:
-        ValueError, TypeError: the model or the folder cannot be used.
+        ValueError, TypeError: the model cannot be used.
         OSError: a record cannot be written.
     """
-    check_out(plan.out)
     wait_for_all()  # fails now, not after the work, if they cannot wait for each other
     process = this_process()
     target = process.own_target(plan.target)

@@ -286,6 +286,7 @@ def calibrate(
         from dataclasses import asdict
 
         from ..methods import split_methods
+        from ..runtime.files import check_out
         from ..runtime.processes import this_process
         from .calibrate import Calibration
         from .calibrate import calibrate as run_calibration
@@ -305,6 +306,7 @@ def calibrate(
             sampling=sampling.sampling(),
             max_pixels=max_pixels,
         )
+        check_out(out)
         with make_progress(messages, rate=True) as progress:
             found = run_calibration(plan, Bars(progress).open)
         if not this_process().is_main:

@@ -27,6 +27,8 @@ class Finder:
                 torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
             except OSError:
                 for operator in ("nms", "qnms"):
+                    if hasattr(torch.ops.torchvision, operator):
+                        continue  # whoever asked before did not import it
                     torch.library.define(f"torchvision::{operator}", SCHEMA)
         return spec
 
