@@ -30,6 +30,7 @@ from bench.hf.decode_overhead import RESULTS, WARM_UP, build, prompt, stepper
 from bench.provenance import provenance
 from bench.tables import write_csv
 from fftriton.hf import decoder_hooks
+from fftriton.hf import layers as decoder_layers
 from fftriton.hf import rows as batch_rows
 from fftriton.hf.invariants import Invariants
 
@@ -42,6 +43,7 @@ METHODS = {
 CHECKS: tuple[tuple[Any, str], ...] = (
     (decoder_hooks, "check_lengths"), (decoder_hooks, "check_growth"), (batch_rows, "check_left"),
     (batch_rows, "versions"), (Invariants, "expect"), (Invariants, "expect_output"), (Invariants, "read"),
+    (decoder_layers, "check_no_rows"),
 )  # fmt: skip
 
 

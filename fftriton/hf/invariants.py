@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -168,13 +169,21 @@ def check_no_rows(
 
     What it has no parameter for, it may be given and does not use.
     """
-    bound = inspect.signature(layer.forward).bind_partial(*args, **kwargs).arguments
-    for name, value in bound.items():
+    names = _parameters(type(layer))  # type: ignore[arg-type]
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        if name not in names:
+            continue
         if isinstance(value, Tensor) and name not in _SHORTENED and value.shape[:2] in ((1, length), (batch, length)):
             raise TypeError(
                 f"reduce: layer {index} of the decoder must get only hidden states, masks and positions for each "
                 f"token, but gets {name!r} of shape {list(value.shape)}"
             )
+
+
+@cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    """What a layer's forward has parameters for, in their order; to ask each time would take longer than the check."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 def _listed(part: Any) -> tuple[Tensor, ...]:
