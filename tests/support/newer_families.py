@@ -343,7 +343,7 @@ def instructblipvideo():
     vision = SQUARE | {"num_hidden_layers": 1}
     former = {name: value for name, value in vision.items() if "size" not in name or "ate" in name}
     model = make(
-        "InstructBlipVideo", "sdpa", text_config=QWEN2 | {"model_type": "llama"}, vision_config=vision,
+        "InstructBlipVideo", "eager", text_config=QWEN2 | {"model_type": "llama"}, vision_config=vision,
         qformer_config=former | {"vocab_size": 160, "hidden_size": 32, "encoder_hidden_size": 32},
         num_query_tokens=4, video_token_index=VIDEO,
     )  # fmt: skip
