@@ -152,6 +152,9 @@ def test_settings_bring_their_frames_and_say_what_differs(folder, tmp_path):
     result = invoke(*arguments, "--out", "-", "--frames", 4, command="batch")
     assert json.loads(result.stdout.splitlines()[-1])["frames"] == 4
     assert "was measured with sampling" in " ".join(result.stderr.split())
+    (tmp_path / "settings.json").write_text(Settings("fastv", 0.6, measured | {"max_pixels": None}).to_json())
+    result = invoke(*arguments, "--out", "-", "--max-pixels", 4096, "--quiet", command="batch")
+    assert "was measured with max_pixels None, not 4096" in " ".join(result.stderr.split())  # a warning, so also here
 
 
 @pytest.mark.parametrize(
@@ -244,6 +247,22 @@ def test_more_settings_reuse_what_is_there(folder, calibrated, tmp_path, monkeyp
     more = ("--methods", "framefusion,randomtokens", "--budgets", "0.5", "--keep", "0.95")
     assert invoke(folder / "requests.jsonl", "--out", out, *more).exit_code == 0
     assert {setting.name for setting in asked} == {"randomtokens"}
+
+
+def test_a_failure_takes_no_answer_away(folder, calibrated, tmp_path, monkeypatch):
+    """The answer with all tokens, which everything is compared with, is there; what is new fails."""
+    out = tmp_path / "out"
+    shutil.copytree(calibrated[1], out)
+
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Comparer, "compare", fails)
+    more = ("--methods", "framefusion,randomtokens", "--budgets", "0.5", "--keep", "0.95")
+    assert invoke(folder / "requests.jsonl", "--out", out, *more).exit_code == 0
+    monkeypatch.undo()
+    assert invoke(folder / "requests.jsonl", "--out", out, *FEW).exit_code == 0
+    assert rows(out) == rows(calibrated[1])
 
 
 def test_processes_share_the_videos(folder, calibrated, tmp_path, monkeypatch):

@@ -100,8 +100,9 @@ def test_a_letter_is_no_option(tmp_path):
         tmp_path / "q.jsonl",
         line | {"options": ["C", "B", "A", "D"], "letter": "A"}, line | {"options": ["x", "x", "y"], "letter": "B"},
         line | {"options": ["C", "B", "A", "D"], "answer": "A"},
+        line | {"options": ["C", "B", "A", "D"], "answer": "A", "letter": None},  # as tables are exported
     )  # fmt: skip
-    assert [FileTask(path).sample(index).answer for index in range(3)] == ["A", "B", "C"]
+    assert [FileTask(path).sample(index).answer for index in range(4)] == ["A", "B", "C", "C"]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,10 @@ def test_letters(answer, letter):
         ('{"question": "Q?", "answer": "a"}', "video must be a text, got None"),
         ('{"video": "a.mp4", "question": "Q?"}', "answer must be a text or a list of texts, got None"),
         ('{"video": "a.mp4", "question": "Q?", "answer": []}', "answer must be a text or a list of texts"),
+        (
+            '{"video": "a.mp4", "question": "Q?", "answer": "yes", "options": "yes, no"}',
+            "options must be a list of texts",
+        ),
         ('{"video": "a.mp4", "question": "Q?", "answer": "C", "options": ["x", "y"]}', "a letter from A to B, got 'C'"),
         ('{"video": "a.mp4", "question": "Q?", "answer": "x", "options": ["x", "x"]}', "at most 26 different texts"),
         ('{"video": "a.mp4", "question": "Q?", "answer": "x", "optons": ["x"]}', "nearly 'options', got 'optons'"),

@@ -324,6 +324,43 @@ def test_the_segments_of_a_prompt_are_those_that_are_read():
         assert "- x\n- y" in prompt
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0c"])
+def test_ends_of_lines_within_a_text_come_back(tmp_path, end):
+    question = Question("a", Path("/v/a.mp4"), f"One{end}two?", answer="3")
+    write_questions(tmp_path / "q.jsonl", [question])
+    assert [one.question for one in read_questions([tmp_path / "q.jsonl"])] == [f"One{end}two?"]
+
+
+def test_thoughts_are_no_caption():
+    for thoughts in ("<think>Hm.</think>", "Hm, a template may have opened these.\n</think>\n\n"):
+        assert parse_caption(f"{thoughts}A man walks.") == "A man walks."
+
+
+def test_a_model_that_labels_need_not_be_reducible(monkeypatch):
+    def refuses(*_: Any) -> None:
+        raise TypeError("reduce: layer 0 of the decoder must be built as ...")
+
+    monkeypatch.setattr("fftriton.runtime.target.reduce", refuses)
+    with pytest.raises(TypeError):
+        Target(str(MODEL), "cpu").load_model()
+    assert models._load_model.__wrapped__(Target(str(MODEL), "cpu")).device.type == "cpu"
+
+
+def test_no_call_begins_after_an_interruption(needles, tmp_path):
+    calls = []
+
+    def slow(*_: Any) -> str:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    labeller = Labeller(Cache(tmp_path / "cache"), Model("slow", slow), Model("slow", slow))
+    with pytest.raises(KeyboardInterrupt):
+        labeller.label(needles[1], no_progress)
+    assert len(calls) == 1
+    with pytest.raises(InterruptedError):
+        labeller._call(Model("slow", slow), "x")
+
+
 def test_other_replies():
     assert parse_caption("<think>hm</think> A man runs. ") == "A man runs."
     with pytest.raises(ReplyError, match="must not be empty"):

@@ -118,6 +118,13 @@ def test_a_file_of_options(config):
     assert evaluate["budgets"] == "0.5,0.30"
 
 
+def test_a_file_takes_every_name_that_the_command_line_takes(config):
+    """Also where the name in the code is another one."""
+    assert parsed("eval", "--config", config("json: true\nattn: eager\n"))["as_json"] is True
+    assert parsed("eval", "--config", config("attn: eager\n"))["attention"] == "eager"
+    assert parsed("eval", "--config", config("attention: eager\n"))["attention"] == "eager"
+
+
 def test_the_command_line_comes_first_and_a_section_before_the_top(config):
     path = config("budget: 0.2\nframes: 4\nrun:\n  budget: 0.4\n")
     assert (parsed("run", "--config", path)["budget"], parsed("run", "--config", path)["frames"]) == ("0.4", 4)

@@ -66,7 +66,7 @@ def read_triples(path: str | Path) -> list[Triple]:
         ValueError: a line that is none, by its number. OSError: no such file.
     """
     path, triples = Path(path), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             triples.append(_parse(line, path, number))
     if not triples:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import check_real, first_line
 from ..evaluate.calibration import Comparison, Race, Results, judge
 from ..evaluate.comparing import BLANK, CONTROLS, DENSE, RANDOM, Comparer, IsRight, Question
-from ..evaluate.file_task import read_label, with_options
+from ..evaluate.file_task import read_label, read_options, with_options
 from ..evaluate.keys import origin_of_answers, record_key
 from ..evaluate.plan import Setting, check_settings, keeps_all, make_settings
 from ..evaluate.records import RecordFolder
@@ -74,6 +74,11 @@ class Calibration:
                 raise ValueError(
                     f"calibrate: requests must leave the method and the budget to --methods and --budgets, got "
                     f"'{request.method}' at {request.budget} for '{request.name}'"
+                )
+            if request.max_new_tokens is not None:
+                raise ValueError(
+                    "calibrate: requests must leave max_new_tokens to --max-new-tokens, got "
+                    f"{request.max_new_tokens} for '{request.name}'"
                 )
         self.labelled()
 
@@ -248,7 +253,7 @@ def _read_label(request: Request) -> tuple[Request, IsRight | None]:
     """The request with its options in the question, and what judges its answer; None if it has no label."""
     try:
         if request.others.get("answer") is None and request.others.get("letter") is None:
-            options = [str(option) for option in request.others.get("options") or []]
+            options = read_options(request.others)
             return replace(request, question=with_options(request.question, options)), None
         label = read_label(request.others)
     except (TypeError, ValueError) as error:

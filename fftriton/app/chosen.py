@@ -64,7 +64,7 @@ def choose(
     notes = [
         f"{settings} was measured with {name} {before}, not {after}: its agreement is not known to hold here."
         for name, (before, after) in now.items()
-        if before is not None and before != after
+        if before != after and (before is not None or (name == "max_pixels" and name in measured))
     ]
     return Chosen(read.method, read.budget, own, pixels, tuple(notes))
 

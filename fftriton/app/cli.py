@@ -24,7 +24,7 @@ from ..runtime.options import (
     SamplingOptions,
     with_options,
 )
-from ..runtime.terminal import say, working
+from ..runtime.terminal import say, warn, working
 from .bars import Bars, make_progress
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -84,7 +84,7 @@ def run(
 
         console = Console(quiet=as_json)
         target = model.target()
-        chosen = _choose(messages, reduction, target, sampling.sampling())
+        chosen = _choose(reduction, target, sampling.sampling())
         options = Options(
             target=target,
             method=chosen.method,
@@ -225,7 +225,7 @@ def batch(
         process = this_process()
         check_count("fftriton", "batch_size", batch_size, 1)
         target = model.target()
-        chosen = _choose(messages, reduction, target, sampling.sampling())
+        chosen = _choose(reduction, target, sampling.sampling())
         values = {"method": chosen.method, "budget": chosen.budget, "max_pixels": chosen.max_pixels}
         defaults = Defaults(question or [_question(model.model)], values | asdict(chosen.sampling))
         tasks = make_tasks(read_requests(requests, defaults), target)
@@ -324,7 +324,7 @@ def calibrate(
         raise typer.Exit(1)
 
 
-def _choose(messages: Console, reduction: ReductionOptions, target: Any, sampling: Any) -> Any:
+def _choose(reduction: ReductionOptions, target: Any, sampling: Any) -> Any:
     """The method, the budget and the frames: from the options, or from a file of settings."""
     from .chosen import Chosen, choose
 
@@ -334,7 +334,7 @@ def _choose(messages: Console, reduction: ReductionOptions, target: Any, samplin
     given = {"method": method is not None, "budget": budget is not None}
     chosen = choose(reduction.settings, given, target, sampling, pixels)
     for note in chosen.notes:
-        messages.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        warn(note)
     return chosen
 
 

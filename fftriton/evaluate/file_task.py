@@ -120,7 +120,7 @@ class FileTask:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"eval: task must be a file of JSON lines, got '{path}': {error}") from error
         self._samples: list[FileSample] = []
-        for number, line in enumerate(self._text.splitlines(), 1):
+        for number, line in enumerate(self._text.split("\n"), 1):
             if line.strip():
                 try:
                     self._samples.append(self._read(line))
@@ -193,8 +193,20 @@ def read_label(entry: Mapping[str, Any]) -> Label:
     Raises:
         ValueError: they are missing or contradict each other.
     """
-    options = [str(option) for option in entry.get("options") or []]
+    options = read_options(entry)
     return Label(_right(entry, options), options)
+
+
+def read_options(entry: Mapping[str, Any]) -> list[str]:
+    """The texts of a line's options; empty without any.
+
+    Raises:
+        ValueError: they are not a list.
+    """
+    options = entry.get("options")
+    if options is not None and not isinstance(options, list):
+        raise ValueError(f"options must be a list of texts, got {options!r}")
+    return [str(option) for option in options or []]
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
@@ -206,16 +218,17 @@ def with_options(question: str, options: Sequence[str]) -> str:
 
 def _right(entry: Mapping[str, Any], options: list[str]) -> list[str]:
     """The right answers, or the letter of the right option."""
-    answer = entry.get("letter", entry.get("answer"))
+    by_letter = entry.get("letter") is not None
+    answer = entry["letter"] if by_letter else entry.get("answer")
     answers = [str(text) for text in (answer if isinstance(answer, list) else [answer]) if str(text).strip()]
     if answer is None or not answers:
         raise ValueError(f"answer must be a text or a list of texts, got {answer!r}")
     if not options:
         return answers
     letters = string.ascii_uppercase[: len(options)]
-    if len(options) > len(string.ascii_uppercase) or ("letter" not in entry and len({*options}) < len(options)):
+    if len(options) > len(string.ascii_uppercase) or (not by_letter and len({*options}) < len(options)):
         raise ValueError(f"options must be at most 26 different texts, got {options}")
-    if len(answers) == 1 and answers[0] in options and "letter" not in entry:
+    if len(answers) == 1 and answers[0] in options and not by_letter:
         return [letters[options.index(answers[0])]]
     if len(answers) == 1 and answers[0].strip(" ().").upper() in letters:
         return [answers[0].strip(" ().").upper()]

@@ -94,7 +94,10 @@ class RecordFolder(Generic[R]):
             file.writelines(json.dumps(vars(record)) + "\n" for record in records)
 
     def read(self, keys: Iterable[str]) -> dict[tuple[str, Any], R]:
-        """The records with these keys, by key and index; unfinished lines of an interrupted run are skipped."""
+        """The records with these keys, by key and index; unfinished lines of an interrupted run are skipped.
+
+        The last one counts, but no failure takes the place of an answer.
+        """
         wanted, found = set(keys), {}
         for path in sorted(self._folder.glob("records-*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -102,6 +105,8 @@ class RecordFolder(Generic[R]):
                     record = self._kind(**json.loads(line))
                 except (json.JSONDecodeError, TypeError):
                     continue
-                if record.key in wanted:
-                    found[record.key, record.index] = record
+                place = record.key, record.index
+                fails = getattr(record, "error", None) is not None
+                if record.key in wanted and not (fails and place in found):
+                    found[place] = record
         return found

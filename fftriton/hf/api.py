@@ -50,7 +50,8 @@ def reduce(
     and so do labels that are -100 before the answer.
 
     With gradient checkpointing (`model.gradient_checkpointing_enable()`), the second run of a layer repeats what the
-    first one kept and merged, also after the block. A method of your own that changes rows otherwise is refused.
+    first one kept and merged, also after the block. A method that changes rows otherwise is refused: one of
+    your own, or KVTP with "tome" or "prumerge", which weigh them.
 
     Args:
         model: a Hugging Face causal or conditional generation model with a Qwen2-style decoder; or LLaVA-Video, NVILA,

@@ -123,7 +123,8 @@ class AttentionTap:
         self.stop()
         norms = _RowNorms(query, kwargs.get("scaling"))
         is_sdpa = attention_name(module.config) == "sdpa"  # others may be made of what a dispatch mode disturbs
-        with norms if is_sdpa and not torch.compiler.is_compiling() else nullcontext():
+        is_known = torch.version.hip is None  # AMD's kernels have returned it to another base
+        with norms if is_sdpa and is_known and not torch.compiler.is_compiling() else nullcontext():
             out = attention_function(module)(module, query, key, value, *args, **kwargs)
         group = head_group(module, query.shape[1])
         self._local.seen = Attention(query, key, kwargs.get("scaling"), group, norms.lse)

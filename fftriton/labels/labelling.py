@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,6 +69,7 @@ class Labeller:
     count: Callable[[str], int] = count_words
     counter: str = ""
     caption: str = CAPTION
+    _stopped: Event = field(default_factory=Event, init=False, repr=False)
 
     def label(
         self, questions: Sequence[Question], on_progress: OnProgress, workers: int = 1
@@ -107,6 +109,7 @@ class Labeller:
                             labelled[id(before)] = after
                     on_progress(done, len(videos))
             except BaseException:
+                self._stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return [labelled[id(question)] for question in questions if id(question) in labelled], failures
@@ -138,7 +141,13 @@ class Labeller:
 
     def _caption(self, captioner: Model, clips: Clips, index: int) -> str:
         source = ["caption", captioner.identity, self.caption, clips.state, MOST_FRAMES, CLIP, index]
-        return self.cache.get(source, lambda: parse_caption(captioner.call(clips[index], self.caption)))
+        return self.cache.get(source, lambda: parse_caption(self._call(captioner, clips[index], self.caption)))
+
+    def _call(self, model: Model, *arguments: Any) -> str:
+        """What a model replies, unless the work is to stop: calls that are not begun would be waited for."""
+        if self._stopped.is_set():
+            raise InterruptedError("labels: stopped")
+        return model.call(*arguments)
 
     def _ask(self, model: Model, prompt: str, parse: Callable[[str], Value], parser: str = "") -> Value:
         """A reply that can be read. After one that cannot, the model is told why and asked again, twice at most.
@@ -156,7 +165,7 @@ class Labeller:
             asked = prompt
             for _ in range(_ATTEMPTS):
                 try:
-                    return parse(model.call(asked))
+                    return parse(self._call(model, asked))
                 except ReplyError as error:
                     complaint = str(error)
                     asked = f"{prompt}\n\nAn earlier reply could not be used: {complaint}. Reply again, as asked."

@@ -180,7 +180,7 @@ def _load_model(target: Target) -> Any:
     """The model of a checkpoint, loaded once if it is captioner and reader: one for videos or, else, for text."""
     config = load_part(AutoConfig, target.checkpoint, target.trust_remote_code)
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return target.load_model()
+        return target.load_model(to_reduce=False)
     quieten_transformers()
     model = load_part(
         AutoModelForCausalLM, target.checkpoint, target.trust_remote_code, config=config, dtype=target.torch_dtype()

@@ -43,7 +43,7 @@ Captions:
 Reply with one JSON object and nothing else. It has each of the {count} clips exactly once, as in
 {example}"""
 
-_THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
+_THOUGHTS = re.compile(r"^.*?</think>", re.DOTALL)  # a template may have opened them
 _FENCE = re.compile(r"^```(?:json)?\s*\n(.*)\n\s*```$", re.DOTALL)
 _SEGMENT = re.compile(r"^\s*\[\s*([0-9.]+)\s*,\s*([0-9.]+)\s*\]\s*$")
 

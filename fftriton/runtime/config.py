@@ -86,12 +86,17 @@ def _defaults(context: typer.Context, found: dict[str, Any], path: Path) -> Iter
     options = _options(context.command)
     for name, value in (everywhere | own).items():
         if name in options and value is not None:
-            yield name, _value(options[name], name, value, path)
+            yield options[name].name, _value(options[name], name, value, path)
 
 
 def _options(command: Any) -> dict[str, Any]:
-    """The options and arguments of a command that a file may hold, by name."""
-    return {option.name: option for option in command.params if option.name not in _NOT_IN_A_FILE}
+    """The options and arguments of a command that a file may hold, by each of their names."""
+    found: dict[str, Any] = {}
+    for option in command.params:
+        if option.name not in _NOT_IN_A_FILE:
+            names = [name[2:].replace("-", "_") for name in option.opts if name.startswith("--")]
+            found |= dict.fromkeys(names or [option.name], option)
+    return found
 
 
 def _check(known: Any, found: dict[str, Any], path: Path) -> None:

@@ -30,7 +30,13 @@ class Process:
         return self.index == 0
 
     def own_target(self, target: Target) -> Target:
-        """The target on this process's own GPU, unless a device was asked for."""
+        """The target on this process's own GPU, unless a device was asked for.
+
+        Raises:
+            ValueError: several processes would each spread the model over all devices.
+        """
+        if self.count > 1 and target.device_map is not None:
+            raise ValueError(f"device_map must go without several processes, got '{target.device_map}'")
         if target.device is None and self.count > 1 and torch.cuda.is_available():
             return replace(target, device=f"cuda:{self.local_index}")
         return target

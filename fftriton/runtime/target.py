@@ -131,11 +131,15 @@ class Target:
         _LOG.info("%s: inputs are made by %s", self.name, type(processor).__name__)
         return processor
 
-    def load_model(self) -> Any:
+    def load_model(self, to_reduce: bool = True) -> Any:
         """Load the model on the device, ready to generate.
 
+        Args:
+            to_reduce: whether it is to be reduced.
+
         Raises:
-            ValueError, TypeError: the checkpoint does not exist, is not a model for videos, or cannot be reduced.
+            ValueError, TypeError: the checkpoint does not exist, is not a model for videos, or cannot be reduced, but
+                is to be.
         """
         quieten_transformers()
         wishes = {"attn_implementation": self.attention, "device_map": self._parsed_device_map()}
@@ -144,7 +148,8 @@ class Target:
             AutoModelForImageTextToText, self.checkpoint, self.trust_remote_code, self.revision,
             config=self.load_config(), dtype=self.torch_dtype(), **chosen,
         )  # fmt: skip
-        reduce(model, KeepAll())  # raises if the model cannot be reduced
+        if to_reduce:
+            reduce(model, KeepAll())  # raises if the model cannot be reduced
         if self.device_map is None:
             model.to(self.torch_device())
         config = model.config.get_text_config()

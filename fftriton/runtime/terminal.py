@@ -47,6 +47,11 @@ def working(quiet: bool = False, verbose: bool = False, resumes: str = "") -> It
         _LOG.setLevel(level)
 
 
+def warn(text: str) -> None:
+    """Print a text in one line, also where only warnings are shown."""
+    Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def say(console: Console, text: str) -> None:
     """Print a text as it is, in one line."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -229,7 +229,7 @@ NEWER_FAMILIES = _families(
     ("cosmos3_omni", "Cosmos3Omni", cosmos3_omni, qwen3_prompt),
     ("cosmos3_edge", "Cosmos3Edge", cosmos3_edge, edge_prompt),
     ("glm4v_moe", "Glm4vMoe", glm4v_moe, glm4v_moe_prompt),
-    ("kimi_k25", "Kimi_K25", kimi_k25, kimi_prompt, "5.23"),  # with chunks of several frames
+    ("kimi_k25", "Kimi_K25", kimi_k25, kimi_prompt, "5.24"),  # with chunks of several frames
     ("minicpm_ocr", "MiniCPMOcr", functools.partial(minicpm, "MiniCPMOcr"), minicpm_prompt),
     ("minicpmv4_7", "MiniCPMV4_7", functools.partial(minicpm, "MiniCPMV4_7", **MARKS), minicpm4_7_prompt),
     ("smolvlm", "SmolVLM", smolvlm, smolvlm_prompt),
