@@ -52,6 +52,11 @@ class Ranked(NamedTuple):
     lengths: Tensor  # [B] int64 groups, those that do not fit in a capacity left out
     from_last: Tensor  # [B, N] int64 the row of each token, 1 for the last one; 0 for tokens that are in none
 
+    @property
+    def members(self) -> Tensor:
+        """[B, N] int32."""
+        return self.buffer[MEMBERS.value, : self.from_last.numel()].view_as(self.from_last)
+
 
 @triton.jit
 def part(buffer_ptr, S, INDEX: tl.constexpr):

@@ -46,8 +46,7 @@ def assert_rows_are_those_of_the_reference(roots: Tensor, predecessor: int | Ten
     theirs = (expected.kept, expected.lengths, expected.predecessor, from_last, expected.sizes)
     for name, out, wanted in zip(("kept", "lengths", "links", "from_last", "sizes"), ours, theirs, strict=True):
         assert torch.equal(out, wanted), name
-    members = rank_groups(roots, links, stride, None).buffer[_groups.MEMBERS.value, : roots.numel()].view_as(roots)
-    assert torch.equal(members.long(), expected.members)
+    assert torch.equal(rank_groups(roots, links, stride, None).members.long(), expected.members)
 
 
 def roots_by_hand(similarity: Tensor, predecessor: int | Tensor, threshold: float, bounds: list[int] | None) -> Tensor:
