@@ -8,6 +8,7 @@ import torch
 import fftriton
 from fftriton.layouts.layout import VideoLayout, patch_ids, previous_of_patch
 from fftriton.methods.base import Prompt, VideoTokens, list_steps
+from fftriton.methods.text import parse
 
 METHODS = [
     fftriton.FrameFusion,
@@ -167,3 +168,26 @@ def test_tokens_follow_their_hidden_states_to_another_device():
     there = here.at(rows.to("meta"), None)
     parts = (there.position, there.patch, there.predecessor, *there.companions, *there.additions)
     assert {part.device.type for part in parts} == {"meta"}
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.3, 0.37, 1.0])
+@pytest.mark.parametrize(
+    "text",
+    ["keep-all", "uniformframes", "randomtokens", "temporalmerge", "kvtp", "kvtp:min_tokens=3", "kvtp:min_tokens=0",
+     "kvtp:pruner=tome"],
+)  # fmt: skip
+def test_the_count_is_what_is_left(text, budget):
+    for frames, patches in [(1, 1), (1, 9), (2, 2), (7, 5), (16, 16)]:
+        method, total = parse(text, budget), frames * patches
+        layout = VideoLayout(torch.arange(3, 3 + total).view(frames, patches))
+        prompt = Prompt(4, total + 5, [layout])
+        position = torch.arange(prompt.length)[None]
+        patch = patch_ids([layout], 1, prompt.length, position.device)
+        tokens = VideoTokens(torch.randn(1, prompt.length, 8), position, patch, total)
+        left = [tokens, *list_steps(method.begin(prompt).before_attention(0, tokens))][-1]
+        assert method.count(frames, patches) == left.num_video == int((left.patch >= 0).sum())
+
+
+@pytest.mark.parametrize("text", ["framefusion", "fastv", "streamingllm", "temporalmerge + fastv:layer=1"])
+def test_a_method_inside_of_the_decoder_has_no_count(text):
+    assert parse(text, 0.3).count(4, 9) is None

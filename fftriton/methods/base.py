@@ -253,6 +253,14 @@ class Method:
         """
         return self
 
+    def count(self, frames: int, patches: int) -> int | None:
+        """How many tokens are left of a video of `frames` frames of `patches` tokens before the first layer.
+
+        None if its pixels or the question decide that, or if the method works in later layers, too. A serving engine
+        has to know the number before it sees the video.
+        """
+        return None
+
     def begin(self, prompt: Prompt) -> MethodState:
         """The state of one prefill, which answers its calls."""
         return MethodState(self, prompt)

@@ -32,7 +32,10 @@ class BeforeLayers(Method):
 
     def num_kept(self, tokens: VideoTokens) -> int:
         """round(budget * video tokens), at least 1."""
-        return max(1, round(self.budget * tokens.num_video))
+        return self._num_kept_of(tokens.num_video)
+
+    def _num_kept_of(self, num_video: int) -> int:
+        return max(1, round(self.budget * num_video))
 
     def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:
         """The tokens that stay, of all tokens of the sample.
@@ -83,6 +86,9 @@ class ScoringMethod(BeforeLayers, ABC):
             tokens: all N tokens of the sample, as the first layer would get them: `tokens.hidden` is [1, N, D].
             prompt: the sample: `prompt.frame[tokens.position[0].cpu()]` is the frame of each token.
         """
+
+    def count(self, frames: int, patches: int) -> int:
+        return self._num_kept_of(frames * patches)
 
     def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:
         scores = self.score(tokens, prompt)

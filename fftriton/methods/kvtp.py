@@ -108,6 +108,11 @@ class KVTP(BeforeLayers):
         wanted = {"patches": True} if self.make_pruner().wants_predictor else {}
         return replace(self, relevance=bind(frames, question, **wanted))
 
+    def count(self, frames: int, patches: int) -> int:
+        if self.budget == 1:
+            return frames * patches
+        return max(frames * min(patches, self.min_tokens), round(self.budget * frames * patches))
+
     def make_pruner(self) -> Pruner:
         """The pruner, made if it is given by name."""
         return find(Pruner, self.pruner)() if isinstance(self.pruner, str) else self.pruner

@@ -37,6 +37,9 @@ class TemporalMerge(BeforeLayers):
     def __post_init__(self) -> None:
         check_budget("TemporalMerge", "budget", self.budget)
 
+    def count(self, frames: int, patches: int) -> int:
+        return max(patches, self._num_kept_of(frames * patches))
+
     def begin(self, prompt: Prompt) -> MethodState:
         return _TemporalMergeState(self, prompt)
 
