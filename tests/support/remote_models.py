@@ -6,6 +6,7 @@ weights. `videos` notes, for the last call, what has been written among the text
 
 import itertools
 import math
+import threading
 from collections import deque
 from types import SimpleNamespace
 
@@ -286,6 +287,22 @@ class BasicImageEncoder(BasicVideoEncoder):
         return [torch.cat([of_image, self.embed_tokens(self.end_tokens)]) for of_image in features]
 
 
+class OfThread:
+    """An attribute whose value is that of the thread, as threads may share a model."""
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, model, owner=None):
+        return vars(_OF_THREAD).setdefault((id(model), self.name), [])
+
+    def __set__(self, model, value):
+        vars(_OF_THREAD)[id(model), self.name] = value
+
+
+_OF_THREAD = threading.local()
+
+
 class LlavaLlamaConfig(Qwen2Config):
     model_type = "llava_llama"
 
@@ -293,6 +310,7 @@ class LlavaLlamaConfig(Qwen2Config):
 class LlavaLlamaModel(PreTrainedModel):
     config_class = LlavaLlamaConfig
     main_input_name = "input_embeds"
+    videos, projected = OfThread(), OfThread()
 
     def __init__(self, config, num_layers=5, side=4):
         super().__init__(config)
