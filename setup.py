@@ -46,6 +46,7 @@ setup(
         "fftriton.needle",
         "fftriton.relevance",
         "fftriton.runtime",
+        "fftriton.vllm",
         "fftriton_kernels",
     ],
     package_dir={"fftriton_kernels": "kernels/fftriton_kernels"},
@@ -76,6 +77,7 @@ setup(
     entry_points={
         "console_scripts": ["fftriton = fftriton.app.cli:app"],
         "lmms_eval.models": ["fftriton = fftriton.lmms:manifest"],
+        "vllm.general_plugins": ["fftriton = fftriton.vllm:register"],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

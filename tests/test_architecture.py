@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FFTRITON, KERNELS = ROOT / "fftriton", ROOT / "kernels" / "fftriton_kernels"
 LEVELS = [  # from the top; packages of one level do not import each other
-    ("app", "lmms"), ("evaluate", "labels"), ("needle",), ("runtime",), ("relevance",), ("hf",), ("methods",),
+    ("app", "lmms", "vllm"), ("evaluate", "labels"), ("needle",), ("runtime",), ("relevance",), ("hf",), ("methods",),
     ("layouts",),
 ]  # fmt: skip
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}

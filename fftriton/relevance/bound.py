@@ -60,11 +60,9 @@ class BoundRelevance:
         Raises:
             ValueError: T frames cannot have become F, or the tokens are those of another video.
         """
-        taken, frames = len(self.scores), context.num_frames
-        size = group_size(taken, frames)
+        scores = of_token_frames(self.scores, context.num_frames)
         self._check_video(context)
-        padded = F.pad(self.scores, (0, size * frames - taken), value=float("-inf"))
-        return padded.view(frames, size).amax(1)
+        return scores
 
     def _check_video(self, context: FrameContext) -> None:
         look = mean_tokens(context)
@@ -74,6 +72,17 @@ class BoundRelevance:
                 "BoundRelevance: a relevance belongs to the video that it was first used for, got tokens of another "
                 "one; bind each video, and each question, anew"
             )
+
+
+def of_token_frames(scores: Tensor, frames: int) -> Tensor:
+    """[T] scores of the frames that were taken -> [F], the highest of each frame of tokens.
+
+    Raises:
+        ValueError: T frames cannot have become F.
+    """
+    size = group_size(len(scores), frames)
+    padded = F.pad(scores, (0, size * frames - len(scores)), value=float("-inf"))
+    return padded.view(frames, size).amax(1)
 
 
 def mean_tokens(context: FrameContext) -> Tensor:

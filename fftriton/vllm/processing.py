@@ -1,0 +1,115 @@
+"""What vLLM's processors of requests do otherwise: fewer placeholders, and relevance that belongs to its video.
+
+All of it runs before the engine, where an error is that of one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptReplacement
+
+from ..methods import KVTP, Method
+from . import relevance
+from .methods import method_of
+from .positions import check_gaps
+
+
+class OwnInfo:
+    """Mixed into a ProcessingInfo: relevance is no argument of Hugging Face's processor."""
+
+    def get_hf_processor(self, **kwargs: Any) -> Any:
+        return super().get_hf_processor(**_without_relevance(kwargs))  # type: ignore[misc]
+
+    @cached_property
+    def method(self) -> Method:
+        return method_of(self.get_hf_config())  # type: ignore[attr-defined]
+
+
+class ShorterVideos:
+    """Mixed into a multimodal processor."""
+
+    info: Any
+
+    def grid_of(self, item: Mapping[str, Any]) -> tuple[int, int]:
+        """Frames and patches of a video's tokens, from what Hugging Face's processor returned for it."""
+        raise NotImplementedError
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
+        updates = super()._get_prompt_updates(  # type: ignore[misc]
+            mm_items, _without_relevance(hf_processor_mm_kwargs), out_mm_kwargs
+        )
+
+        def shorter(item: int, original: Callable[[int], list[int]]) -> list[int]:
+            frames, patches = self.grid_of(out_mm_kwargs["video"][item])
+            count = self.info.method.count(frames, patches)
+            if not count:
+                raise ValueError(
+                    f"fftriton: budget must leave a token of each video, got {self.info.method.budget} of {frames} "
+                    f"frames of {patches}"
+                )
+            return original(item)[:1] * count
+
+        return [
+            PromptReplacement("video", update.target, partial(shorter, original=update.replacement))
+            if update.modality == "video"
+            else update
+            for update in updates
+        ]
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        done = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        ranges = [(one.offset, one.length) for found in done["mm_placeholders"].values() for one in found]
+        check_gaps(sorted(ranges))
+        return done
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """With each video's own relevance: no cache may answer one question with another one's tokens."""
+        kwargs = inputs.hf_processor_mm_kwargs
+        bare = replace(inputs, hf_processor_mm_kwargs=_without_relevance(kwargs))
+        hashes = dict(super()._get_mm_hashes(bare))  # type: ignore[misc]
+        scores = relevance.of_request(kwargs, len(hashes.get("video", ())))
+        if scores is None:
+            return hashes
+        if not isinstance(self.info.method, KVTP):
+            raise ValueError(
+                f"fftriton: {relevance.KEY} must only come with requests to a server with kvtp, which this one, with "
+                f"{type(self.info.method).__name__}, is not"
+            )
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        hashes["video"] = [
+            MultiModalHasher.hash_kwargs(algorithm, mm_hash=one, relevance=own.numpy())
+            for one, own in zip(hashes["video"], scores, strict=True)
+        ]
+        return hashes
+
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Mapping[str, Any]) -> Mapping[str, Any]:
+        kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
+        scores = inputs.hf_processor_mm_kwargs.get(relevance.KEY)
+        if scores is None:
+            return kwargs
+        missing = [one for one, hit in zip(scores, mm_is_cached.get("video", ()), strict=True) if not hit]
+        return {**kwargs, relevance.KEY: missing}
+
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> Any:
+        out = super()._call_hf_processor(hf_data, _without_relevance(hf_kwargs))  # type: ignore[misc]
+        videos = out.get("video_grid_thw", ())
+        scores = relevance.of_request(hf_kwargs, len(videos))
+        if scores:
+            for own, (frames, *_) in zip(scores, videos.tolist(), strict=True):
+                relevance.check_frames(own, frames)
+            out[relevance.KEY] = scores
+        return out
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, Any]:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))  # type: ignore[misc]
+        return fields | {relevance.KEY: MultiModalFieldConfig.batched("video", keep_on_cpu=True)}
+
+
+def _without_relevance(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key != relevance.KEY}

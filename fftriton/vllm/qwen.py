@@ -1,0 +1,134 @@
+"""Qwen2-VL and Qwen2.5-VL of vLLM, whose videos are shortened behind the vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from . import relevance
+from .faults import mergers_with
+from .methods import method_of, shorten, try_out
+from .positions import Media, add_columns, fill_in, lay_out, places
+from .processing import OwnInfo, ShorterVideos
+
+
+class ReducedQwen:
+    """Mixed into a model.
+
+    Not a subclass of the protocol for pruned videos, whose `__init__` would hide that of nn.Module.
+    """
+
+    supports_multimodal_pruning = True
+    supported_video_pruning_methods = ("evs",)  # the rate that is set below is one of this method
+
+    config: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        method, media = method_of(vllm_config.model_config.hf_config), vllm_config.model_config.multimodal_config
+        try_out(method)
+        rate = 1 - method.budget or None
+        if media.video_pruning_rate not in (None, rate):
+            raise ValueError(
+                f"fftriton: --video-pruning-rate must not be given beside a method of fftriton, got "
+                f"{media.video_pruning_rate}"
+            )
+        media.video_pruning_rate = rate  # so that the model runner asks for positions
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._method = method
+        self._relevance: Sequence[Tensor] | None = None
+        self.is_multimodal_pruning_enabled = False  # vLLM's own pruning, in the class that this one is mixed into
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        self._relevance = kwargs.pop(relevance.KEY, None)
+        return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+
+    def _process_video_input(self, video_input: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        videos = super()._process_video_input(video_input)  # type: ignore[misc]
+        if self._method.budget == 1:
+            return videos
+        merge = self.config.vision_config.spatial_merge_size
+        seconds = video_input.get("second_per_grid_ts")
+        out = []
+        for number, (hidden, (t, h, w)) in enumerate(zip(videos, video_input["video_grid_thw"].tolist(), strict=True)):
+            grid = (t, h // merge, w // merge)
+            own = None if self._relevance is None else self._relevance[number]
+            left, index = shorten(self._method, hidden, t, grid[1] * grid[2], own)
+            speed = self._speed(None if seconds is None else float(seconds[number]))
+            out.append(add_columns(left, places(index, Media(0, len(left), grid, speed))))
+        return tuple(out)
+
+    def _speed(self, seconds: float | None) -> float:
+        """Positions from one frame of tokens to the next."""
+        per_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        return per_second * (1.0 if seconds is None else seconds)
+
+    def _media(self, mm_features: Sequence[Any]) -> Iterator[Media]:
+        lengths = {feature.mm_position.offset: feature.mm_position.length for feature in mm_features}
+        for offset, t, h, w, speed in self.iter_mm_grid_thw(mm_features):  # type: ignore[attr-defined]
+            yield Media(offset, lengths[offset], (t, h, w), speed)
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
+        return lay_out(len(input_tokens), list(self._media(mm_features)))
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: Any,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[Tensor], Tensor, int]:
+        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+        is_media = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
+        width = self.config.get_text_config().hidden_size
+        cleaned, positions = fill_in(mrope_positions, is_media, multimodal_embeddings, width, num_computed_tokens)
+        return cleaned, positions, int(positions.max()) + 1 - len(ids)
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """No graphs of the vision tower: they bypass `_process_video_input`."""
+        config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
+        config.modalities = []
+        return config
+
+
+class ShorterQwenVideos(ShorterVideos):
+    def grid_of(self, item: Mapping[str, Any]) -> tuple[int, int]:
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
+        t, h, w = item["video_grid_thw"].data.tolist()
+        return t, (h // merge) * (w // merge)
+
+
+class Qwen2VLInfo(OwnInfo, qwen2_vl.Qwen2VLProcessingInfo):
+    pass
+
+
+class Qwen25VLInfo(OwnInfo, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
+    pass
+
+
+class Qwen2VLProcessor(ShorterQwenVideos, qwen2_vl.Qwen2VLMultiModalProcessor):
+    pass
+
+
+class Qwen25VLProcessor(ShorterQwenVideos, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen2VLProcessor, info=Qwen2VLInfo, dummy_inputs=qwen2_vl.Qwen2VLDummyInputsBuilder
+)
+class Qwen2VL(ReducedQwen, qwen2_vl.Qwen2VLForConditionalGeneration):
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        with mergers_with(vllm_config.model_config.hf_config.vision_config.spatial_merge_size):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen25VLProcessor, info=Qwen25VLInfo, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder
+)
+class Qwen25VL(ReducedQwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+    pass

@@ -1,0 +1,194 @@
+"""Models, prompts and requests for the tests inside vLLM, and the same computed by Hugging Face with fftriton."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from models import rope, seeded
+from PIL.Image import fromarray
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+import fftriton
+from fftriton.layouts.layout import VideoLayout
+from fftriton.methods.base import Method, MethodState, Prompt, VideoTokens, list_steps
+
+NEEDLE = Path(fftriton.__file__).parent / "assets" / "needle-qwen2vl"
+START = "<bos><sys><sys>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def write_qwen2_5_vl(folder: Path) -> Path:
+    """A random Qwen2.5-VL with the shipped tokenizer; a token is 32 x 32 pixels of two frames."""
+    text = {
+        "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": 1,
+        "eos_token_id": 6, "pad_token_id": 0, **rope(rope_theta=1e4, mrope_section=[4, 6, 6]),
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "num_heads": 4, "hidden_size": 128, "intermediate_size": 128, "out_hidden_size": 128,
+        "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 64,
+        "fullatt_block_indexes": [1], "tokens_per_second": 3,
+    }  # fmt: skip
+    shipped = json.loads((NEEDLE / "config.json").read_text())
+    tokens = {key: shipped[key] for key in shipped if key.endswith("_token_id")}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    seeded(Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(NEEDLE / name, folder)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        settings = json.loads((NEEDLE / name).read_text())
+        settings |= {"temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen2_5_VLProcessor"}
+        settings |= {"min_pixels": 4096, "max_pixels": 24576}
+        (folder / name).write_text(json.dumps(settings))
+    return folder
+
+
+def make_frames(frames: int, height: int, width: int, seed: int) -> np.ndarray:
+    """[T, H, W, 3] uint8: blocks, some of which change from frame to frame."""
+    draw = np.random.default_rng(seed)
+    blocks = draw.integers(0, 255, (1, height // 16, width // 16, 3))
+    fresh = draw.integers(0, 255, (frames, height // 16, width // 16, 3))
+    changed = draw.random((frames, height // 16, width // 16, 1)) < 0.3
+    return np.where(changed, fresh, blocks).repeat(16, 1).repeat(16, 2).astype(np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One request.
+
+    Args:
+        text: the prompt, with placeholders.
+        videos: [T, H, W, 3] uint8 each.
+        images: [H, W, 3] uint8 each.
+        relevance: of each video, one number a frame of tokens.
+        fps: frames a second.
+    """
+
+    text: str
+    videos: list[np.ndarray] = field(default_factory=list)
+    images: list[np.ndarray] = field(default_factory=list)
+    relevance: list[list[float]] | None = None
+    fps: float = 2.0
+
+    def metadata(self, frames: np.ndarray) -> dict[str, Any]:
+        count = len(frames)
+        return {
+            "total_num_frames": count, "fps": self.fps, "duration": count / self.fps,
+            "frames_indices": list(range(count)),
+        }  # fmt: skip
+
+    def for_vllm(self) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        if self.videos:
+            data["video"] = [(one, self.metadata(one) | {"do_sample_frames": False}) for one in self.videos]
+        if self.images:
+            data["image"] = [fromarray(one) for one in self.images]
+        request: dict[str, Any] = {"prompt": self.text, "multi_modal_data": data}
+        if self.relevance is not None:
+            request["mm_processor_kwargs"] = {"fftriton_relevance": self.relevance}
+        return request
+
+
+class EachVideo(Method):
+    """A method before the first layer, applied to each video by itself, as vLLM has to do."""
+
+    def __init__(self, method: Method, relevance: list[list[float]] | None) -> None:
+        self.method, self.relevance, self.budget = method, relevance, method.budget
+
+    def begin(self, prompt: Prompt) -> MethodState:
+        return _EachVideoState(self, prompt)
+
+
+class _EachVideoState(MethodState):
+    def before_attention(self, layer: int, tokens: VideoTokens) -> Any:
+        if layer:
+            return []
+        stays, hidden = tokens.patch[0] < 0, tokens.hidden.clone()
+        for number, layout in enumerate(self.prompt.layouts):
+            rows, (frames, patches) = layout.positions.flatten(), layout.positions.shape
+            method = self.method.method
+            if self.method.relevance is not None:
+                method = replace(method, relevance=torch.tensor(self.method.relevance[number]))
+            place = torch.arange(len(rows))[None]
+            video = VideoTokens(tokens.hidden[:, rows], place, place % patches, len(rows))
+            alone = Prompt(1, len(rows), [VideoLayout(place.view(frames, patches))])
+            left = [video, *list_steps(method.begin(alone).before_attention(0, video))][-1]
+            stays[rows[left.position[0]]] = True
+            hidden[0, rows[left.position[0]]] = left.hidden[0]
+        kept = stays.nonzero()[:, 0][None]
+        return replace(tokens, hidden=hidden).keep(kept, kept.shape[1] - int((tokens.patch < 0).sum()))
+
+
+class HuggingFace:
+    """A checkpoint in Hugging Face, whose positions are counted as in vLLM: on behind the largest one of a video."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self._answers: dict[Any, list[int]] = {}
+
+    def log_probabilities(self, request: Request, method: Method, further: list[int] | None = None) -> Tensor:
+        """[vocabulary] of the token after the prompt and `further` tokens."""
+        inputs = self._inputs(request)
+        more = torch.tensor([further or []], dtype=torch.long)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs.pop("mm_token_type_ids", None)
+        inputs["position_ids"] = self._positions(inputs)
+        with torch.no_grad(), fftriton.reduce(self.model, EachVideo(method, request.relevance)):
+            return self.model(**inputs).logits[0, -1].log_softmax(-1)
+
+    def answer(self, request: Request, method: Method, count: int) -> list[int]:
+        """The likeliest tokens, one after the other, without a cache of keys and values."""
+        media = [hashlib.sha256(one.tobytes()).digest() for one in (*request.videos, *request.images)]
+        tokens = self._answers.setdefault((request.text, *media, str(request.relevance), str(method)), [])
+        while len(tokens) < count:
+            tokens.append(int(self.log_probabilities(request, method, tokens).argmax()))
+        return tokens[:count]
+
+    def _inputs(self, request: Request) -> dict[str, Tensor]:
+        arguments: dict[str, Any] = {"text": [request.text], "return_tensors": "pt"}
+        if request.videos:
+            arguments["videos"] = request.videos
+            metadata = [request.metadata(one) for one in request.videos]
+            arguments["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
+        if request.images:
+            arguments["images"] = [fromarray(one) for one in request.images]
+        return dict(self.processor(**arguments))
+
+    def _positions(self, inputs: dict[str, Tensor]) -> Tensor:
+        """[3, 1, N]."""
+        config = self.model.config
+        merge, ids = config.vision_config.spatial_merge_size, inputs["input_ids"][0].tolist()
+        speeds = inputs.get("second_per_grid_ts")
+        per_second = getattr(config.vision_config, "tokens_per_second", 1)
+        grids = {key: iter(inputs.get(f"{key}_grid_thw", torch.empty(0, 3)).tolist()) for key in ("image", "video")}
+        seconds = iter([1.0] * 99 if speeds is None else [float(one) for one in speeds])
+        positions: list[tuple[int, ...]] = []
+        following = at = 0
+        while at < len(ids):
+            kind = {config.image_token_id: "image", config.video_token_id: "video"}.get(ids[at])
+            if kind is None:
+                positions.append((following,) * 3)
+                following, at = following + 1, at + 1
+                continue
+            t, h, w = next(grids[kind])
+            h, w, speed = h // merge, w // merge, per_second * next(seconds) if kind == "video" else 1
+            grid = [(int(i * speed), j, k) for i in range(t) for j in range(h) for k in range(w)]
+            positions += [tuple(following + part for part in one) for one in grid]
+            following, at = following + 1 + max(map(max, grid)), at + t * h * w
+        return torch.tensor(positions).T[:, None]
