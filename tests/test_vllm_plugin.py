@@ -19,7 +19,7 @@ from fftriton.methods.text import from_dict, parse, to_dict
 from fftriton.runtime.shipped import MODEL
 from fftriton.vllm import ARCHITECTURES, PREFIX, __main__, relevance
 from fftriton.vllm.methods import method_of, refusal, shorten, try_out
-from fftriton.vllm.positions import COLUMNS, Media, add_columns, check_gaps, fill_in, lay_out, places
+from fftriton.vllm.positions import COLUMNS, Media, add_columns, all_places, check_gaps, fill_in, lay_out, places
 
 
 class Config:
@@ -30,17 +30,28 @@ class Config:
 def by_hand(length, media, kept):
     """Positions one token at a time. kept: the places in the grid that are left of each."""
     found, following, at = [], 0, 0
+
+    def text(count):
+        nonlocal following
+        found.extend([(following + number,) * 3 for number in range(count)])
+        following += count
+
     for one, places_left in zip(media, kept, strict=True):
-        while at < one.offset:
-            found.append((following,) * 3)
-            following, at = following + 1, at + 1
+        text(one.offset - at)
         t, h, w = one.grid
-        cells = [(int(i * one.speed), j, k) for i in range(t) for j in range(h) for k in range(w)]
-        found += [tuple(following + part for part in cells[place]) for place in places_left]
-        following, at = following + 1 + max(map(max, cells)), at + one.length
-    while at < length:
-        found.append((following,) * 3)
-        following, at = following + 1, at + 1
+        if one.texts:
+            for frame, count in enumerate(one.texts):
+                text(count)
+                if frame < t:
+                    cells = [(following, following + j, following + k) for j in range(h) for k in range(w)]
+                    found += [cells[place - frame * h * w] for place in places_left if place // (h * w) == frame]
+                    following += max(h, w)
+        else:
+            cells = [(int(i * one.speed), j, k) for i in range(t) for j in range(h) for k in range(w)]
+            found += [tuple(following + part for part in cells[place]) for place in places_left]
+            following += 1 + max(map(max, cells))
+        at = one.offset + one.length
+    text(length - at)
     return found, following - length
 
 
@@ -52,11 +63,16 @@ def prompts(draw):
         total = grid[0] * grid[1] * grid[2]
         count = draw(st.integers(1, total))
         left = sorted(draw(st.permutations(range(total)))[:count])
+        texts = tuple(draw(st.integers(1, 4)) for _ in range(grid[0] + 1)) if draw(st.booleans()) else ()
         at += draw(st.integers(1, 4))
-        media.append(Media(at, count, grid, draw(st.sampled_from([1.0, 2.0, 0.5, 3.25, 300.0]))))
+        speed = draw(st.sampled_from([1.0, 2.0, 0.5, 3.25, 300.0]))
+        media.append(Media(at, count + sum(texts), grid, speed, texts))
         kept.append(left)
-        at += count
+        at += media[-1].length
     return at + draw(st.integers(0, 4)), media, kept
+
+
+IMAGE, VIDEO, WORD = 7, 8, 1
 
 
 @given(prompts(), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -64,21 +80,35 @@ def test_positions_come_out_whole_whatever_the_chunks(prompt, chunk, dtype):
     length, media, kept = prompt
     expected, delta = by_hand(length, media, kept)
     positions, found_delta = lay_out(length, media)
-    is_media, rows = torch.zeros(length, dtype=torch.bool), torch.zeros(length, 4 + COLUMNS, dtype=dtype)
+    ids, rows = torch.full((length,), WORD), torch.zeros(length, 4 + COLUMNS, dtype=dtype)
     for one, left in zip(media, kept, strict=True):
-        is_media[one.offset : one.offset + one.length] = True
+        anchor = one.texts[0] if one.texts else 0
+        ids[one.offset + anchor : one.offset + anchor + len(left)] = VIDEO  # as if all were of the first frame
+        place = (all_places if one.texts else places)(torch.tensor(left), one)
         hidden = torch.randn(one.length, 4).to(dtype)
-        rows[one.offset : one.offset + one.length] = add_columns(hidden, places(torch.tensor(left), one))
+        rows[one.offset : one.offset + one.length] = add_columns(hidden, place, anchor)
     for again in range(2):
         for first in range(0, length, chunk):
             window = range(first, min(first + chunk, length))
             parts = [(max(one.offset, first), min(one.offset + one.length, window.stop)) for one in media]
             embeddings = [rows[low:high] for low, high in parts if low < high]
-            cleaned, positions = fill_in(positions, is_media, embeddings, 4, first)
+            cleaned, positions = fill_in(positions, ids, (IMAGE, VIDEO), embeddings, 4, first)
             for (low, high), out in zip([part for part in parts if part[0] < part[1]], cleaned, strict=True):
                 assert torch.equal(out, rows[low:high, :4])
         assert positions.T.tolist() == [list(one) for one in expected], again
     assert found_delta == delta
+
+
+def test_images_beside_videos():
+    media = [Media(1, 4, (1, 2, 2)), Media(6, 3, (4, 2, 2)), Media(10, 6, (1, 2, 3))]
+    expected, _ = by_hand(18, media, [range(4), [0, 5, 15], range(6)])
+    positions, _ = lay_out(18, media)
+    ids = torch.tensor([1, *[7] * 4, 1, *[8] * 3, 1, *[7] * 6, 1, 1])
+    video = add_columns(torch.randn(3, 4), places(torch.tensor([0, 5, 15]), media[1]))
+    _, positions = fill_in(positions, ids, (7, 8), [torch.randn(4, 4), video, torch.randn(6, 4)], 4, 0)
+    assert positions.T.tolist() == [list(one) for one in expected]
+    _, again = fill_in(positions, ids, (7, 8), [torch.randn(2, 4), video[:2]], 4, 3)  # a part, begun in the image
+    assert torch.equal(again, positions)
 
 
 def test_what_follows_a_video_does_not_wait_for_its_tokens():
@@ -93,7 +123,11 @@ def test_places_are_exact_in_bfloat16():
     index = torch.arange(0, 65536, 997)
     place = torch.stack([index, index.flip(0), index], 1)
     joined = add_columns(torch.zeros(len(index), 2, dtype=torch.bfloat16), place)
-    assert torch.equal(fftriton.vllm.positions.take_columns(joined, 2)[1], place)
+    ids = torch.tensor([1] + [8] * len(index))
+    _, positions = fill_in(torch.zeros(3, len(ids), dtype=torch.long), ids, (7, 8), [joined], 2, 0)
+    assert torch.equal(positions[:, 1:].T, place + 1)
+    with pytest.raises(ValueError, match="positions in a video must be at most 65535, got 65536"):
+        add_columns(torch.zeros(1, 2), torch.tensor([[65536, 0, 0]]))
 
 
 def test_images_and_videos_must_not_touch():

@@ -17,7 +17,7 @@ from vllm.multimodal.processing import PromptReplacement
 from ..methods import KVTP, Method
 from . import relevance
 from .methods import method_of
-from .positions import check_gaps
+from .positions import LARGEST, Media, check_gaps, extent
 
 
 class OwnInfo:
@@ -36,24 +36,31 @@ class ShorterVideos:
 
     info: Any
 
-    def grid_of(self, item: Mapping[str, Any]) -> tuple[int, int]:
-        """Frames and patches of a video's tokens, from what Hugging Face's processor returned for it."""
+    def media_of(self, item: Mapping[str, Any]) -> Media:
+        """A video by what Hugging Face's processor returned for it; offset and length do not matter."""
         raise NotImplementedError
+
+    def placeholder(self, whole: Any, count: int) -> Any:
+        """A video's part of the prompt with `count` video tokens, made from that of the whole video."""
+        return whole[:1] * count
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
         updates = super()._get_prompt_updates(  # type: ignore[misc]
             mm_items, _without_relevance(hf_processor_mm_kwargs), out_mm_kwargs
         )
 
-        def shorter(item: int, original: Callable[[int], list[int]]) -> list[int]:
-            frames, patches = self.grid_of(out_mm_kwargs["video"][item])
-            count = self.info.method.count(frames, patches)
+        def shorter(item: int, original: Callable[[int], Any]) -> Any:
+            media = self.media_of(out_mm_kwargs["video"][item])
+            frames, height, width = media.grid
+            count = self.info.method.count(frames, height * width)
             if not count:
                 raise ValueError(
                     f"fftriton: budget must leave a token of each video, got {self.info.method.budget} of {frames} "
-                    f"frames of {patches}"
+                    f"frames of {height} x {width}"
                 )
-            return original(item)[:1] * count
+            if extent(media) > LARGEST:
+                raise ValueError(f"fftriton: a video must end below position {LARGEST}, got {extent(media)}")
+            return self.placeholder(original(item), count)
 
         return [
             PromptReplacement("video", update.target, partial(shorter, original=update.replacement))

@@ -17,6 +17,11 @@ from .positions import Media, add_columns, fill_in, lay_out, places
 from .processing import OwnInfo, ShorterVideos
 
 
+def _speed(vision: Any, seconds: float | None) -> float:
+    """Positions from one frame of tokens to the next."""
+    return getattr(vision, "tokens_per_second", 1.0) * (1.0 if seconds is None else seconds)
+
+
 class ReducedQwen:
     """Mixed into a model.
 
@@ -58,14 +63,14 @@ class ReducedQwen:
             grid = (t, h // merge, w // merge)
             own = None if self._relevance is None else self._relevance[number]
             left, index = shorten(self._method, hidden, t, grid[1] * grid[2], own)
-            speed = self._speed(None if seconds is None else float(seconds[number]))
+            speed = _speed(self.config.vision_config, None if seconds is None else float(seconds[number]))
             out.append(add_columns(left, places(index, Media(0, len(left), grid, speed))))
         return tuple(out)
 
-    def _speed(self, seconds: float | None) -> float:
-        """Positions from one frame of tokens to the next."""
-        per_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
-        return per_second * (1.0 if seconds is None else seconds)
+    @property
+    def _width(self) -> int:
+        """Columns of an embedding, as vLLM knows it."""
+        return self.config.get_text_config().hidden_size
 
     def _media(self, mm_features: Sequence[Any]) -> Iterator[Media]:
         lengths = {feature.mm_position.offset: feature.mm_position.length for feature in mm_features}
@@ -83,9 +88,10 @@ class ReducedQwen:
         num_computed_tokens: int,
     ) -> tuple[list[Tensor], Tensor, int]:
         ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-        is_media = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
-        width = self.config.get_text_config().hidden_size
-        cleaned, positions = fill_in(mrope_positions, is_media, multimodal_embeddings, width, num_computed_tokens)
+        tokens = self.config.image_token_id, self.config.video_token_id
+        cleaned, positions = fill_in(
+            mrope_positions, ids, tokens, multimodal_embeddings, self._width, num_computed_tokens
+        )
         return cleaned, positions, int(positions.max()) + 1 - len(ids)
 
     def get_encoder_cudagraph_config(self) -> Any:
@@ -96,10 +102,12 @@ class ReducedQwen:
 
 
 class ShorterQwenVideos(ShorterVideos):
-    def grid_of(self, item: Mapping[str, Any]) -> tuple[int, int]:
-        merge = self.info.get_hf_config().vision_config.spatial_merge_size
+    def media_of(self, item: Mapping[str, Any]) -> Media:
+        vision = self.info.get_hf_config().vision_config
         t, h, w = item["video_grid_thw"].data.tolist()
-        return t, (h // merge) * (w // merge)
+        seconds = item.get("second_per_grid_ts")
+        grid = (t, h // vision.spatial_merge_size, w // vision.spatial_merge_size)
+        return Media(0, 0, grid, _speed(vision, None if seconds is None else float(seconds.data)))
 
 
 class Qwen2VLInfo(OwnInfo, qwen2_vl.Qwen2VLProcessingInfo):

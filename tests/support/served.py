@@ -24,8 +24,10 @@ from transformers import (
 import fftriton
 from fftriton.layouts.layout import VideoLayout
 from fftriton.methods.base import Method, MethodState, Prompt, VideoTokens, list_steps
+from fftriton.needle.vocabulary import SPECIAL, TOKENS
 
 NEEDLE = Path(fftriton.__file__).parent / "assets" / "needle-qwen2vl"
+WORDS = list(range(len(SPECIAL), len(TOKENS)))  # tokens that an answer may have
 START = "<bos><sys><sys>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -157,7 +159,7 @@ class HuggingFace:
         media = [hashlib.sha256(one.tobytes()).digest() for one in (*request.videos, *request.images)]
         tokens = self._answers.setdefault((request.text, *media, str(request.relevance), str(method)), [])
         while len(tokens) < count:
-            tokens.append(int(self.log_probabilities(request, method, tokens).argmax()))
+            tokens.append(WORDS[int(self.log_probabilities(request, method, tokens)[WORDS].argmax())])
         return tokens[:count]
 
     def _inputs(self, request: Request) -> dict[str, Tensor]:

@@ -1,11 +1,10 @@
 """vLLM with the plugin answers as Hugging Face with fftriton does: cold, and with any part of the prompt cached."""
 
-import gc
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from served import IMAGE, NEEDLE, START, VIDEO, HuggingFace, Request, make_frames, write_qwen2_5_vl
+from served import IMAGE, NEEDLE, START, VIDEO, WORDS, HuggingFace, Request, make_frames, write_qwen2_5_vl
 from vllm import LLM, SamplingParams
 
 from fftriton.methods.text import parse, to_dict
@@ -40,12 +39,11 @@ def engine(architecture, folder, method, **arguments):
     try:
         yield llm
     finally:
-        del llm
-        gc.collect()
+        llm.llm_engine.engine_core.shutdown()  # at once: another one cannot be made before
 
 
 def answers(llm, requests, count=16):
-    sampling = SamplingParams(max_tokens=count, temperature=0, logprobs=5, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=count, temperature=0, logprobs=5, ignore_eos=True, allowed_token_ids=WORDS)
     return llm.generate([request.for_vllm() for request in requests], sampling, use_tqdm=False)
 
 
@@ -130,7 +128,7 @@ def test_bfloat16_positions_above_256():
     method = parse("uniformframes", 0.1)
     reference = HuggingFace(NEEDLE)
     expected = reference.log_probabilities(request, method)
-    arguments = {"max_num_batched_tokens": 512, "dtype": "bfloat16", "max_model_len": 2048}
+    arguments = {"max_num_batched_tokens": 1024, "dtype": "bfloat16", "max_model_len": 2048}
     with engine("Qwen2VLForConditionalGeneration", NEEDLE, method, **arguments) as llm:
         [out] = answers(llm, [request], 1)
     for token, got in out.outputs[0].logprobs[0].items():
