@@ -12,6 +12,8 @@ from __future__ import annotations
 ARCHITECTURES = {
     "Qwen2VLForConditionalGeneration": "fftriton.vllm.qwen:Qwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "fftriton.vllm.qwen:Qwen25VL",
+    "Qwen3VLForConditionalGeneration": "fftriton.vllm.qwen3:Qwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "fftriton.vllm.qwen3:Qwen3VLMoe",
 }
 """The class that stands behind each architecture of vLLM."""
 

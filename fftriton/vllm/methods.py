@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.layout import VideoLayout
-from ..methods import KVTP, Chain, KeepAll, Method
+from ..methods import KVTP, Chain, Method
 from ..methods.base import Prompt, VideoTokens, list_steps
 from ..methods.own_attention import OwnAttention
 from ..methods.text import from_dict
@@ -64,7 +64,7 @@ def try_out(method: Method) -> None:
     """Raise a ValueError if the method does not leave as many tokens as it says: vLLM would cut or mix them up."""
     for frames, patches in _TRIED:
         promised, hidden = method.count(frames, patches), torch.randn(frames * patches, 8)
-        left, _ = _shorten(method, hidden, frames, patches)
+        left, _ = shorten(method, hidden, frames, patches)
         if len(left) != promised:
             raise ValueError(
                 f"fftriton: {type(method).__name__}.count must be the number of tokens that it leaves, {len(left)} of "
@@ -72,32 +72,37 @@ def try_out(method: Method) -> None:
             )
 
 
+def pruning_rate(method: Method) -> float | None:
+    """What vLLM has to take for the fraction of video tokens that are dropped; None if none ever is."""
+    left = sum(method.count(frames, patches) or 0 for frames, patches in _TRIED)
+    total = sum(frames * patches for frames, patches in _TRIED)
+    return None if left == total else 1 - left / total
+
+
 def shorten(
-    method: Method, hidden: Tensor, frames: int, patches: int, relevance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    method: Method, embeddings: Tensor, frames: int, patches: int, relevance: Tensor | None = None,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The tokens that a method leaves of one video.
 
     Args:
         method: one that is not refused.
-        hidden: [F * P, D], frame by frame.
+        embeddings: [F * P, D], frame by frame; or [F * P, n * D], where later layers add all but the first D columns to
+            hidden states (Qwen3-VL's deepstack features).
         frames, patches: F and P.
         relevance: [F] for KVTP; None gives every frame the same number of tokens.
+        width: D; None if there are no additions.
 
     Returns:
-        Their hidden states [K, D], and their places in the video [K] int64, ascending.
+        Their embeddings [K, n * D], and their places in the video [K] int64, ascending.
     """
     if relevance is not None:
         assert isinstance(method, KVTP)
         method = replace(method, relevance=relevance)
-    return _shorten(method, hidden, frames, patches)
-
-
-def _shorten(method: Method, hidden: Tensor, frames: int, patches: int) -> tuple[Tensor, Tensor]:
-    place = torch.arange(frames * patches, device=hidden.device)[None]
-    tokens = VideoTokens(hidden[None], place, place % patches, frames * patches)
-    if isinstance(method, KeepAll):
-        return hidden, place[0]
+    place = torch.arange(frames * patches, device=embeddings.device)[None]
+    hidden, *additions = embeddings[None].split(width or embeddings.shape[1], -1)
+    tokens = VideoTokens(hidden, place, place % patches, frames * patches, additions=tuple(additions))
     layout = VideoLayout(torch.arange(frames * patches).view(frames, patches))
     prompt = Prompt(num_layers=1, length=frames * patches, layouts=[layout])
     left = [tokens, *list_steps(method.begin(prompt).before_attention(0, tokens))][-1]
-    return left.hidden[0], left.position[0]
+    return torch.cat([left.hidden, *left.additions], -1)[0], left.position[0]

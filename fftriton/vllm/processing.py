@@ -16,7 +16,7 @@ from vllm.multimodal.processing import PromptReplacement
 
 from ..methods import KVTP, Method
 from . import relevance
-from .methods import method_of
+from .methods import method_of, pruning_rate
 from .positions import LARGEST, Media, check_gaps, extent
 
 
@@ -48,6 +48,9 @@ class ShorterVideos:
         updates = super()._get_prompt_updates(  # type: ignore[misc]
             mm_items, _without_relevance(hf_processor_mm_kwargs), out_mm_kwargs
         )
+
+        if pruning_rate(self.info.method) is None:
+            return updates
 
         def shorter(item: int, original: Callable[[int], Any]) -> Any:
             media = self.media_of(out_mm_kwargs["video"][item])
@@ -103,8 +106,8 @@ class ShorterVideos:
         missing = [one for one, hit in zip(scores, mm_is_cached.get("video", ()), strict=True) if not hit]
         return {**kwargs, relevance.KEY: missing}
 
-    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> Any:
-        out = super()._call_hf_processor(hf_data, _without_relevance(hf_kwargs))  # type: ignore[misc]
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        out = super()._apply_hf_processor_main(mm_items, _without_relevance(hf_kwargs))  # type: ignore[misc]
         videos = out.get("video_grid_thw", ())
         scores = relevance.of_request(hf_kwargs, len(videos))
         if scores:

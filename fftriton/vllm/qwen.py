@@ -12,7 +12,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from . import relevance
 from .faults import mergers_with
-from .methods import method_of, shorten, try_out
+from .methods import method_of, pruning_rate, shorten, try_out
 from .positions import Media, add_columns, fill_in, lay_out, places
 from .processing import OwnInfo, ShorterVideos
 
@@ -36,7 +36,7 @@ class ReducedQwen:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         method, media = method_of(vllm_config.model_config.hf_config), vllm_config.model_config.multimodal_config
         try_out(method)
-        rate = 1 - method.budget or None
+        rate = pruning_rate(method)
         if media.video_pruning_rate not in (None, rate):
             raise ValueError(
                 f"fftriton: --video-pruning-rate must not be given beside a method of fftriton, got "
@@ -54,7 +54,7 @@ class ReducedQwen:
 
     def _process_video_input(self, video_input: Mapping[str, Any]) -> tuple[Tensor, ...]:
         videos = super()._process_video_input(video_input)  # type: ignore[misc]
-        if self._method.budget == 1:
+        if pruning_rate(self._method) is None:
             return videos
         merge = self.config.vision_config.spatial_merge_size
         seconds = video_input.get("second_per_grid_ts")

@@ -19,13 +19,19 @@ from transformers import (
     AutoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 import fftriton
 from fftriton.layouts.layout import VideoLayout
 from fftriton.methods.base import Method, MethodState, Prompt, VideoTokens, list_steps
-from fftriton.needle.vocabulary import SPECIAL, TOKENS
+from fftriton.needle.vocabulary import SPECIAL, TOKENS, VISION_END, VISION_START
 
+TEXT = {
+    "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 6, "pad_token_id": 0,
+}  # fmt: skip
 NEEDLE = Path(fftriton.__file__).parent / "assets" / "needle-qwen2vl"
 WORDS = list(range(len(SPECIAL), len(TOKENS)))  # tokens that an answer may have
 START = "<bos><sys><sys>"
@@ -35,28 +41,48 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 def write_qwen2_5_vl(folder: Path) -> Path:
     """A random Qwen2.5-VL with the shipped tokenizer; a token is 32 x 32 pixels of two frames."""
-    text = {
-        "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": 1,
-        "eos_token_id": 6, "pad_token_id": 0, **rope(rope_theta=1e4, mrope_section=[4, 6, 6]),
-    }  # fmt: skip
+    text = TEXT | rope(rope_theta=1e4, mrope_section=[4, 6, 6])
     vision = {
         "depth": 2, "num_heads": 4, "hidden_size": 128, "intermediate_size": 128, "out_hidden_size": 128,
         "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 64,
         "fullatt_block_indexes": [1], "tokens_per_second": 3,
     }  # fmt: skip
-    shipped = json.loads((NEEDLE / "config.json").read_text())
-    tokens = {key: shipped[key] for key in shipped if key.endswith("_token_id")}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **_tokens())
     seeded(Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
+    return _with_processor(folder, {"processor_class": "Qwen2_5_VLProcessor", "min_pixels": 4096, "max_pixels": 24576})
+
+
+def _tokens() -> dict[str, int]:
+    shipped = json.loads((NEEDLE / "config.json").read_text())
+    marks = {"vision_start_token_id": TOKENS.index(VISION_START), "vision_end_token_id": TOKENS.index(VISION_END)}
+    return {key: shipped[key] for key in ("image_token_id", "video_token_id")} | marks
+
+
+def _with_processor(folder: Path, settings: dict[str, Any]) -> Path:
+    """The shipped tokenizer and processors, for tokens of 2 x 2 patches of two frames."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(NEEDLE / name, folder)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        settings = json.loads((NEEDLE / name).read_text())
-        settings |= {"temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen2_5_VLProcessor"}
-        settings |= {"min_pixels": 4096, "max_pixels": 24576}
-        (folder / name).write_text(json.dumps(settings))
+        shipped = json.loads((NEEDLE / name).read_text()) | {"temporal_patch_size": 2, "merge_size": 2}
+        if "size" in settings:
+            shipped = {key: value for key, value in shipped.items() if not key.endswith("_pixels")}
+        (folder / name).write_text(json.dumps(shipped | settings))
     return folder
+
+
+def write_qwen3_vl(folder: Path) -> Path:
+    """A random Qwen3-VL with the shipped tokenizer, which knows no times; a token is 32 x 32 pixels of two frames."""
+    text = TEXT | {"head_dim": 32, **rope(rope_theta=1e4, mrope_section=[6, 5, 5], mrope_interleaved=True)}
+    vision = {
+        "depth": 3, "num_heads": 4, "hidden_size": 128, "intermediate_size": 128, "out_hidden_size": 128,
+        "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "deepstack_visual_indexes": [0, 2],
+        "num_position_embeddings": 64,
+    }  # fmt: skip
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **_tokens())
+    seeded(Qwen3VLForConditionalGeneration(config)).save_pretrained(folder)
+    kinds = {"processor_class": "Qwen3VLProcessor", "video_processor_type": "Qwen3VLVideoProcessor"}
+    size = {"size": {"shortest_edge": 4096, "longest_edge": 10**6}}
+    return _with_processor(folder, kinds | size)
 
 
 def make_frames(frames: int, height: int, width: int, seed: int) -> np.ndarray:
@@ -119,20 +145,25 @@ class _EachVideoState(MethodState):
     def before_attention(self, layer: int, tokens: VideoTokens) -> Any:
         if layer:
             return []
-        stays, hidden = tokens.patch[0] < 0, tokens.hidden.clone()
+        stays = tokens.patch[0] < 0
+        parts = [part.clone() for part in (tokens.hidden, *tokens.additions)]
         for number, layout in enumerate(self.prompt.layouts):
             rows, (frames, patches) = layout.positions.flatten(), layout.positions.shape
             method = self.method.method
             if self.method.relevance is not None:
                 method = replace(method, relevance=torch.tensor(self.method.relevance[number]))
             place = torch.arange(len(rows))[None]
-            video = VideoTokens(tokens.hidden[:, rows], place, place % patches, len(rows))
+            hidden, *additions = [part[:, rows] for part in parts]
+            video = VideoTokens(hidden, place, place % patches, len(rows), additions=tuple(additions))
             alone = Prompt(1, len(rows), [VideoLayout(place.view(frames, patches))])
             left = [video, *list_steps(method.begin(alone).before_attention(0, video))][-1]
-            stays[rows[left.position[0]]] = True
-            hidden[0, rows[left.position[0]]] = left.hidden[0]
+            kept = rows[left.position[0]]
+            stays[kept] = True
+            for part, shorter in zip(parts, (left.hidden, *left.additions), strict=True):
+                part[0, kept] = shorter[0]
         kept = stays.nonzero()[:, 0][None]
-        return replace(tokens, hidden=hidden).keep(kept, kept.shape[1] - int((tokens.patch < 0).sum()))
+        whole = replace(tokens, hidden=parts[0], additions=tuple(parts[1:]))
+        return whole.keep(kept, kept.shape[1] - int((tokens.patch < 0).sum()))
 
 
 class HuggingFace:
@@ -178,7 +209,10 @@ class HuggingFace:
         merge, ids = config.vision_config.spatial_merge_size, inputs["input_ids"][0].tolist()
         speeds = inputs.get("second_per_grid_ts")
         per_second = getattr(config.vision_config, "tokens_per_second", 1)
-        grids = {key: iter(inputs.get(f"{key}_grid_thw", torch.empty(0, 3)).tolist()) for key in ("image", "video")}
+        grids_of = {key: inputs.get(f"{key}_grid_thw", torch.empty(0, 3)).tolist() for key in ("image", "video")}
+        if config.model_type.startswith("qwen3"):  # text stands between frames
+            grids_of["video"] = [[1, h, w] for t, h, w in grids_of["video"] for _ in range(t)]
+        grids = {key: iter(found) for key, found in grids_of.items()}
         seconds = iter([1.0] * 99 if speeds is None else [float(one) for one in speeds])
         positions: list[tuple[int, ...]] = []
         following = at = 0

@@ -4,7 +4,18 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from served import IMAGE, NEEDLE, START, VIDEO, WORDS, HuggingFace, Request, make_frames, write_qwen2_5_vl
+from served import (
+    IMAGE,
+    NEEDLE,
+    START,
+    VIDEO,
+    WORDS,
+    HuggingFace,
+    Request,
+    make_frames,
+    write_qwen2_5_vl,
+    write_qwen3_vl,
+)
 from vllm import LLM, SamplingParams
 
 from fftriton.methods.text import parse, to_dict
@@ -14,7 +25,7 @@ BLOCK = 32
 CHUNKS = (32, 64, 4096)
 METHODS = ("temporalmerge", "uniformframes", "randomtokens:seed=3", "kvtp", "kvtp:pruner=prumerge")
 QUESTIONS = ("Which digit is on the red box?", "Where is the red box?")
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -23,8 +34,12 @@ def family(request, tmp_path_factory):
     if request.param == "qwen2_vl":
         video = read_video(NEEDLE.parent / "clips" / "needle.mp4", 16).frames
         return "Qwen2VLForConditionalGeneration", NEEDLE, HuggingFace(NEEDLE), np.asarray(video), (16, 16)
-    folder = write_qwen2_5_vl(tmp_path_factory.mktemp("model"))
-    return "Qwen2_5_VLForConditionalGeneration", folder, HuggingFace(folder), make_frames(12, 128, 160, 0), (6, 20)
+    write, architecture = {
+        "qwen2_5_vl": (write_qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration"),
+        "qwen3_vl": (write_qwen3_vl, "Qwen3VLForConditionalGeneration"),
+    }[request.param]
+    folder = write(tmp_path_factory.mktemp("model"))
+    return architecture, folder, HuggingFace(folder), make_frames(12, 128, 160, 0), (6, 20)
 
 
 @contextmanager
