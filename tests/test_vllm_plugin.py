@@ -250,6 +250,7 @@ def test_the_command():
     assert str(MODEL) in words
     overrides = json.loads(words[words.index("--hf-overrides") + 1])
     assert overrides["architectures"] == [PREFIX + "Qwen2VLForConditionalGeneration"]
+    assert __main__.RELEVANCE_FLAG in words
     assert to_dict(from_dict(overrides["fftriton"])) == to_dict(parse("kvtp:pruner=tome", 0.2))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 ARCHITECTURES = {
     "Qwen2VLForConditionalGeneration": "fftriton.vllm.qwen:Qwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "fftriton.vllm.qwen:Qwen25VL",
+    "LlavaOnevisionForConditionalGeneration": "fftriton.vllm.llava:LlavaOnevision",
     "Qwen3VLForConditionalGeneration": "fftriton.vllm.qwen3:Qwen3VL",
     "Qwen3VLMoeForConditionalGeneration": "fftriton.vllm.qwen3:Qwen3VLMoe",
 }
@@ -19,6 +20,9 @@ ARCHITECTURES = {
 
 PREFIX = "FFTriton"
 """What our architectures begin with."""
+
+KEY = "fftriton"
+"""Where the method stands in the model's configuration."""
 
 
 def register() -> None:

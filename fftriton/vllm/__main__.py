@@ -14,12 +14,15 @@ from rich.table import Table
 from ..methods.registry import METHODS
 from ..runtime.options import BUDGET, CommonOptions, with_options
 from ..runtime.terminal import warn, working
-from . import ARCHITECTURES, PREFIX
+from . import ARCHITECTURES, KEY, PREFIX
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 TESTED = ("0.32",)
 """Releases of vLLM that the tests run with."""
+
+RELEVANCE_FLAG = "--trust-request-mm-kwargs"
+"""Without it, vLLM's server refuses requests that bring KVTP's relevance along."""
 
 _SERVERS = {  # by distribution; the second one's `vllm` asks for the metadata of the first
     "vllm": ["vllm", "serve"],
@@ -53,6 +56,9 @@ def command(
         overrides = make_overrides(_architecture(model, trust_remote_code, revision), method, budget)
         distribution = _installed()
         words = [*_SERVERS[distribution], model, "--hf-overrides", json.dumps(overrides)]
+        if overrides[KEY]["method"] == "kvtp":
+            words.append(RELEVANCE_FLAG)
+            warn(f"{RELEVANCE_FLAG} lets requests set the processor's arguments, relevance among them: trust clients.")
         words += ["--trust-remote-code"] if trust_remote_code else []
         words += ["--revision", revision] if revision is not None else []
         print(shlex.join(words))
@@ -70,7 +76,7 @@ def make_overrides(architecture: str, method: str, budget: float) -> dict[str, A
         TypeError, ValueError: the method cannot run inside vLLM, or not with this model.
     """
     from ..methods.text import parse, to_dict
-    from .methods import KEY, refusal
+    from .methods import refusal
 
     if architecture not in ARCHITECTURES:
         raise ValueError(f"vllm: MODEL must be one of {', '.join(ARCHITECTURES)}, got {architecture}")

@@ -14,9 +14,7 @@ from ..methods import KVTP, Chain, Method
 from ..methods.base import Prompt, VideoTokens, list_steps
 from ..methods.own_attention import OwnAttention
 from ..methods.text import from_dict
-
-KEY = "fftriton"
-"""Where the method stands in the model's configuration."""
+from . import KEY
 
 _INSTEAD = "use TemporalMerge, which merges as FrameFusion does, but before the first layer and to an exact count"
 _TRIED = ((1, 1), (1, 6), (5, 1), (4, 9), (7, 12))  # frames and patches for which a count is tried out

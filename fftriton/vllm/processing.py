@@ -17,7 +17,7 @@ from vllm.multimodal.processing import PromptReplacement
 from ..methods import KVTP, Method
 from . import relevance
 from .methods import method_of, pruning_rate
-from .positions import LARGEST, Media, check_gaps, extent
+from .positions import LARGEST, Media, extent
 
 
 class OwnInfo:
@@ -35,6 +35,10 @@ class ShorterVideos:
     """Mixed into a multimodal processor."""
 
     info: Any
+
+    def frames_of(self, out: Mapping[str, Any]) -> list[int]:
+        """Frames of tokens of each video, from what Hugging Face's processor returned for all of them."""
+        raise NotImplementedError
 
     def media_of(self, item: Mapping[str, Any]) -> Media:
         """A video by what Hugging Face's processor returned for it; offset and length do not matter."""
@@ -72,12 +76,6 @@ class ShorterVideos:
             for update in updates
         ]
 
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        done = super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        ranges = [(one.offset, one.length) for found in done["mm_placeholders"].values() for one in found]
-        check_gaps(sorted(ranges))
-        return done
-
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """With each video's own relevance: no cache may answer one question with another one's tokens."""
         kwargs = inputs.hf_processor_mm_kwargs
@@ -108,10 +106,10 @@ class ShorterVideos:
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         out = super()._apply_hf_processor_main(mm_items, _without_relevance(hf_kwargs))  # type: ignore[misc]
-        videos = out.get("video_grid_thw", ())
+        videos = self.frames_of(out)
         scores = relevance.of_request(hf_kwargs, len(videos))
         if scores:
-            for own, (frames, *_) in zip(scores, videos.tolist(), strict=True):
+            for own, frames in zip(scores, videos, strict=True):
                 relevance.check_frames(own, frames)
             out[relevance.KEY] = scores
         return out

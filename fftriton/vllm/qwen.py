@@ -10,11 +10,12 @@ from torch import Tensor
 from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from . import relevance
+from ..methods import Method
 from .faults import mergers_with
-from .methods import method_of, pruning_rate, shorten, try_out
-from .positions import Media, add_columns, fill_in, lay_out, places
+from .methods import pruning_rate
+from .positions import Media, add_columns, check_gaps, fill_in, lay_out, places
 from .processing import OwnInfo, ShorterVideos
+from .reduced import Reduced
 
 
 def _speed(vision: Any, seconds: float | None) -> float:
@@ -22,7 +23,7 @@ def _speed(vision: Any, seconds: float | None) -> float:
     return getattr(vision, "tokens_per_second", 1.0) * (1.0 if seconds is None else seconds)
 
 
-class ReducedQwen:
+class ReducedQwen(Reduced):
     """Mixed into a model.
 
     Not a subclass of the protocol for pruned videos, whose `__init__` would hide that of nn.Module.
@@ -31,38 +32,23 @@ class ReducedQwen:
     supports_multimodal_pruning = True
     supported_video_pruning_methods = ("evs",)  # the rate that is set below is one of this method
 
-    config: Any
-
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        method, media = method_of(vllm_config.model_config.hf_config), vllm_config.model_config.multimodal_config
-        try_out(method)
-        rate = pruning_rate(method)
-        if media.video_pruning_rate not in (None, rate):
-            raise ValueError(
-                f"fftriton: --video-pruning-rate must not be given beside a method of fftriton, got "
-                f"{media.video_pruning_rate}"
-            )
-        media.video_pruning_rate = rate  # so that the model runner asks for positions
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self._method = method
-        self._relevance: Sequence[Tensor] | None = None
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.is_multimodal_pruning_enabled = False  # vLLM's own pruning, in the class that this one is mixed into
 
-    def embed_multimodal(self, **kwargs: Any) -> Any:
-        self._relevance = kwargs.pop(relevance.KEY, None)
-        return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+    def _prepare(self, media: Any, method: Method) -> None:
+        media.video_pruning_rate = pruning_rate(method)  # so that the model runner asks for positions
 
     def _process_video_input(self, video_input: Mapping[str, Any]) -> tuple[Tensor, ...]:
         videos = super()._process_video_input(video_input)  # type: ignore[misc]
-        if pruning_rate(self._method) is None:
+        if self._keeps_all:
             return videos
         merge = self.config.vision_config.spatial_merge_size
         seconds = video_input.get("second_per_grid_ts")
         out = []
         for number, (hidden, (t, h, w)) in enumerate(zip(videos, video_input["video_grid_thw"].tolist(), strict=True)):
             grid = (t, h // merge, w // merge)
-            own = None if self._relevance is None else self._relevance[number]
-            left, index = shorten(self._method, hidden, t, grid[1] * grid[2], own)
+            left, index = self._shortened(number, hidden, t, grid[1] * grid[2])
             speed = _speed(self.config.vision_config, None if seconds is None else float(seconds[number]))
             out.append(add_columns(left, places(index, Media(0, len(left), grid, speed))))
         return tuple(out)
@@ -95,13 +81,22 @@ class ReducedQwen:
         return cleaned, positions, int(positions.max()) + 1 - len(ids)
 
     def get_encoder_cudagraph_config(self) -> Any:
-        """No graphs of the vision tower: they bypass `_process_video_input`."""
+        """No graphs of the vision tower: they bypass what shortens videos."""
         config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
         config.modalities = []
         return config
 
 
 class ShorterQwenVideos(ShorterVideos):
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        done = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        ranges = [(one.offset, one.length) for found in done["mm_placeholders"].values() for one in found]
+        check_gaps(sorted(ranges))
+        return done
+
+    def frames_of(self, out: Mapping[str, Any]) -> list[int]:
+        return out["video_grid_thw"][:, 0].tolist() if "video_grid_thw" in out else []
+
     def media_of(self, item: Mapping[str, Any]) -> Media:
         vision = self.info.get_hf_config().vision_config
         t, h, w = item["video_grid_thw"].data.tolist()

@@ -16,10 +16,9 @@ from vllm.model_executor.models import qwen3_vl, qwen3_vl_moe
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from .methods import pruning_rate, shorten
 from .positions import Media, add_columns, all_places
-from .processing import OwnInfo, ShorterVideos
-from .qwen import ReducedQwen
+from .processing import OwnInfo
+from .qwen import ReducedQwen, ShorterQwenVideos
 
 
 def _media(grid: Sequence[int], merge: int, timestamps: Any, tokenizer: Any, offset: int = 0, length: int = 0) -> Media:
@@ -50,7 +49,7 @@ class ReducedQwen3(ReducedQwen):
 
     def _process_video_input(self, video_input: Mapping[str, Any]) -> tuple[Tensor, ...]:
         videos = super(ReducedQwen, self)._process_video_input(video_input)  # type: ignore[misc]
-        if pruning_rate(self._method) is None:
+        if self._keeps_all:
             return videos
         return tuple(
             self._shorter(number, embeddings, grid, video_input["timestamps"][number])
@@ -63,8 +62,7 @@ class ReducedQwen3(ReducedQwen):
         """[N, _width + COLUMNS]: a video's part of the prompt."""
         media = _media(grid, self.config.vision_config.spatial_merge_size, timestamps, self._tokenizer)
         t, h, w = media.grid
-        own = None if self._relevance is None else self._relevance[number]
-        left, index = shorten(self._method, embeddings, t, h * w, own, self.visual_dim)
+        left, index = self._shortened(number, embeddings, t, h * w, self.visual_dim)
         ids = qwen3_vl.Qwen3VLMultiModalProcessor.get_video_repl(
             tokens_per_frame=torch.bincount(index // (h * w), minlength=t).tolist(),
             timestamps=timestamps,
@@ -90,7 +88,7 @@ class ReducedQwen3(ReducedQwen):
                 yield _media(grid, merge, data["timestamps"].data, self._tokenizer, offset, length)
 
 
-class ShorterQwen3Videos(ShorterVideos):
+class ShorterQwen3Videos(ShorterQwenVideos):
     def media_of(self, item: Mapping[str, Any]) -> Media:
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
         return _media(item["video_grid_thw"].data.tolist(), merge, item["timestamps"].data, self.info.get_tokenizer())

@@ -13,10 +13,17 @@ import numpy as np
 import torch
 from models import rope, seeded
 from PIL.Image import fromarray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
@@ -26,7 +33,9 @@ from transformers import (
 import fftriton
 from fftriton.layouts.layout import VideoLayout
 from fftriton.methods.base import Method, MethodState, Prompt, VideoTokens, list_steps
+from fftriton.needle.vocabulary import IMAGE as IMAGE_PAD
 from fftriton.needle.vocabulary import SPECIAL, TOKENS, VISION_END, VISION_START
+from fftriton.needle.vocabulary import VIDEO as VIDEO_PAD
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -85,6 +94,35 @@ def write_qwen3_vl(folder: Path) -> Path:
     return _with_processor(folder, kinds | size)
 
 
+def write_llava_onevision(folder: Path) -> Path:
+    """A random LLaVA-OneVision with the shipped tokenizer; a token is a quarter of a frame."""
+    vision = {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
+        "patch_size": 8, "vision_use_head": False,
+    }  # fmt: skip
+    config = LlavaOnevisionConfig(
+        text_config=TEXT | {"model_type": "qwen2"} | rope(rope_theta=1e4),
+        vision_config=vision | {"model_type": "siglip_vision_model"},
+        image_grid_pinpoints=[[64, 64]], tie_word_embeddings=False, image_token_id=TOKENS.index(IMAGE_PAD),
+        video_token_id=TOKENS.index(VIDEO_PAD),
+    )  # fmt: skip
+    model = seeded(LlavaOnevisionForConditionalGeneration(config))
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    tower = "vision_tower."  # published checkpoints have the names of transformers 4, which vLLM knows
+    renamed = {key.replace(tower, f"{tower}vision_model."): value for key, value in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    size = {"height": 64, "width": 64}
+    shipped = AutoTokenizer.from_pretrained(NEEDLE)
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[64, 64]]), shipped,
+        LlavaOnevisionVideoProcessor(size=size), num_image_tokens=64, vision_feature_select_strategy="full",
+        image_token=IMAGE_PAD, video_token=VIDEO_PAD,
+    )  # fmt: skip
+    processor.save_pretrained(folder)
+    return folder
+
+
 def make_frames(frames: int, height: int, width: int, seed: int) -> np.ndarray:
     """[T, H, W, 3] uint8: blocks, some of which change from frame to frame."""
     draw = np.random.default_rng(seed)
@@ -134,8 +172,12 @@ class Request:
 class EachVideo(Method):
     """A method before the first layer, applied to each video by itself, as vLLM has to do."""
 
-    def __init__(self, method: Method, relevance: list[list[float]] | None) -> None:
-        self.method, self.relevance, self.budget = method, relevance, method.budget
+    def __init__(self, method: Method, relevance: list[list[float]] | None, renumber: bool) -> None:
+        self.method, self.relevance, self.renumber, self.budget = method, relevance, renumber, method.budget
+
+    @property
+    def renumbers(self) -> bool:
+        return self.renumber
 
     def begin(self, prompt: Prompt) -> MethodState:
         return _EachVideoState(self, prompt)
@@ -163,7 +205,10 @@ class _EachVideoState(MethodState):
                 part[0, kept] = shorter[0]
         kept = stays.nonzero()[:, 0][None]
         whole = replace(tokens, hidden=parts[0], additions=tuple(parts[1:]))
-        return whole.keep(kept, kept.shape[1] - int((tokens.patch < 0).sum()))
+        left = whole.keep(kept, kept.shape[1] - int((tokens.patch < 0).sum()))
+        if not self.method.renumber:
+            return left
+        return replace(left, companions=tuple(part[:, : left.length] for part in tokens.companions))
 
 
 class HuggingFace:
@@ -181,8 +226,10 @@ class HuggingFace:
         inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs.pop("mm_token_type_ids", None)
-        inputs["position_ids"] = self._positions(inputs)
-        with torch.no_grad(), fftriton.reduce(self.model, EachVideo(method, request.relevance)):
+        grids = hasattr(self.model.config.vision_config, "spatial_merge_size")
+        if grids:
+            inputs["position_ids"] = self._positions(inputs)
+        with torch.no_grad(), fftriton.reduce(self.model, EachVideo(method, request.relevance, renumber=not grids)):
             return self.model(**inputs).logits[0, -1].log_softmax(-1)
 
     def answer(self, request: Request, method: Method, count: int) -> list[int]:

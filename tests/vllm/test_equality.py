@@ -13,6 +13,7 @@ from served import (
     HuggingFace,
     Request,
     make_frames,
+    write_llava_onevision,
     write_qwen2_5_vl,
     write_qwen3_vl,
 )
@@ -25,7 +26,7 @@ BLOCK = 32
 CHUNKS = (32, 64, 4096)
 METHODS = ("temporalmerge", "uniformframes", "randomtokens:seed=3", "kvtp", "kvtp:pruner=prumerge")
 QUESTIONS = ("Which digit is on the red box?", "Where is the red box?")
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -37,6 +38,7 @@ def family(request, tmp_path_factory):
     write, architecture = {
         "qwen2_5_vl": (write_qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration"),
         "qwen3_vl": (write_qwen3_vl, "Qwen3VLForConditionalGeneration"),
+        "llava_onevision": (write_llava_onevision, "LlavaOnevisionForConditionalGeneration"),
     }[request.param]
     folder = write(tmp_path_factory.mktemp("model"))
     return architecture, folder, HuggingFace(folder), make_frames(12, 128, 160, 0), (6, 20)

@@ -11,7 +11,7 @@ from video_files import Recipe
 
 from bench.serving.server import chat, post, serving, text_of
 from fftriton.needle.vocabulary import COLOURS
-from fftriton.vllm.__main__ import make_overrides
+from fftriton.vllm.__main__ import RELEVANCE_FLAG, make_overrides
 from fftriton.vllm.relevance import KEY
 
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
@@ -42,7 +42,7 @@ def videos(tmp_path_factory):
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     overrides = make_overrides(ARCHITECTURE, "kvtp:temperature=0.5", 0.3)
-    with serving(NEEDLE, overrides, log, *SAMPLING) as address:
+    with serving(NEEDLE, overrides, log, *SAMPLING, RELEVANCE_FLAG) as address:
         yield address
 
 
