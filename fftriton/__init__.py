@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from .hf import MergeStep, Reduction, Report, SampleReport, apply, apply_framefusion, reduce
     from .layouts import VideoLayout
     from .methods import (
+        EVS,
         KVTP,
         Chain,
+        DyCoke,
         FastV,
         FrameContext,
         FrameFusion,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
         ToMe,
         TopKPruner,
         UniformFrames,
+        VidCom2,
+        VisionZip,
         frame_budgets,
         load_settings,
     )
@@ -40,9 +44,11 @@ __version__ = "0.1.0"
 __path__.append(f"{__path__[0]}/former")  # modules under their former names, for one more release
 
 __all__ = [
+    "EVS",
     "KVTP",
     "Chain",
     "ContextFusion",
+    "DyCoke",
     "FastV",
     "FrameContext",
     "FrameFusion",
@@ -63,7 +69,9 @@ __all__ = [
     "ToMe",
     "TopKPruner",
     "UniformFrames",
+    "VidCom2",
     "VideoLayout",
+    "VisionZip",
     "apply",
     "apply_framefusion",
     "frame_budgets",

@@ -151,7 +151,7 @@ def test_methods_by_name(name):
         ("fastv:budget=2", r"fastv: budget must be in \(0, 1\], got 2"),
         ("framefusion:stages=(prune)+kvtp", "method 'framefusion' cannot come before 'kvtp', because it works inside"),
         ("kvtp:budget=0.1+fastv", "that of FastV must not be above that of KVTP, 0.1; got 0.3"),
-        ("kvtp:pruner=fastv(layer=1)", "pruner must be one of 'random', 'topk', 'prumerge', 'tome' or MODULE"),
+        ("kvtp:pruner=fastv(layer=1)", "pruner must be one of 'random', 'topk', .*'visionzip' or MODULE"),
         ("no_such_module:Method", "method must be a class that can be imported, got 'no_such_.*: No module"),
         ("math:Method", "method must be a class that can be imported, got 'math:Method'"),
         ("math:pi", "method must be a subclass of Method, got 'math:pi'"),
@@ -266,6 +266,8 @@ FIRST = st.one_of(
     st.builds(RandomTokens, FRACTION, SEED),
     st.builds(UniformFrames, FRACTION),
     st.builds(fftriton.TemporalMerge, FRACTION),
+    st.builds(fftriton.EVS, FRACTION),
+    st.builds(fftriton.VisionZip, FRACTION, st.sampled_from(["distinctness", "norm"]), st.floats(0, 1)),
     st.builds(KVTP, FRACTION, st.none(), PRUNER, FRACTION | st.just(math.inf), COUNT, st.booleans()),
     st.builds(Loudest, FRACTION, st.floats(allow_nan=False), TEXT, st.lists(COUNT, max_size=3).map(tuple)),
 )

@@ -16,6 +16,10 @@ METHODS = [
     fftriton.UniformFrames,
     fftriton.RandomTokens,
     fftriton.TemporalMerge,
+    fftriton.EVS,
+    fftriton.VidCom2,
+    fftriton.DyCoke,
+    fftriton.VisionZip,
 ]
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .before_layers import BeforeLayers, ScoringMethod
     from .budgets import frame_budgets
     from .chain import Chain
+    from .dycoke import DyCoke
+    from .evs import EVS
     from .fastv import FastV
     from .framefusion import FrameFusion
     from .frames import FrameContext, FrameRows
@@ -29,12 +31,16 @@ if TYPE_CHECKING:
     from .text import from_dict, parse, split_methods, to_dict, to_text
     from .tome import ToMe
     from .uniform_frames import UniformFrames
+    from .vidcom2 import VidCom2
+    from .visionzip import VisionZip
 
 _MODULES = {
     "base": ("Method", "MethodState", "Prompt", "Steps", "VideoTokens", "Window"),
     "before_layers": ("BeforeLayers", "ScoringMethod"),
     "budgets": ("frame_budgets",),
     "chain": ("Chain",),
+    "dycoke": ("DyCoke",),
+    "evs": ("EVS",),
     "fastv": ("FastV",),
     "frames": ("FrameContext", "FrameRows"),
     "framefusion": ("FrameFusion",),
@@ -50,6 +56,8 @@ _MODULES = {
     "text": ("from_dict", "parse", "split_methods", "to_dict", "to_text"),
     "tome": ("ToMe",),
     "uniform_frames": ("UniformFrames",),
+    "vidcom2": ("VidCom2",),
+    "visionzip": ("VisionZip",),
 }
 _MODULE_OF = {name: module for module, exported in _MODULES.items() for name in exported}
 _FORMER = {  # name: (name in former.py, what to use)
@@ -59,9 +67,11 @@ _FORMER = {  # name: (name in former.py, what to use)
 }
 
 __all__ = [
+    "EVS",
     "KVTP",
     "BeforeLayers",
     "Chain",
+    "DyCoke",
     "FastV",
     "FrameContext",
     "FrameFusion",
@@ -82,7 +92,9 @@ __all__ = [
     "ToMe",
     "TopKPruner",
     "UniformFrames",
+    "VidCom2",
     "VideoTokens",
+    "VisionZip",
     "Window",
     "frame_budgets",
     "from_dict",

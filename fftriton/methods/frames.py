@@ -62,6 +62,16 @@ class FrameRows:
         places = self.rows.where(self.present, onto.shape[1]).flatten()
         return spread.scatter_(0, places, values.to(onto.dtype).flatten())[None, :-1]
 
+    def roots(self, column: Tensor, length: int) -> Tensor:
+        """[1, N] int64: for each of N rows the one that it merges into.
+
+        Args:
+            column: [F, P] int64, the column in its frame of the token that each token merges into.
+            length: N.
+        """
+        alone = torch.arange(length, device=column.device)[None]
+        return self.spread(self.rows.gather(1, column), alone)
+
     def parts(self, width: int) -> list[FrameRows]:
         """The frames in parts that are small enough to compare all their tokens, of this width, with each other."""
         patches = self.rows.shape[1]
