@@ -20,6 +20,7 @@ METHODS = [
     fftriton.VidCom2,
     fftriton.DyCoke,
     fftriton.VisionZip,
+    fftriton.FlashVID,
 ]
 
 

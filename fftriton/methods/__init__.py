@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .dycoke import DyCoke
     from .evs import EVS
     from .fastv import FastV
+    from .flashvid import FlashVID
     from .framefusion import FrameFusion
     from .frames import FrameContext, FrameRows
     from .keep_all import KeepAll
@@ -42,6 +43,7 @@ _MODULES = {
     "dycoke": ("DyCoke",),
     "evs": ("EVS",),
     "fastv": ("FastV",),
+    "flashvid": ("FlashVID",),
     "frames": ("FrameContext", "FrameRows"),
     "framefusion": ("FrameFusion",),
     "keep_all": ("KeepAll",),
@@ -73,6 +75,7 @@ __all__ = [
     "Chain",
     "DyCoke",
     "FastV",
+    "FlashVID",
     "FrameContext",
     "FrameFusion",
     "FrameRows",

@@ -89,8 +89,7 @@ class _FrameMethodState(BeforeLayersState):
 
     def shorten(self, tokens: VideoTokens) -> Steps:
         prompt, method = self.prompt, self.method
-        numbers = [prompt.number_of(video) for video in range(len(prompt.layouts))]
-        frames = FrameRows.of(prompt.layouts, tokens, numbers)
+        frames = FrameRows.of_prompt(prompt, tokens)
         sizes = torch.cat([(layout.positions >= 0).sum(1) for layout in prompt.layouts])
         floor, total = int(sizes.clamp_max(method.min_tokens).sum()), method.num_kept(tokens)
         if total < floor:

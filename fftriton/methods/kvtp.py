@@ -152,8 +152,7 @@ class _KVTPState(BeforeLayersState):
 
     def shorten(self, tokens: VideoTokens) -> Steps:
         method, prompt = self.method, self.prompt
-        numbers = [prompt.number_of(video) for video in range(len(prompt.layouts))]
-        frames = FrameRows.of(prompt.layouts, tokens, numbers)
+        frames = FrameRows.of_prompt(prompt, tokens)
         scores = self._score(tokens, frames)
         budget, floor = method.budget, int(frames.sizes.clamp_max(method.min_tokens).sum())
         if round(budget * tokens.num_video) < floor:

@@ -28,6 +28,7 @@ METHODS = {
     "vidcom2": "fftriton.methods.vidcom2:VidCom2",
     "dycoke": "fftriton.methods.dycoke:DyCoke",
     "visionzip": "fftriton.methods.visionzip:VisionZip",
+    "flashvid": "fftriton.methods.flashvid:FlashVID",
     "randomtokens": "fftriton.methods.random_tokens:RandomTokens",
 }
 PRUNERS = {

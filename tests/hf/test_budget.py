@@ -105,6 +105,13 @@ def test_methods_before_the_first_layer_meet_their_budget_exactly(budget, method
     assert torch.equal(report.pruned, dropped)
 
 
+@pytest.mark.parametrize("budget", [0.001, *BUDGETS])
+def test_flashvid_meets_its_budget_exactly(budget):
+    for kind in ("static", "mixed", "unrelated"):
+        report = run(fftriton.FlashVID(budget), 6, kind)
+        assert report.vision_tokens_per_layer == [max(1, round(96 * budget))] * 6
+
+
 @pytest.mark.parametrize("method", [fftriton.VidCom2, fftriton.VisionZip])
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.filterwarnings("ignore:fftriton. the budget")
@@ -119,7 +126,7 @@ def test_methods_that_keep_a_token_of_each_frame(budget, method):
 @torch.no_grad()
 def test_methods_that_look_at_frames_meet_their_budget_on_every_family(family):
     model, inputs = family.model(), family.inputs()
-    for method in (fftriton.EVS, fftriton.VidCom2, fftriton.DyCoke, fftriton.VisionZip):
+    for method in (fftriton.EVS, fftriton.VidCom2, fftriton.DyCoke, fftriton.VisionZip, fftriton.FlashVID):
         with fftriton.reduce(model, method(0.6)) as reduction:
             logits = model(**inputs).logits
         report = reduction.report
