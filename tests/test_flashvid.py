@@ -14,6 +14,7 @@ from fftriton import FlashVID, VideoLayout
 from fftriton.methods.base import Prompt, list_steps
 from fftriton.methods.clusters import density_peaks
 from fftriton.methods.diversity import most_diverse
+from fftriton.methods.flashvid import _shares
 from fftriton.methods.frames import FrameRows
 
 RECORDED = load_file(Path(__file__).parent / "golden" / "methods" / "flashvid.safetensors")
@@ -115,6 +116,14 @@ def test_the_recorded_video_is_cut_as_by_the_authors():
     starts = FlashVID(min_segments=3)._starts(next(frames.contexts(tokens)))
     lengths = F.pad(starts.nonzero()[:, 0], (0, 1), value=FRAMES).diff()
     assert lengths.tolist() == RECORDED["segments"].tolist()
+
+
+def test_a_segment_gets_tokens_by_its_length_and_a_frame_by_what_is_left_of_it():
+    sizes, starts = torch.full((5,), 10), torch.tensor([True, False, True, False, False])
+    left = torch.tensor([2, 2, 8, 4, 0])
+    assert _shares(left, sizes, starts, 5, 16).tolist() == [1, 1, 2, 1, 0]
+    assert _shares(left, sizes, starts, 0, 16).tolist() == [0, 0, 0, 0, 0]
+    assert _shares(left, sizes, starts, 16, 16).tolist() == left.tolist()
 
 
 # ---- all of it

@@ -223,6 +223,24 @@ def test_visionzip_by_hand():
     )
 
 
+def test_visionzip_counts_contextual_tokens_exactly():
+    """30 * 0.1 is a little above 3 in floating point."""
+    importance = torch.arange(40.0)[None]
+    tokens, _, layouts = video(torch.randn(1, 40, 4, generator=torch.Generator().manual_seed(0)))
+    left, _ = shorten(VisionZip(30 / 40, lambda _: importance, contextual=0.1), tokens, layouts)
+    assert kept_of(left) == [0, 4, 8, *range(13, 40)]
+
+
+def test_visionzip_merges_nothing_into_a_row_that_is_no_number():
+    x = torch.ones(1, 8, 3)
+    x[0, 0] = math.nan  # the first contextual token
+    tokens, _, layouts = video(x)
+    left, _ = shorten(VisionZip(4 / 8, lambda context: torch.arange(8.0)[None], contextual=0.5), tokens, layouts)
+    assert kept_of(left) == [0, 3, 6, 7]
+    assert left.hidden[0].isfinite().all(-1).tolist() == [False, True, True, True]
+    assert left.merge.roots.tolist() == [[0, 3, 3, 3, 3, 3, 6, 7]]
+
+
 def test_visionzip_merges_all_that_it_does_not_keep():
     tokens, layouts = ragged(4)
     left, _ = shorten(VisionZip(0.5), tokens, layouts)
