@@ -120,10 +120,10 @@ def test_the_recorded_video_is_cut_as_by_the_authors():
 
 def test_a_segment_gets_tokens_by_its_length_and_a_frame_by_what_is_left_of_it():
     sizes, starts = torch.full((5,), 10), torch.tensor([True, False, True, False, False])
-    left = torch.tensor([2, 2, 8, 4, 0])
-    assert _shares(left, sizes, starts, 5, 16).tolist() == [1, 1, 2, 1, 0]
-    assert _shares(left, sizes, starts, 0, 16).tolist() == [0, 0, 0, 0, 0]
-    assert _shares(left, sizes, starts, 16, 16).tolist() == left.tolist()
+    left = torch.tensor([2, 2, 16, 8, 0])
+    assert _shares(left, sizes, starts, 5, 28).tolist() == [1, 1, 2, 1, 0]
+    assert _shares(left, sizes, starts, 0, 28).tolist() == [0, 0, 0, 0, 0]
+    assert _shares(left, sizes, starts, 28, 28).tolist() == left.tolist()
 
 
 # ---- all of it

@@ -77,7 +77,6 @@ class LayoutFinder:
             listed = self._listed = list(layout)
             self._rule = lambda model, arguments: listed
         self._has_rule = self._rule in RULES.values()
-        self._images = images
         if images:
             _check_images(model, layout)
             self._rule = with_images(self._rule)
@@ -135,11 +134,11 @@ class LayoutFinder:
         return self._follower is None or self._follower.has_vision
 
     def count_images(self, arguments: Mapping[str, Any]) -> int:
-        """How many images of one size a forward without a video has in a sample, if they are not reduced, but could be.
+        """How many images of one size a forward without a layout has in a sample, if they could be reduced.
 
         It waits for a GPU.
         """
-        could = self.has_rule and not self._images and hasattr(self.model.config, "image_token_id")
+        could = self.has_rule and hasattr(self.model.config, "image_token_id")
         return count_alike(self.model, arguments) if could else 0
 
     def labels(self, embeddings: Tensor) -> Tensor | None:
