@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from .hf import MergeStep, Reduction, Report, SampleReport, apply, apply_framefusion, reduce
     from .layouts import VideoLayout
     from .methods import (
+        EVS,
         KVTP,
         Chain,
+        DyCoke,
         FastV,
+        FlashVID,
         FrameContext,
         FrameFusion,
         KeepAll,
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
         ToMe,
         TopKPruner,
         UniformFrames,
+        VidCom2,
+        VisionZip,
         frame_budgets,
         load_settings,
     )
@@ -40,10 +45,13 @@ __version__ = "0.1.0"
 __path__.append(f"{__path__[0]}/former")  # modules under their former names, for one more release
 
 __all__ = [
+    "EVS",
     "KVTP",
     "Chain",
     "ContextFusion",
+    "DyCoke",
     "FastV",
+    "FlashVID",
     "FrameContext",
     "FrameFusion",
     "KeepAll",
@@ -63,7 +71,9 @@ __all__ = [
     "ToMe",
     "TopKPruner",
     "UniformFrames",
+    "VidCom2",
     "VideoLayout",
+    "VisionZip",
     "apply",
     "apply_framefusion",
     "frame_budgets",

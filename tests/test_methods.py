@@ -17,6 +17,11 @@ METHODS = [
     fftriton.UniformFrames,
     fftriton.RandomTokens,
     fftriton.TemporalMerge,
+    fftriton.EVS,
+    fftriton.VidCom2,
+    fftriton.DyCoke,
+    fftriton.VisionZip,
+    fftriton.FlashVID,
 ]
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from frame_samples import ragged, sequence
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fftriton
-from fftriton import PruMerge, RandomPruner, ToMe, TopKPruner, VideoLayout
-from fftriton.layouts.layout import patch_ids
-from fftriton.methods.base import VideoTokens
+from fftriton import EVS, DyCoke, PruMerge, RandomPruner, ToMe, TopKPruner, VidCom2, VisionZip
 from fftriton.methods.frames import FrameRows
 from fftriton.methods.importances import distinctness, feature_norm
 
@@ -38,24 +37,8 @@ def named(pruner):
 PRUNERS = [
     RandomPruner(), TopKPruner(), TopKPruner("norm"), TopKPruner(first_feature), PruMerge(neighbours=3),
     PruMerge("norm", 3, three_features, "importance", "all"), ToMe(), ToMe("plain"), ToMe("rescaled", three_features),
+    EVS(), VidCom2(), DyCoke(), VisionZip(), VisionZip(0.3, "norm", 0.5, three_features),
 ]  # fmt: skip
-
-
-def ragged(seed=0, dtype=torch.float32):
-    """A sample of two videos between text: frames of 1 to 7 tokens, holes in the middle."""
-    generator = torch.Generator().manual_seed(seed)
-    layouts, position = [], 2
-    for frames, patches in ((5, 7), (3, 4)):
-        there = torch.rand(frames, patches, generator=generator) < 0.7
-        there[:, seed % patches] = True
-        positions = torch.where(there, (there.flatten().cumsum(0) - 1).view_as(there) + position, -1)
-        layouts.append(VideoLayout(positions))
-        position = int(positions.max()) + 3
-    x = torch.randn(1, position, 16, generator=generator)
-    x[:, 3:] += x[:, 2:3]  # similar tokens, so that means and cosines are not all alike
-    patch = patch_ids(layouts, 1, position, torch.device("cpu"))
-    tokens = VideoTokens(x.to(dtype), torch.arange(position)[None], patch, sum(len(one.tokens) for one in layouts))
-    return tokens, layouts
 
 
 def counts_for(frames, seed=0):
@@ -190,15 +173,6 @@ def test_tome_by_hand(seed, means, keys):
             if means == "weighted":
                 expected = tokens.additions[0][0, group].mean(0)
                 torch.testing.assert_close(left.additions[0][0, int(place)], expected, rtol=0, atol=1e-5)
-
-
-def sequence(x):
-    """x [F, P, D] as a sample of one video."""
-    frames, patches, width = x.shape
-    layout = VideoLayout(torch.arange(frames * patches).view(frames, patches))
-    patch = patch_ids([layout], 1, frames * patches, torch.device("cpu"))
-    tokens = VideoTokens(x.reshape(1, -1, width), torch.arange(frames * patches)[None], patch, frames * patches)
-    return tokens, FrameRows.of([layout], tokens)
 
 
 def check_recorded(pruner, recorded, prefix=""):
@@ -385,5 +359,5 @@ def test_parameters_out_of_range():
             pruner(**{name: "x"})
     with pytest.raises(ValueError, match="RandomPruner: seed must be at least 0, got -1"):
         RandomPruner(-1)
-    with pytest.raises(ValueError, match="KVTP: pruner must be one of 'random', 'topk', 'prumerge', 'tome', got 'x'"):
+    with pytest.raises(ValueError, match="KVTP: pruner must be one of 'random', 'topk', .*'visionzip', got 'x'"):
         fftriton.KVTP(pruner="x")

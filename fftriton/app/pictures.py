@@ -192,7 +192,7 @@ def _draw_strips(path: Path, images: dict[str, list[np.ndarray]], times: list[st
 
     figure.text(*at(_MARGIN, 34), title, fontsize=13, weight="bold", parse_math=False)
     figure.text(*at(_MARGIN, 58), tally, fontsize=10, color="#444444")
-    legend = {"merged into an earlier frame's patch": _MERGED, "pruned": _PRUNED}
+    legend = {"merged into another patch": _MERGED, "pruned": _PRUNED}
     swatches = [Patch(facecolor=tuple(colour / 255), edgecolor="#888888") for colour in legend.values()]
     corner = at(total_width - _MARGIN, 44)
     figure.legend(swatches, legend, loc="upper right", bbox_to_anchor=corner, ncols=2, frameon=False, fontsize=9)

@@ -20,6 +20,7 @@ def reduce(
     layout: Sequence[VideoLayout] | LayoutRule | None = None,
     *,
     verify: bool = False,
+    images: bool = False,
 ) -> Reduction:
     """Run every forward of `model` inside a `with` block reduced.
 
@@ -64,11 +65,14 @@ def reduce(
             prompt. It returns such a list, counted from the first new token, and is not called for single tokens.
         verify: recompute every op by its formula, and check all text rows and positions that a method leaves, to track
             down a wrong answer. This takes many times the time and memory.
+        images: reduce images, too: each one is a video of one frame, in the order of the prompt. Neighbouring images
+            without a token between them count as one. Without it, a prompt with no video and four or more images of one
+            size warns once that nothing is reduced.
 
     Raises:
         TypeError: an unsupported model, method or layout; a decoder whose layers are not norm, attention, residual,
             norm, feed-forward, residual (on the first prompt, if its weights are not loaded yet).
-        ValueError: a method that cannot work at this depth.
+        ValueError: a method that cannot work at this depth; images with a layout, or for a model without image tokens.
         RuntimeError: a transformers release in which something that fftriton needs has another name; on entering, if
             the model is being reduced already.
         While it runs: ValueError for a layout that does not fit the prompt, a chunk that cuts a video, a mask that
@@ -76,7 +80,7 @@ def reduce(
         prompt. RuntimeError for a method that returns something impossible, a call during another call, a copy of the
         model, and a KV cache that the decoder does not fill. With `verify`, fftriton_kernels.VerificationError.
     """
-    return Reduction(model, method, layout, verify)
+    return Reduction(model, method, layout, verify, images)
 
 
 def apply(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None = None) -> Reduction:

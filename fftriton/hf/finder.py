@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from ..layouts.families import RULES, LayoutRule, NoPlaceholderError, encoder_of
+from ..layouts.images import count_alike, with_images
 from ..layouts.layout import VideoLayout, check_layouts, check_length
 from .compat import UnknownReleaseError, check_model, past_of
 from .follower import Follower
@@ -51,14 +52,17 @@ class LayoutFinder:
         model: a Hugging Face model.
         layout: as for `fftriton.reduce`.
         on_prompt: called whenever a prompt with a video begins, or fails to.
+        images: whether each image is a video of one frame, too.
 
     Raises:
         TypeError: a layout of another kind; None for a model for which no rule is known.
+        ValueError: images, for a model for which no rule finds them.
     """
 
     def __init__(
-        self, model: Any, layout: Sequence[VideoLayout] | LayoutRule | None, on_prompt: Callable[[], object]
-    ) -> None:
+        self, model: Any, layout: Sequence[VideoLayout] | LayoutRule | None, on_prompt: Callable[[], object],
+        images: bool = False,
+    ) -> None:  # fmt: skip
         self.model = model
         self._on_prompt = on_prompt
         self._listed: list[VideoLayout] | None = None
@@ -72,6 +76,10 @@ class LayoutFinder:
         else:
             listed = self._listed = list(layout)
             self._rule = lambda model, arguments: listed
+        self._has_rule = self._rule in RULES.values()
+        if images:
+            _check_images(model, layout)
+            self._rule = with_images(self._rule)
         self._prompt = _Prompt()
 
     def install(self, modules: Iterable[nn.Module], undo: Undo) -> None:
@@ -113,7 +121,7 @@ class LayoutFinder:
     @property
     def has_rule(self) -> bool:
         """Whether the model's family says where its videos are."""
-        return self._rule in RULES.values()
+        return self._has_rule
 
     @property
     def is_listed(self) -> bool:
@@ -124,6 +132,14 @@ class LayoutFinder:
     def shows_vision(self) -> bool:
         """Whether embeddings that reach the decoder may hold images or videos."""
         return self._follower is None or self._follower.has_vision
+
+    def count_images(self, arguments: Mapping[str, Any]) -> int:
+        """How many images of one size a forward without a layout has in a sample, if they could be reduced.
+
+        It waits for a GPU.
+        """
+        could = self.has_rule and hasattr(self.model.config, "image_token_id")
+        return count_alike(self.model, arguments) if could else 0
 
     def labels(self, embeddings: Tensor) -> Tensor | None:
         """[B, N] labels of a prompt that a module further out computes a loss with, if it is known."""
@@ -333,6 +349,18 @@ def _owner_of(model: Any, encoder: str) -> Any:
     """The model inside `model` that has this method, as its base model; Video-LLaVA of 4.x does not call it that."""
     inner = getattr(model, "base_model", model)
     return inner if hasattr(inner, encoder) else getattr(model, "model", inner)
+
+
+def _check_images(model: Any, layout: Any) -> None:
+    """Raise a ValueError unless the images of a model can be found."""
+    if layout is not None:
+        given = "remote code" if isinstance(layout, Follower) else "a layout"
+        raise ValueError(
+            f"reduce: images must be False with {given}: those of families in transformers are found, no others; a "
+            "layout may have a video of one frame for each image"
+        )
+    if not isinstance(getattr(model.config, "image_token_id", None), int):
+        raise ValueError(f"reduce: images must be False for {type(model).__name__}, whose config has no image_token_id")
 
 
 def _known_rule(model: Any) -> LayoutRule:

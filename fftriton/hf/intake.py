@@ -163,6 +163,8 @@ class Intake:
             call.videos = self._finder.find(given)
             if call.videos:
                 self._gates.check()
+            elif _has_pixels(given) and self._notices.may_warn_of_images:
+                self._notices.note_images(self._finder.count_images(given))
 
     def _has_placeholders(self, given: Mapping[str, Any]) -> bool | Tensor:
         """Whether there are tokens that stand for images or videos; a device is not waited for."""

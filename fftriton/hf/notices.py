@@ -11,6 +11,8 @@ from ..methods import KeepAll
 from ..methods.base import Method
 from .report import Report
 
+_MANY_IMAGES = 4
+
 
 class Notices:
     """The warnings of one Reduction.
@@ -47,13 +49,27 @@ class Notices:
                     f"{sample.least_budget:.4g}, and {sample.budget_achieved:.4g} of the video tokens were kept",
                 )
 
+    @property
+    def may_warn_of_images(self) -> bool:
+        """Whether `note_images` could warn."""
+        return "images" not in self._warned and not isinstance(self._method, KeepAll)
+
+    def note_images(self, count: int) -> None:
+        """A prompt without a video has `count` images of one size: warn if there are enough to make a difference."""
+        if count >= _MANY_IMAGES:
+            self._warn_once(
+                "images",
+                f"fftriton: nothing is reduced: the prompt has no video, but {count} images of one size; "
+                "reduce(..., images=True) takes each image for a video of one frame",
+            )
+
     def warn_unreduced(self, reason: str) -> None:
         """A prompt with a video runs without reduction."""
         self._warn_once("unreduced", f"fftriton: running without reduction, because {reason}")
 
     def warn_if_idle(self) -> None:
         """Warn if nothing was reduced although something could have been."""
-        if self._has_reduced or "unreduced" in self._warned or isinstance(self._method, KeepAll):
+        if self._has_reduced or self._warned & {"unreduced", "images"} or isinstance(self._method, KeepAll):
             return
         if bool(self._ran_dense):
             self._warn_once(

@@ -53,12 +53,15 @@ class Reduction(AbstractContextManager["Reduction"]):
     """A method at work on a model: between `install` and `remove`, or inside a `with` block."""
 
     def __init__(
-        self, model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None, verify: bool = False
-    ) -> None:
+        self, model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None, verify: bool = False,
+        images: bool = False,
+    ) -> None:  # fmt: skip
         if not isinstance(method, Method):
             raise TypeError(f"reduce: method must be a fftriton.Method, such as FrameFusion(), got {method!r}")
         if not isinstance(verify, bool):
             raise TypeError(f"reduce: verify must be True or False, got {verify!r}")
+        if not isinstance(images, bool):
+            raise TypeError(f"reduce: images must be True or False, got {images!r}")
         root = getattr(model, "_orig_mod", model)  # of what torch.compile(model) returns
         check_wrapper(root)
         follower = layout if isinstance(layout, Follower) else find_follower(root)
@@ -76,7 +79,7 @@ class Reduction(AbstractContextManager["Reduction"]):
         check_structure(self.decoder)
         self._latest, self._notices = LatestReport(), Notices(method)
         self._finder = LayoutFinder(
-            self.model, follower if layout is None else layout, on_prompt=partial(self._latest.set, None)
+            self.model, follower if layout is None else layout, partial(self._latest.set, None), images
         )
         self._modules = [module for module in root.modules() if self.decoder in module.modules()]  # outermost first
         self._permit, self._forward = Permit(), Forward()

@@ -88,7 +88,7 @@ def internvl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayou
     The tiles of one image form one longer run, which is ignored. Two or more frames in a sample are one video; a single
     one is an image.
     """
-    found = _find_tokens(model, arguments, model.config.image_token_id)
+    found = find_tokens(model, arguments, model.config.image_token_id)
     return [] if found is None else frames_of_runs(found, model.config.image_seq_length)
 
 
@@ -116,7 +116,7 @@ def smolvlm_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout
     two or more runs with the same opener; the first one after tiles is the whole image that they are from.
     """
     config = model.config
-    found = _find_tokens(model, arguments, config.image_token_id)
+    found = find_tokens(model, arguments, config.image_token_id)
     if found is None:
         return []
     length = _vision_side(config) ** 2 // config.scale_factor**2
@@ -273,7 +273,7 @@ def _deal_out(
         ValueError: the sizes, which come from `source`, do not add up to the prompt's tokens, sample by sample.
         NoPlaceholderError: the prompt consists of embeddings, none of which is the placeholder's.
     """
-    found = _find_tokens(model, arguments, token)
+    found = find_tokens(model, arguments, token)
     if found is None or not bool(found.any()):
         if arguments.get("input_ids") is None and sizes:
             raise NoPlaceholderError(
@@ -297,7 +297,7 @@ def _ids_or_embeddings(arguments: Mapping[str, Any]) -> Tensor:
     return arguments["inputs_embeds"] if ids is None else ids
 
 
-def _find_tokens(model: Any, arguments: Mapping[str, Any], token: int) -> Tensor | None:
+def find_tokens(model: Any, arguments: Mapping[str, Any], token: int) -> Tensor | None:
     """[B, N] bool on the CPU: which positions hold `token`, found by its embedding if there are no ids."""
     ids = arguments.get("input_ids")
     if ids is not None:

@@ -228,7 +228,7 @@ def internvl_chat(input_ids: Tensor, *, context_token: int, patches: int = 256) 
     check_count("internvl_chat", "patches", patches, 1)
     layouts = []
     for sample, row in enumerate((input_ids == context_token).cpu()):
-        runs = _runs(row)
+        runs = runs_of(row)
         for run in runs:
             if len(run) % patches:
                 raise ValueError(
@@ -242,13 +242,13 @@ def frames_of_runs(found: Tensor, patches: int) -> list[VideoLayout]:
     """A layout for each row of found [B, N] bool that has two or more runs of exactly `patches` tokens."""
     layouts = []
     for sample, row in enumerate(found):
-        frames = [run for run in _runs(row) if len(run) == patches]
+        frames = [run for run in runs_of(row) if len(run) == patches]
         if len(frames) > 1:
             layouts.append(VideoLayout(torch.stack(frames), sample))
     return layouts
 
 
-def _runs(found: Tensor) -> list[Tensor]:
+def runs_of(found: Tensor) -> list[Tensor]:
     """The runs of consecutive positions that found [N] bool marks: [n] int64 each."""
     places = found.nonzero()[:, 0]
     breaks = (places.diff() != 1).nonzero()[:, 0] + 1

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from .before_layers import BeforeLayers, ScoringMethod
     from .budgets import frame_budgets
     from .chain import Chain
+    from .dycoke import DyCoke
+    from .evs import EVS
     from .fastv import FastV
+    from .flashvid import FlashVID
     from .framefusion import FrameFusion
     from .frames import FrameContext, FrameRows
     from .keep_all import KeepAll
@@ -29,13 +32,18 @@ if TYPE_CHECKING:
     from .text import from_dict, parse, split_methods, to_dict, to_text
     from .tome import ToMe
     from .uniform_frames import UniformFrames
+    from .vidcom2 import VidCom2
+    from .visionzip import VisionZip
 
 _MODULES = {
     "base": ("Method", "MethodState", "Prompt", "Steps", "VideoTokens", "Window"),
     "before_layers": ("BeforeLayers", "ScoringMethod"),
     "budgets": ("frame_budgets",),
     "chain": ("Chain",),
+    "dycoke": ("DyCoke",),
+    "evs": ("EVS",),
     "fastv": ("FastV",),
+    "flashvid": ("FlashVID",),
     "frames": ("FrameContext", "FrameRows"),
     "framefusion": ("FrameFusion",),
     "keep_all": ("KeepAll",),
@@ -50,6 +58,8 @@ _MODULES = {
     "text": ("from_dict", "parse", "split_methods", "to_dict", "to_text"),
     "tome": ("ToMe",),
     "uniform_frames": ("UniformFrames",),
+    "vidcom2": ("VidCom2",),
+    "visionzip": ("VisionZip",),
 }
 _MODULE_OF = {name: module for module, exported in _MODULES.items() for name in exported}
 _FORMER = {  # name: (name in former.py, what to use)
@@ -59,10 +69,13 @@ _FORMER = {  # name: (name in former.py, what to use)
 }
 
 __all__ = [
+    "EVS",
     "KVTP",
     "BeforeLayers",
     "Chain",
+    "DyCoke",
     "FastV",
+    "FlashVID",
     "FrameContext",
     "FrameFusion",
     "FrameRows",
@@ -82,7 +95,9 @@ __all__ = [
     "ToMe",
     "TopKPruner",
     "UniformFrames",
+    "VidCom2",
     "VideoTokens",
+    "VisionZip",
     "Window",
     "frame_budgets",
     "from_dict",

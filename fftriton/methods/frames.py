@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layouts.layout import VideoLayout
-from .base import VideoTokens
+from .base import Prompt, VideoTokens
 
 _PART_BYTES = 2**23  # tokens that are compared with each other at a time, in fp32
 
@@ -42,6 +42,12 @@ class FrameRows:
         shapes = [(layout.positions.shape[0], layout.positions.shape[1]) for layout in layouts]
         return cls(rows.where(positions >= 0, -1), shapes, numbers, layouts[0].sample)
 
+    @classmethod
+    def of_prompt(cls, prompt: Prompt, tokens: VideoTokens) -> FrameRows:
+        """The frames of all videos of a sample, whose tokens are all in the sequence."""
+        numbers = [prompt.number_of(video) for video in range(len(prompt.layouts))]
+        return cls.of(prompt.layouts, tokens, numbers)
+
     @property
     def present(self) -> Tensor:
         """[F, P] bool: False for holes."""
@@ -61,6 +67,22 @@ class FrameRows:
         spread = F.pad(onto[0], (0, 1))  # holes go behind the end
         places = self.rows.where(self.present, onto.shape[1]).flatten()
         return spread.scatter_(0, places, values.to(onto.dtype).flatten())[None, :-1]
+
+    def roots(self, column: Tensor, length: int) -> Tensor:
+        """[1, N] int64: for each of N rows the one that it merges into.
+
+        Args:
+            column: [F, P] int64, the column in its frame of the token that each token merges into.
+            length: N.
+        """
+        alone = torch.arange(length, device=column.device)[None]
+        return self.spread(self.rows.gather(1, column), alone)
+
+    def after(self, roots: Tensor) -> FrameRows:
+        """The same frames once the rows have merged, with holes in place of what is no root: roots [1, N] int64."""
+        stays = roots[0] == torch.arange(roots.shape[1], device=roots.device)
+        rows = (stays.cumsum(0) - 1).where(stays, -1)
+        return replace(self, rows=rows[self.rows.clamp_min(0)].where(self.present, -1))
 
     def parts(self, width: int) -> list[FrameRows]:
         """The frames in parts that are small enough to compare all their tokens, of this width, with each other."""

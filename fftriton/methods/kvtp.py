@@ -19,7 +19,6 @@ from .frames import FrameContext, FrameRows
 from .own_attention import OwnAttention
 from .pruners import Pruner
 from .registry import PRUNERS, find
-from .tome import ToMe
 
 Relevance = Tensor | np.ndarray | Callable[[FrameContext], Tensor]
 
@@ -53,7 +52,8 @@ class KVTP(BeforeLayers):
             `OwnAttention`, which needs no second model: what the model itself attends to in a cheap first pass. A
             SiglipRelevance itself needs the video and the question first, from `about`. None gives every frame the same
             number of tokens.
-        pruner: how a frame is shortened: "random", "topk", "prumerge", "tome" or a Pruner.
+        pruner: how a frame is shortened: "random", "topk", "prumerge", "tome" or a Pruner; or "evs", "vidcom2",
+            "dycoke" or "visionzip", methods whose way to choose tokens is taken, and not their numbers of tokens.
         temperature: above 0, as for `frame_budgets`; if low, only the most relevant frames get more than `min_tokens`.
         min_tokens: the fewest tokens that any frame keeps. With 0 and a temperature near 0 the most relevant frames
             stay whole and the others vanish: hard key frames.
@@ -84,8 +84,9 @@ class KVTP(BeforeLayers):
         check_bool("KVTP", "renumber", self.renumber)
         if not isinstance(self.pruner, Pruner):
             check_choice("KVTP", "pruner", self.pruner, tuple(PRUNERS))
-        if self.min_tokens == 0 and (self.pruner == "tome" or isinstance(self.pruner, ToMe)):
-            raise ValueError("KVTP: min_tokens must be at least 1 for ToMe, which merges and drops nothing, got 0")
+        if self.min_tokens == 0 and not (pruner := self.make_pruner()).may_drop:
+            name = type(pruner).__name__
+            raise ValueError(f"KVTP: min_tokens must be at least 1 for {name}, which merges and drops nothing, got 0")
         if isinstance(self.relevance, str) and self.relevance == ATTENTION:
             object.__setattr__(self, "relevance", OwnAttention())
         if not hasattr(self.relevance, "bind") and not isinstance(self.relevance, OwnAttention):
@@ -156,8 +157,7 @@ class _KVTPState(BeforeLayersState):
 
     def shorten(self, tokens: VideoTokens) -> Steps:
         method, prompt = self.method, self.prompt
-        numbers = [prompt.number_of(video) for video in range(len(prompt.layouts))]
-        frames = FrameRows.of(prompt.layouts, tokens, numbers)
+        frames = FrameRows.of_prompt(prompt, tokens)
         scores = self._score(tokens, frames)
         budget, floor = method.budget, int(frames.sizes.clamp_max(method.min_tokens).sum())
         if round(budget * tokens.num_video) < floor:

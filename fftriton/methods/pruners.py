@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,13 @@ from .importances import (
 
 
 class Pruner(ABC):
-    """Shortens each frame to its count."""
+    """Shortens each frame to its count.
+
+    Attributes:
+        may_drop: whether all tokens of a frame may vanish. A pruner that merges and drops nothing keeps at least one.
+    """
+
+    may_drop: ClassVar[bool] = True
 
     @property
     def wants_predictor(self) -> bool:
@@ -192,14 +198,19 @@ def best_rows(tokens: VideoTokens, frames: FrameRows, scores: Tensor, counts: Te
 
     Every frame is sorted by itself, so that the time is linear in the frames.
     """
-    lowest = scores.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    ranked = lowest.masked_fill(~frames.present, math.nan)  # holes are below every token
-    column, _ = topk_keep(ranked, counts, capacity=ranked.shape[1])  # [F, P], -1 for padding
-    best = F.pad(torch.zeros_like(frames.present), (0, 1))
-    best = best.scatter_(1, column.where(column >= 0, ranked.shape[1]), True)[:, :-1]
+    best = best_columns(scores, frames.present, counts)
     stays = frames.spread(best, torch.ones_like(tokens.position, dtype=torch.bool))
     rows = tokens.length - tokens.num_video + total  # known beforehand, so there is no need to wait for a GPU
     return positions_of(stays[0], rows)[None]
+
+
+def best_columns(scores: Tensor, present: Tensor, counts: Tensor) -> Tensor:
+    """[F, P] bool: the `counts` [F] best tokens of each frame by `scores` [F, P]; ties go to the earlier one."""
+    lowest = scores.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    ranked = lowest.masked_fill(~present, math.nan)  # holes are below every token
+    column, _ = topk_keep(ranked, counts, capacity=ranked.shape[1])  # [F, P], -1 for padding
+    best = F.pad(torch.zeros_like(present), (0, 1))
+    return best.scatter_(1, column.where(column >= 0, ranked.shape[1]), True)[:, :-1]
 
 
 def positions_of(chosen: Tensor, number: int) -> Tensor:

@@ -24,6 +24,11 @@ METHODS = {
     "kvtp": "fftriton.methods.kvtp:KVTP",
     "uniformframes": "fftriton.methods.uniform_frames:UniformFrames",
     "temporalmerge": "fftriton.methods.temporal_merge:TemporalMerge",
+    "evs": "fftriton.methods.evs:EVS",
+    "vidcom2": "fftriton.methods.vidcom2:VidCom2",
+    "dycoke": "fftriton.methods.dycoke:DyCoke",
+    "visionzip": "fftriton.methods.visionzip:VisionZip",
+    "flashvid": "fftriton.methods.flashvid:FlashVID",
     "randomtokens": "fftriton.methods.random_tokens:RandomTokens",
 }
 PRUNERS = {
@@ -31,6 +36,7 @@ PRUNERS = {
     "topk": "fftriton.methods.pruners:TopKPruner",
     "prumerge": "fftriton.methods.pruners:PruMerge",
     "tome": "fftriton.methods.tome:ToMe",
+    **{name: METHODS[name] for name in ("evs", "vidcom2", "dycoke", "visionzip")},  # how they choose within a frame
 }
 RELEVANCES = {"attention": "fftriton.methods.own_attention:OwnAttention"}
 FORMER: dict[str, tuple[str, dict[str, Any]]] = {

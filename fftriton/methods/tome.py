@@ -6,6 +6,7 @@ Source: ToMe, arXiv:2210.09461, section 3, as KVTP uses it, arXiv:2503.10742.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class ToMe(Pruner):
         ToMe, arXiv:2210.09461. The code of KVTP, arXiv:2503.10742, has means="rescaled".
     """
 
+    may_drop: ClassVar[bool] = False
+
     means: str = "rescaled"
     keys: str | Keys = "tokens"
 
@@ -71,9 +74,7 @@ class ToMe(Pruner):
             for given, kept in zip((tokens.hidden, *tokens.additions), (left.hidden, *left.additions), strict=True):
                 sums = _sums(part.take(given).float(), column[own], weight[own])
                 put(kept, rows, part.rows, stands[own], sums, sum(host_counts[own]))
-        roots = torch.arange(tokens.length, device=rows.device)[None]
-        roots = frames.spread(frames.rows.gather(1, column), roots)
-        return replace(left, merge=Merge(roots, tokens.position))
+        return replace(left, merge=Merge(frames.roots(column, tokens.length), tokens.position))
 
 
 def num_rounds(size: int, count: int) -> int:

@@ -4,9 +4,13 @@ import warnings
 
 import pytest
 import torch
+from families import FAMILIES
 from models import tiny_qwen2, video_embeddings
+from newer_families import NEWER_FAMILIES
 
 import fftriton
+
+ALL = FAMILIES | NEWER_FAMILIES
 
 BUDGETS = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
 
@@ -91,7 +95,7 @@ def test_static_video_merges_at_once_and_unrelated_frames_only_prune():
     assert unrelated.prune_layer == 0
 
 
-@pytest.mark.parametrize("method", [fftriton.UniformFrames, fftriton.RandomTokens])
+@pytest.mark.parametrize("method", [fftriton.UniformFrames, fftriton.RandomTokens, fftriton.EVS, fftriton.DyCoke])
 @pytest.mark.parametrize("budget", [0.001, *BUDGETS])
 def test_methods_before_the_first_layer_meet_their_budget_exactly(budget, method):
     report = run(method(budget), 6, "mixed")
@@ -99,6 +103,37 @@ def test_methods_before_the_first_layer_meet_their_budget_exactly(budget, method
     video = torch.cat([layout.tokens for layout in report.layouts])
     dropped = video[~torch.isin(video, report.kept_positions[0])]
     assert torch.equal(report.pruned, dropped)
+
+
+@pytest.mark.parametrize("budget", [0.001, *BUDGETS])
+def test_flashvid_meets_its_budget_exactly(budget):
+    for kind in ("static", "mixed", "unrelated"):
+        report = run(fftriton.FlashVID(budget), 6, kind)
+        assert report.vision_tokens_per_layer == [max(1, round(96 * budget))] * 6
+
+
+@pytest.mark.parametrize("method", [fftriton.VidCom2, fftriton.VisionZip])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.filterwarnings("ignore:fftriton. the budget")
+def test_methods_that_keep_a_token_of_each_frame(budget, method):
+    report = run(method(budget), 6, "mixed")
+    assert_met(report, budget)
+    assert report.vision_tokens_per_layer == [max(8, round(96 * budget))] * 6
+    assert report.least_budget == max(budget, 8 / 96)
+
+
+@pytest.mark.parametrize("family", ALL.values(), ids=ALL)
+@torch.no_grad()
+def test_methods_that_look_at_frames_meet_their_budget_on_every_family(family):
+    model, inputs = family.model(), family.inputs()
+    for method in (fftriton.EVS, fftriton.VidCom2, fftriton.DyCoke, fftriton.VisionZip, fftriton.FlashVID):
+        with fftriton.reduce(model, method(0.6)) as reduction:
+            logits = model(**inputs).logits
+        report = reduction.report
+        assert set(report.vision_tokens_per_layer) == {round(0.6 * report.num_video_tokens)}
+        kept = report.kept_positions[0]
+        assert len(kept) == report.num_tokens - report.num_video_tokens + report.vision_tokens_per_layer[0]
+        assert bool(logits[0, kept].isfinite().all())
 
 
 def test_temporal_merge_leaves_room_for_pruning():

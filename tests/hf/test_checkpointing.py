@@ -19,6 +19,8 @@ METHODS = {
     "fastv": fftriton.FastV(0.6, layer=1),
     "chain": fftriton.TemporalMerge(0.5) + fftriton.FastV(0.3, layer=2),
     "streaming": fftriton.StreamingLLM(0.5),
+    "flashvid": fftriton.FlashVID(0.5, similarity_threshold=0.5) + fftriton.FastV(0.4, layer=2),
+    "visionzip": fftriton.VisionZip(0.5) + fftriton.FastV(0.4, layer=2),
 }
 WAYS = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 HOOKS_RUN_AGAIN = "__call__" in vars(GradientCheckpointingLayer)  # until 5.2x

@@ -82,7 +82,7 @@ class Grouped(ByHand):
         return self.groups + [[place] for place in position if place >= self.length]
 
 
-@pytest.mark.parametrize("pruner", ["topk", ToMe("weighted")], ids=["topk", "tome"])
+@pytest.mark.parametrize("pruner", ["topk", ToMe("weighted"), "visionzip"], ids=["topk", "tome", "visionzip"])
 @EVERY_FAMILY
 @torch.no_grad()
 def test_equals_a_recomputation_by_hand(case, pruner):
