@@ -131,7 +131,7 @@ def test_vidcom2_scores_and_shares_are_the_authors(percent):
     tokens, frames, _ = video(recorded["x"])
     method, patches = VidCom2(percent / 100), recorded["x"].shape[1]
     scores, priority = method.rate(tokens, frames)
-    counts = method.count(tokens, frames, scores, priority, round(percent / 100 * tokens.num_video))
+    counts = method.frame_counts(tokens, frames, scores, priority, round(percent / 100 * tokens.num_video))
     torch.testing.assert_close(-scores, recorded["scores"], rtol=0, atol=1e-5)
     assert int(counts.sum()) == round(percent / 100 * tokens.num_video)
     assert (counts - patches * recorded[f"scales_{percent}"]).abs().max() < 1.5  # a token for each frame, rounding

@@ -179,7 +179,7 @@ def test_tokens_follow_their_hidden_states_to_another_device():
 @pytest.mark.parametrize(
     "text",
     ["keep-all", "uniformframes", "randomtokens", "temporalmerge", "kvtp", "kvtp:min_tokens=3", "kvtp:min_tokens=0",
-     "kvtp:pruner=tome"],
+     "kvtp:pruner=tome", "evs", "vidcom2", "dycoke", "visionzip", "flashvid", "kvtp:pruner=visionzip:min_tokens=2"],
 )  # fmt: skip
 def test_the_count_is_what_is_left(text, budget):
     for frames, patches in [(1, 1), (1, 9), (2, 2), (7, 5), (16, 16)]:

@@ -40,7 +40,9 @@ class EVS(FrameMethod):
         scores = novelty(tokens, frames, tokens.predecessor)
         return scores, scores.new_zeros(len(scores))
 
-    def count(self, tokens: VideoTokens, frames: FrameRows, scores: Tensor, priority: Tensor, total: int) -> Tensor:
+    def frame_counts(
+        self, tokens: VideoTokens, frames: FrameRows, scores: Tensor, priority: Tensor, total: int
+    ) -> Tensor:
         ranked = scores.masked_fill(~frames.present, math.nan)  # holes are below every token
         best = topk_keep(ranked.flatten()[None], total)[0]
         counts = torch.zeros_like(frames.sizes)

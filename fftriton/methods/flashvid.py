@@ -72,6 +72,9 @@ class FlashVID(BeforeLayers):
         if self.importance is not None:
             check_importance("FlashVID", self.importance)
 
+    def count(self, frames: int, patches: int) -> int:
+        return self._num_kept_of(frames * patches)
+
     def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:
         frames, total = FrameRows.of_prompt(prompt, tokens), self.num_kept(tokens)
         stay = round(self.diverse * total)

@@ -26,7 +26,7 @@ _ABOVE_ALL = 3.0  # above every 1 - cosine
 class FrameMethod(BeforeLayers, Pruner):
     """Keep the best tokens of each frame, before the first layer; the numbers of all frames add up to the budget.
 
-    A subclass defines `rate`, and `count` if its numbers follow another rule. It is also a pruner:
+    A subclass defines `rate`, and `frame_counts` if its numbers follow another rule. It is also a pruner:
     `KVTP(budget, relevance, pruner=method)` takes the numbers from the relevance of the frames instead, and only the
     scores of the tokens from the method, whose own budget then has no effect.
 
@@ -45,6 +45,9 @@ class FrameMethod(BeforeLayers, Pruner):
     def __post_init__(self) -> None:
         check_budget(type(self).__name__, "budget", self.budget)
 
+    def count(self, frames: int, patches: int) -> int:
+        return max(frames * min(patches, self.min_tokens), self._num_kept_of(frames * patches))
+
     @abstractmethod
     def rate(self, tokens: VideoTokens, frames: FrameRows) -> tuple[Tensor, Tensor]:
         """How much each token matters within its frame, [F, P] fp32, and each frame, [F] fp32; higher is more.
@@ -54,7 +57,9 @@ class FrameMethod(BeforeLayers, Pruner):
             frames: where the tokens of its videos stand.
         """
 
-    def count(self, tokens: VideoTokens, frames: FrameRows, scores: Tensor, priority: Tensor, total: int) -> Tensor:
+    def frame_counts(
+        self, tokens: VideoTokens, frames: FrameRows, scores: Tensor, priority: Tensor, total: int
+    ) -> Tensor:
         """How many tokens of each frame stay, [F] int64: here at least `min_tokens`, in proportion to exp(priority).
 
         Args:
@@ -95,7 +100,7 @@ class _FrameMethodState(BeforeLayersState):
         if total < floor:
             total, self._least = floor, floor / tokens.num_video
         scores, priority = method.rate(tokens, frames)
-        counts = method.count(tokens, frames, scores, priority, total)
+        counts = method.frame_counts(tokens, frames, scores, priority, total)
         return method.shorten_frames(tokens, frames, scores, counts, total)
 
 
