@@ -57,6 +57,7 @@ setup(
         "numpy>=1.24",
         "av>=16",
         "matplotlib>=3.7",
+        "packaging>=22",
         "pillow>=10",
         "pyyaml>=6",
         "rich>=13",

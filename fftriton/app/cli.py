@@ -1,4 +1,4 @@
-"""The command line: `fftriton run`, `batch`, `eval` and `calibrate`.
+"""The command line: `fftriton run`, `batch`, `eval`, `calibrate` and `doctor`.
 
 Most modules are imported when a command runs, so that `--help` is quick.
 """
@@ -321,6 +321,35 @@ def calibrate(
         console.print(found.results.advice, style="bold", markup=False, highlight=False, soft_wrap=True)
         say(console, "Written: " + ", ".join(map(str, files)))
     if not found.results.requests:
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_options
+def doctor(
+    *,
+    device: Annotated[
+        str | None, typer.Option(help="Torch device to test the ops on (default: the GPU if there is one).")
+    ] = None,
+    as_json: AsJson = False,
+    common: CommonOptions,
+) -> None:
+    """Say what is installed and whether it works, test every op against its formula, and say what to install for what.
+
+    The exit code is 1 if anything is wrong: something that fftriton needs is missing, something installed is broken or
+    not supported, or an op fails.
+    """
+    with working(common.quiet, common.verbose, uses_transformers=False) as messages:
+        from .doctor import examine
+        from .doctor_output import as_json as diagnosis_as_json
+        from .doctor_output import print_diagnosis
+
+        with make_progress(messages) as progress, Bars(progress).open("Examining") as on_progress:
+            diagnosis = examine(device, on_progress)
+        print_diagnosis(Console(quiet=as_json), diagnosis)
+        if as_json:
+            print(diagnosis_as_json(diagnosis))
+    if diagnosis.faults:
         raise typer.Exit(1)
 
 
