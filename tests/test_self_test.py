@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fftriton_kernels
-from fftriton_kernels import _cpu, implementation, self_test
+from fftriton_kernels import _cpu, _self_test, implementation, self_test
 
 NO_OPS = {"implementation", "self_test", "tune", "verified", "warm_up"}
 OPS = {name for name in fftriton_kernels.__all__ if inspect.isfunction(getattr(fftriton_kernels, name))} - NO_OPS
@@ -27,6 +27,18 @@ def test_every_op_is_right_here(dtype):
         assert check.error <= (1e-5 if dtype == torch.float32 else 0.05)  # bf16 means are rounded once
     floats = {check.op: check.error for check in checks if check.error > 0}
     assert floats.keys() >= {"strided_cosine_similarity", "merge_mean", "attention_column_sum"}
+
+
+@pytest.mark.parametrize("frames", [_self_test._FRAMES, _self_test._FRAMES_INTERPRETED])
+def test_some_tokens_merge_and_some_do_not(frames, monkeypatch):
+    monkeypatch.setattr(_self_test, "_FRAMES", frames)
+    (call,) = (
+        call for call in _self_test._calls(torch.device("cpu"), torch.float32) if call[0].__name__ == "merge_mean"
+    )
+    roots = call[1][1]
+    merged = roots != torch.arange(roots.shape[1])
+    assert merged.any(1).all()
+    assert not merged[:, _self_test._PATCHES :].all(1).any()
 
 
 @pytest.mark.parametrize(

@@ -250,17 +250,18 @@ def _install(finding: Finding, torch_is_for_cpus: bool) -> str:
 
 def _examine_ops(name: str | None) -> Ops:
     """Run the self-test. All that torch and the kernels raise is a finding, except for a device that cannot be used."""
+    device: torch.device | None = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             from ..runtime.devices import choose_device
+
+            device = choose_device(name)
+            return _test_ops(device, [str(warning.message).partition("\n")[0] for warning in caught])
         except Exception as error:
-            return Ops(fault=f"{type(error).__name__}: {first_line(error)}")
-        device = choose_device(name)
-        try:
-            return _test_ops(device, [first_line(warning.message) for warning in caught])  # type: ignore[arg-type]
-        except Exception as error:
-            return Ops(str(device), fault=f"{type(error).__name__}: {first_line(error)}")
+            if device is None and name is not None and isinstance(error, ValueError):
+                raise
+            return Ops(None if device is None else str(device), fault=f"{type(error).__name__}: {first_line(error)}")
 
 
 def _test_ops(device: torch.device, notes: list[str]) -> Ops:

@@ -21,7 +21,7 @@ _SIMILARITY, _IMPORTANCE, _CHANCE = "#2563eb", "#d97706", "#6b7280"
 _LAYERS: Colormap = colormaps["viridis"]
 _MARKER_SIZE = 4
 _THRESHOLD = "#dc2626"
-_NOTHING = "nothing to show: tokens are all alike, or the layers have no attention"
+_NOTHING = "nothing to show:\ntokens are all alike, or\nthe layers have no attention"
 _DARK = {"facecolor": "#1f2937", "edgecolor": "none", "pad": 1.5}
 
 
@@ -60,7 +60,6 @@ def _matrix(observed: Observed) -> Figure:
     count, patches = len(observed.matrix), observed.patches
     darkest = min(0.99, float(np.quantile(observed.matrix, 0.01)))
     image = left.imshow(observed.matrix, cmap="magma", vmin=darkest, vmax=1, interpolation="nearest")
-    left.plot([patches, count - 1], [0, count - 1 - patches], color="white", linestyle=":", linewidth=1)
     left.annotate(
         "t - P", (patches, 0), xytext=(6, -12), textcoords="offset points", color="white", fontsize=9, bbox=_DARK
     )
@@ -217,7 +216,7 @@ def _colour(layer: int, num_layers: int) -> tuple[float, ...]:
 def _legend(axes: Axes, **options: Any) -> None:
     """The names of the lines; why there are none if there are none."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, **options)
+        axes.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=9, **options)
     else:
         axes.text(0.5, 0.5, _NOTHING, ha="center", va="center", transform=axes.transAxes, color=_CHANCE)
 

@@ -85,7 +85,7 @@ def _check(op: Callable[..., Any], arguments: list[Any], options: dict[str, Any]
 
 
 def _calls(device: torch.device, dtype: torch.dtype) -> list[tuple[Callable[..., Any], list[Any], dict[str, Any]]]:
-    """Each op with arguments that depend on no other op: [B, N] tokens of a video whose patches change slowly."""
+    """Each op with arguments that depend on no other op: [B, N] tokens of a video."""
     frames = _FRAMES_INTERPRETED if implementation(device) == _INTERPRETER else _FRAMES
     generator = torch.Generator().manual_seed(0)
 
@@ -93,7 +93,9 @@ def _calls(device: torch.device, dtype: torch.dtype) -> list[tuple[Callable[...,
         return torch.randn(shape, generator=generator)
 
     tokens = frames * _PATCHES
-    x = normal(_BATCH, frames, _PATCHES, _WIDTH).mul(0.4).cumsum(1).reshape(_BATCH, tokens, _WIDTH).to(device, dtype)
+    steps = normal(_BATCH, frames, _PATCHES, _WIDTH)
+    steps[:, 1:] *= torch.linspace(0.05, 2, _PATCHES)[:, None]  # some patches hardly change, others do
+    x = (steps.cumsum(1) / frames**0.5).reshape(_BATCH, tokens, _WIDTH).to(device, dtype)
     q, k = (normal(_BATCH, heads, tokens, _HEAD_DIM).to(device, dtype) for heads in (_HEADS, _KV_HEADS))
     scores = normal(_BATCH, tokens).to(device)
     position = torch.arange(tokens, device=device).expand(_BATCH, -1).contiguous()
