@@ -12,7 +12,7 @@ CONSTRAINTS ?= --constraint $(LOCK)
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: demo test test-night test-oldest test-newest vllm serving fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
+.PHONY: dist test-dist demo test test-night test-oldest test-newest vllm serving fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -111,6 +111,24 @@ gpu: $(INSTALLED)  ## on a GPU: checks, figures and a profile, in bench/results/
 
 gpu-plots: $(INSTALLED)  ## pictures and the README's tables from bench/results/<device>
 	$(BIN)/python -m bench.gpu_plots
+
+dist:  ## a wheel and an sdist for a package index; FFTRITON_REPOSITORY=https://... is where their links lead
+	rm -rf dist build/lib build/bdist.*
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/pip install -qq build twine
+	build/dist/bin/python -m build --outdir dist .
+	build/dist/bin/twine check --strict dist/*
+
+test-dist: test-dist-wheel test-dist-sdist  ## install each of the two into an empty environment, and run the demo there
+
+test-dist-wheel: DIST = dist/*.whl
+test-dist-sdist: DIST = dist/*.tar.gz
+
+test-dist-%:
+	rm -rf build/dist-$*
+	$(PYTHON) -m venv build/dist-$*
+	build/dist-$*/bin/pip install -qq $(CONSTRAINTS) $(wildcard $(DIST))
+	cd build/dist-$* && bin/fftriton doctor && bin/fftriton run --compare --out fftriton-out
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info fftriton-out

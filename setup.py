@@ -1,12 +1,35 @@
 """One distribution, two packages: fftriton (methods and wrapper) and fftriton_kernels (the kernel library)."""
 
+import os
 import re
 from pathlib import Path
 
 from setuptools import setup
 
 HERE = Path(__file__).parent
+REPOSITORY = os.environ.get("FFTRITON_REPOSITORY", "").rstrip("/")  # a publisher's: https://..., where links lead
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "fftriton" / "__init__.py").read_text())[1]
+
+_CODE_OR_LINK = re.compile(r"```.*?```|`[^`\n]+`|(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)", re.DOTALL)
+
+
+def for_an_index(text):
+    """A page of the repository for a package index, where relative links lead nowhere.
+
+    They become addresses in REPOSITORY, at the tag of this version. Without one, their text stays and images go.
+    """
+
+    def moved(match):
+        target = match["target"]
+        if target is None or re.match(r"[a-z]+:|#", target):
+            return match[0]
+        if not REPOSITORY:
+            return "" if match["image"] else match["text"]
+        kind = "raw" if match["image"] else "blob"
+        return f"{match['image']}[{match['text']}]({REPOSITORY}/{kind}/v{VERSION}/{target})"
+
+    return _CODE_OR_LINK.sub(moved, text)
+
 
 EVAL = ["accelerate>=1.0", "scikit-learn>=1.2"]  # several processes; the handwritten digits of the needle task
 LABELS = ["pyarrow>=14"]  # reads .parquet files
@@ -29,9 +52,12 @@ setup(
     name="fftriton",
     version=VERSION,
     description="Removes redundant vision tokens inside video language models, with Triton kernels",
-    long_description="\n".join((HERE / name).read_text() for name in ("README.md", "CHANGELOG.md")),
+    long_description="\n".join(for_an_index((HERE / name).read_text()) for name in ("README.md", "CHANGELOG.md")),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords="video language models, vision tokens, token reduction, token merging, token pruning, FrameFusion, FastV, "
+    "KVTP, StreamingLLM, Triton, transformers",
+    project_urls={"Source": REPOSITORY, "Changes": f"{REPOSITORY}/blob/v{VERSION}/CHANGELOG.md"} if REPOSITORY else {},
     python_requires=">=3.10",
     packages=[
         "fftriton",
@@ -58,6 +84,7 @@ setup(
         "numpy>=1.24",
         "av>=16",
         "matplotlib>=3.7",
+        "packaging>=22",
         "pillow>=10",
         "pyyaml>=6",
         "rich>=13",

@@ -22,9 +22,8 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "kernels"
 PACKAGE = LIBRARY / "fftriton_kernels"
 FUNCTIONS = {name: getattr(fftriton_kernels, name) for name in fftriton_kernels.__all__}
-OPS = {
-    name: op for name, op in FUNCTIONS.items() if inspect.isfunction(op) and name not in ("tune", "verified", "warm_up")
-}
+NO_OPS = ("implementation", "self_test", "tune", "verified", "warm_up")
+OPS = {name: op for name, op in FUNCTIONS.items() if inspect.isfunction(op) and name not in NO_OPS}
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", (LIBRARY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 EXAMPLES = {path.stem: path for path in sorted((LIBRARY / "examples").glob("*.py"))}
 HUB = next((d for d in importlib.metadata.distributions() if d.metadata["Name"] == "kernels"), None)

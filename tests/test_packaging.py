@@ -18,7 +18,10 @@ from packaging.utils import canonicalize_name
 import fftriton
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("fftriton", "kernels", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
+SOURCES = (
+    "fftriton", "kernels", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE",
+    "MANIFEST.in",
+)  # fmt: skip
 
 SNAPSHOT = """
 import logging, os, signal, sys, threading, warnings
@@ -120,13 +123,23 @@ print(Path(fftriton_kernels.__file__).parents[1], fftriton_kernels.__version__)
     assert {path.parts[0] for path in metadata.files} == {"fftriton_kernels", information}
 
 
-def test_a_wheel_works_from_another_directory(tmp_path):
+def unpacked_sdist(source, folder):
+    """Build the sdist of a distribution, and unpack it below `folder`."""
+    code = "from setuptools import build_meta; build_meta.build_sdist('../sdist')"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (archive,) = (folder / "sdist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+def test_a_wheel_of_the_sdist_works_from_another_directory(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
-    site = installed(source, tmp_path)
+    site = installed(unpacked_sdist(source, tmp_path), tmp_path)
     code = """
 import fftriton, fftriton_kernels
 from pathlib import Path
@@ -138,6 +151,8 @@ print(sorted(path.name for path in assets.rglob("*") if path.suffix in (".mp4", 
     printed = assert_runs(code, tmp_path, PYTHONPATH=str(site)).splitlines()
     assert printed[0] == f"{site} {site}"
     assert printed[1] == "['bunny.mp4', 'model.safetensors', 'needle.mp4']"
+    files = {path.relative_to(ROOT / "fftriton") for path in (ROOT / "fftriton").rglob("*.py")}
+    assert {path.relative_to(site / "fftriton") for path in (site / "fftriton").rglob("*.py")} == files
 
 
 LOCK = ROOT / ".ci" / "lock.txt"

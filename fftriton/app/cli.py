@@ -1,4 +1,4 @@
-"""The command line: `fftriton run`, `batch`, `eval` and `calibrate`.
+"""The command line: `fftriton run`, `batch`, `eval`, `calibrate`, `inspect` and `doctor`.
 
 Most modules are imported when a command runs, so that `--help` is quick.
 """
@@ -321,6 +321,85 @@ def calibrate(
         console.print(found.results.advice, style="bold", markup=False, highlight=False, soft_wrap=True)
         say(console, "Written: " + ", ".join(map(str, files)))
     if not found.results.requests:
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_options
+def inspect(
+    *,
+    video: Annotated[Path | None, typer.Option(help="Video file (default: a shipped clip).")] = None,
+    question: Annotated[str | None, typer.Option(help="Question about the video.")] = None,
+    model: ModelOptions,
+    out: Annotated[Path, typer.Option(help="Folder for pictures and tables.")] = Path("fftriton-inspect"),
+    as_json: AsJson = False,
+    sampling: SamplingOptions,
+    max_pixels: MaxPixels = None,
+    common: CommonOptions,
+) -> None:
+    """Show where a video is redundant to a model: similarity and importance of its tokens in every layer.
+
+    Draws the analyses of FrameFusion's paper, writes their figures as CSV, and suggests a similarity threshold.
+    """
+    with working(common.quiet, common.verbose) as messages:
+        from .inspect import as_json as inspection_as_json
+        from .inspect import default_video, layers_table, write_inspection
+        from .inspect import inspect as run_inspection
+        from .request import Options, prepare
+
+        options = Options(
+            target=model.target(),
+            video=default_video(video),
+            question=question,
+            method="keep-all",
+            budget=1.0,
+            out=out,
+            sampling=sampling.sampling(),
+            max_pixels=max_pixels,
+        )
+        with make_progress(messages) as progress:
+            bars = Bars(progress)
+            (job,) = prepare(options, bars.open)
+            with bars.open("Loading the model") as on_progress:
+                loaded = options.target.load_model()
+                on_progress(1, 1)
+            inspection = run_inspection(options, loaded, job, bars.open)
+            files = write_inspection(options, inspection, bars.open)
+        console = Console(quiet=as_json)
+        if as_json:
+            print(inspection_as_json(options, inspection, files))
+        console.print(layers_table(inspection))
+        say(console, f"Half of the tokens are at least {inspection.threshold} similar at the first layer:")
+        say(console, f"  --method {inspection.method}")
+        say(console, "Written: " + ", ".join(map(str, files)))
+
+
+@app.command()
+@with_options
+def doctor(
+    *,
+    device: Annotated[
+        str | None, typer.Option(help="Torch device to test the ops on (default: the GPU if there is one).")
+    ] = None,
+    as_json: AsJson = False,
+    common: CommonOptions,
+) -> None:
+    """Say what is installed and whether it works, test every op against its formula, and say what to install for what.
+
+    The exit code is 1 if anything is wrong: something that fftriton needs is missing, something installed is broken or
+    not supported, or an op fails.
+    """
+    with working(common.quiet, common.verbose, uses_transformers=False) as messages:
+        from .doctor import examine
+        from .doctor_output import as_json as diagnosis_as_json
+        from .doctor_output import print_diagnosis
+
+        with make_progress(messages) as progress, Bars(progress).open("Examining") as on_progress:
+            diagnosis = examine(device, on_progress)
+        print_diagnosis(Console(quiet=as_json), diagnosis)
+        if as_json:
+            print(diagnosis_as_json(diagnosis))
+    if diagnosis.faults:
         raise typer.Exit(1)
 
 

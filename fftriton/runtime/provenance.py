@@ -1,4 +1,7 @@
-"""Where results come from: versions, commit, date and command, and the name of a device."""
+"""Where results come from: versions, commit, date and command, and the name of a device.
+
+Importing this module imports no torch: `fftriton doctor` needs it where torch is broken.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,20 @@ import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 def provenance() -> dict[str, str]:
     """Versions, commit, date and command line, which are written with every result."""
+    import torch
+
     return {
         "fftriton": __version__,
         "commit": commit(),
@@ -53,6 +60,8 @@ def _command() -> str:
 
 def device_name(device: str | torch.device) -> str:
     """The GPU's name; or the processor's, and how many threads compute."""
+    import torch
+
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     model = re.search(r"^model name\s*: (.+)$", _CPUINFO.read_text(), re.MULTILINE) if _CPUINFO.exists() else None

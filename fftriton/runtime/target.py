@@ -22,6 +22,7 @@ from ..hf import reduce
 from ..methods import KeepAll
 from . import shipped
 from .checkpoints import load_config, load_part
+from .devices import choose_device
 from .processing import Processor, load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,14 +103,7 @@ class Target:
         Raises:
             ValueError: torch cannot use the device on this machine.
         """
-        if self.device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without CUDA
-            raise ValueError(f"device must be one that torch can use here, got '{self.device}'") from error
-        return device
+        return choose_device(self.device)
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype to load the weights in."""

@@ -20,13 +20,16 @@ _LOG = logging.getLogger("fftriton")
 
 
 @contextmanager
-def working(quiet: bool = False, verbose: bool = False, resumes: str = "") -> Iterator[Console]:
+def working(
+    quiet: bool = False, verbose: bool = False, resumes: str = "", *, uses_transformers: bool = True
+) -> Iterator[Console]:
     """Yield the console for progress and messages, and end a command that fails in one line.
 
     Args:
         quiet: whether nothing is shown there but warnings and errors.
         verbose: whether the log shows what is done, and the traceback of a failure.
         resumes: sentence to add after Ctrl-C: what is left of the work.
+        uses_transformers: whether the command imports transformers, which a broken torchvision must be hidden from.
     """
     console = Console(stderr=True, quiet=quiet)
     handler = RichHandler(console=Console(stderr=True) if quiet else console, show_path=False, rich_tracebacks=False)
@@ -37,7 +40,8 @@ def working(quiet: bool = False, verbose: bool = False, resumes: str = "") -> It
         with in_one_line():
             if quiet and verbose:
                 raise ValueError("quiet must go without verbose, got both")
-            hide_unusable_torchvision()
+            if uses_transformers:
+                hide_unusable_torchvision()
             yield console
     except KeyboardInterrupt:
         say(console, " ".join(filter(None, ["Interrupted.", resumes])))

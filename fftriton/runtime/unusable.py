@@ -14,7 +14,7 @@ def torchvision_works() -> bool:
     """Whether torchvision can be imported."""
     try:
         importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):  # RuntimeError: installed, but built for another torch
+    except Exception:  # RuntimeError if it was built for another torch; ImportError, OSError for a missing library
         return False
     return True
 

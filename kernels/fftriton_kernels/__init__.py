@@ -4,6 +4,7 @@ Each op validates its arguments, then runs a Triton kernel on CUDA and ROCm tens
 With TRITON_INTERPRET=1 set before the import, CPU tensors run the Triton kernels in Triton's interpreter.
 """
 
+from ._self_test import OpCheck, implementation, self_test
 from ._tiles import tune
 from ._types import NO_LINK, Merged
 from ._verify import VerificationError, verified
@@ -19,14 +20,17 @@ __version__ = "0.1.0"
 __all__ = [
     "NO_LINK",
     "Merged",
+    "OpCheck",
     "VerificationError",
     "attention_column_sum",
     "connected_components",
     "gather_rows",
+    "implementation",
     "linked_cosine_similarity",
     "merge_mean",
     "merge_roots",
     "segmented_topk_keep",
+    "self_test",
     "strided_cosine_similarity",
     "topk_keep",
     "tune",

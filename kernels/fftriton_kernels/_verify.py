@@ -70,7 +70,7 @@ def _check(operator: str, arguments: dict[str, Any], out: Any) -> None:
     outs, expected = _listed(out), _listed(formula.expected(**arguments))
     faults = [unequal(*pair) for pair in zip(outs, expected, strict=True)]
     if formula.size is not None:
-        exact = {name: _doubled(value) for name, value in arguments.items()}
+        exact = {name: doubled(value) for name, value in arguments.items()}
         truth = _listed(formula.expected(**exact))[0]
         faults[0] = too_far(outs[0], expected[0], truth, formula.size(truth, **exact))
     for number, fault in enumerate(faults):
@@ -139,7 +139,8 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-def _doubled(value: Any) -> Any:
+def doubled(value: Any) -> Any:
+    """An argument in fp64 if it is a floating point tensor, and as it is otherwise."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
