@@ -80,7 +80,7 @@ PACKAGES = (
     Package("pyarrow", "pyarrow", "labels in .parquet files"),
     Package("sentencepiece", "sentencepiece", "KVTP: SigLIP tokenizer"),
     Package("protobuf", "google.protobuf", "KVTP: SigLIP tokenizer"),
-    Package("vllm", None, "nothing, is not reduced"),
+    Package("vllm", None, "serving, with the plugin"),
 )
 
 
