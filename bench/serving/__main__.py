@@ -105,7 +105,8 @@ def main(
     videos: Annotated[str, typer.Option(help="Files, separated by commas (default: the shipped clips).")] = "",
     method: Annotated[str, typer.Option(help="How to reduce.")] = "temporalmerge",
     budget: Annotated[float, typer.Option(help="Vision tokens to keep.")] = 0.3,
-    frames: Annotated[int, typer.Option(help="Frames to sample from each video.")] = 16,
+    frames: Annotated[int, typer.Option(help="Frames to sample from each video, at most.")] = 16,
+    fps: Annotated[float, typer.Option(help="Frames to sample from each second, at most.")] = 8,
     concurrency: Annotated[str, typer.Option(help="Requests at a time, separated by commas.")] = "1,4,16",
     requests: Annotated[int, typer.Option(help="Requests for each concurrency.")] = 64,
     answer: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
@@ -124,7 +125,7 @@ def main(
     vllm = installed_vllm()
     source = provenance("cuda" if torch.cuda.is_available() else "cpu", also=("transformers",))
     more = [
-        "--media-io-kwargs", json.dumps({"video": {"num_frames": frames}}), "--block-size", str(block),
+        "--media-io-kwargs", json.dumps({"video": {"num_frames": frames, "fps": fps}}), "--block-size", str(block),
         "--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max(at_a_time)),
     ]  # fmt: skip
     rows = []

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,7 @@ from fftriton.vllm.relevance import KEY
 ARCHITECTURE = "Qwen2VLForConditionalGeneration"
 FRAMES = 16
 EXACT = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024")
-SAMPLING = (*EXACT, "--media-io-kwargs", json.dumps({"video": {"num_frames": FRAMES}}))
+SAMPLING = (*EXACT, "--media-io-kwargs", json.dumps({"video": {"num_frames": FRAMES, "fps": 8}}))
 QUESTIONS = [
     text.format(colour)
     for colour in COLOURS
@@ -46,38 +47,50 @@ def server(tmp_path_factory):
         yield address
 
 
-def scores(draw):
-    return {KEY: [[draw.uniform(-3, 3) for _ in range(FRAMES)]]}
+@pytest.fixture(scope="module")
+def lengths(server, videos):
+    """How many frames of tokens the server takes from each video: its error says so."""
+    found = {}
+    for video in videos:
+        _, answer = post(server, "/v1/chat/completions", chat([video], "box", mm_processor_kwargs={KEY: [[]]}))
+        found[video] = int(re.search(r"frame of tokens, (\d+), got 0", json.dumps(answer))[1])
+    return found
 
 
-def wrong(draw, videos):
+def scores(draw, frames):
+    return {KEY: [[draw.uniform(-3, 3) for _ in range(frames)]]}
+
+
+def wrong(draw, lengths):
     """A request that must get an error of its own, and a word of it."""
-    question, video = draw.choice(QUESTIONS), draw.choice(videos)
+    question, video = draw.choice(QUESTIONS), draw.choice(list(lengths))
+    frames = lengths[video]
     kind = draw.randrange(6)
     if kind == 0:
-        return chat([video], question, mm_processor_kwargs={KEY: [[1.0] * (FRAMES + 1)]}), "one number for each frame"
+        return chat([video], question, mm_processor_kwargs={KEY: [[1.0] * (frames + 1)]}), "one number for each frame"
     if kind == 1:
-        return chat([video], question, mm_processor_kwargs={KEY: [[1.0] * FRAMES] * 2}), "a list for each video"
+        return chat([video], question, mm_processor_kwargs={KEY: [[1.0] * frames] * 2}), "a list for each video"
     if kind == 2:
         return chat([video], question, mm_processor_kwargs={KEY: "high"}), "a list of numbers"
     if kind == 3:
-        return chat([video], question, mm_processor_kwargs={KEY: [["1"] * FRAMES]}), "must hold numbers"
+        return chat([video], question, mm_processor_kwargs={KEY: [["1"] * frames]}), "must hold numbers"
     if kind == 4:
-        return chat([video], question, mm_processor_kwargs={KEY: [[1e999] * FRAMES]}), ""  # no JSON
+        return chat([video], question, mm_processor_kwargs={KEY: [[1e999] * frames]}), ""  # no JSON
     broken = chat([video], question)
     broken["messages"][0]["content"][0]["video_url"]["url"] = "data:video/mp4;base64,AAAA"
     return broken, ""
 
 
-def test_two_hundred_requests_at_once(server, videos):
+def test_two_hundred_requests_at_once(server, lengths):
     draw = random.Random(0)
     requests = []
     for _ in range(200):
         if draw.random() < 0.2:
-            requests.append(wrong(draw, videos))
+            requests.append(wrong(draw, lengths))
         else:
-            relevance = draw.choice([{}, {"mm_processor_kwargs": scores(random.Random(draw.randrange(2)))}])
-            requests.append((chat([draw.choice(videos)], draw.choice(QUESTIONS), **relevance), None))
+            video, own = draw.choice(list(lengths)), random.Random(draw.randrange(2))
+            relevance = draw.choice([{}, {"mm_processor_kwargs": scores(own, lengths[video])}])
+            requests.append((chat([video], draw.choice(QUESTIONS), **relevance), None))
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda request: post(server, "/v1/chat/completions", request[0]), requests))
     alone = {}
@@ -97,25 +110,31 @@ def test_two_hundred_requests_at_once(server, videos):
     assert len({text_of(answer) for answer in alone.values()}) > 5
 
 
-def test_relevance_needs_kvtp_and_a_video(server, videos):
-    status, answer = post(server, "/v1/chat/completions", chat([], QUESTIONS[0], mm_processor_kwargs=scores(random)))
-    assert status == 200 or "fftriton" in json.dumps(answer)
-    status, answer = post(server, "/v1/chat/completions", chat([videos[0]], QUESTIONS[0]))
+def test_relevance_may_be_missing_and_means_nothing_without_a_video(server, videos):
+    status, _ = post(server, "/v1/chat/completions", chat([], QUESTIONS[0], mm_processor_kwargs=scores(random, 3)))
+    assert status == 200  # of text alone
+    status, _ = post(server, "/v1/chat/completions", chat([videos[0]], QUESTIONS[0]))
     assert status == 200
 
 
-def test_several_answers_streaming_and_structure(server, videos):
-    request = chat([videos[0]], QUESTIONS[0], mm_processor_kwargs=scores(random.Random(1)))
+def test_several_answers_streaming_and_structure(server, videos, lengths):
+    request = chat([videos[0]], QUESTIONS[0], mm_processor_kwargs=scores(random.Random(1), lengths[videos[0]]))
     _, one = post(server, "/v1/chat/completions", request)
-    _, many = post(server, "/v1/chat/completions", request | {"n": 3})
-    assert {choice["message"]["content"] for choice in many["choices"]} == {text_of(one)}
+    drawn = request | {"n": 3, "temperature": 0.8, "seed": 5, "logprobs": False, "top_logprobs": None}
+    _, many = post(server, "/v1/chat/completions", drawn)
+    _, again = post(server, "/v1/chat/completions", drawn)
+    texts = [[choice["message"]["content"] for choice in answer["choices"]] for answer in (many, again)]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 1
     body = json.dumps(request | {"stream": True, "logprobs": False, "top_logprobs": None}).encode()
     asked = urllib.request.Request(server + "/v1/chat/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(asked, timeout=300) as lines:
         parts = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
     assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == text_of(one)
     status, chosen = post(
-        server, "/v1/chat/completions", request | {"structured_outputs": {"choice": ["3", "7"]}, "logprobs": False}
+        server,
+        "/v1/chat/completions",
+        request | {"structured_outputs": {"choice": ["3", "7"]}, "logprobs": False, "top_logprobs": None},
     )
     assert status == 200, chosen
     assert text_of(chosen).strip() in ("3", "7")
@@ -124,7 +143,7 @@ def test_several_answers_streaming_and_structure(server, videos):
 def test_requests_that_are_put_off(tmp_path, videos):
     """With few blocks, requests are stopped and begun anew."""
     overrides = make_overrides(ARCHITECTURE, "temporalmerge", 0.3)
-    few = ("--num-gpu-blocks-override", "12", "--block-size", "32", "--max-num-seqs", "8")
+    few = ("--num-gpu-blocks-override", "12", "--block-size", "32", "--max-num-seqs", "8", "--max-model-len", "352")
     with serving(NEEDLE, overrides, tmp_path / "log", *SAMPLING, *few) as server:
         requests = [
             chat([video], question, max_tokens=60, ignore_eos=True)
