@@ -217,7 +217,12 @@ def _requirements() -> tuple[dict[str, str], list[str]]:
 
 def _examine(package: Package, requirement: str) -> Finding:
     module = package.module or package.name
-    spec = importlib.util.find_spec(module.partition(".")[0])
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+    except Exception as error:  # of somebody's own finder
+        return Finding(
+            package, version(package.name) or "", requirement, f"{type(error).__name__}: {first_line(error)}"
+        )
     if spec is None or (spec.origin is None and "." not in module):  # a folder is not a package
         return Finding(package, None, requirement)
     found = version(package.name) or ""
