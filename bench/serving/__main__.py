@@ -111,20 +111,23 @@ def main(
     requests = 4 if toy else requests
     files = [Path(one) for one in videos.split(",") if one] or [NEEDLE.path, BUNNY.path]
     folder = Path(model or MODEL)
-    overrides = make_overrides(load_config(str(folder), False).architectures[0], method, budget)
+    architecture = load_config(str(folder), False).architectures[0]
+    overrides = make_overrides(architecture, method, budget)
+    dense = make_overrides(architecture, "keep-all", 1.0) if folder == MODEL else None  # vLLM itself cannot load it
     vllm = installed_vllm()
     source = provenance("cuda" if torch.cuda.is_available() else "cpu", also=("transformers",))
     more = [
         "--media-io-kwargs", json.dumps({"video": {"num_frames": frames, "fps": fps}}), "--block-size", str(block),
         "--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max(at_a_time)),
     ]  # fmt: skip
+    more += [] if torch.cuda.is_available() else ["--enforce-eager"]  # compiling for a CPU takes minutes
     rows = []
-    for name, given in ((DENSE, None), (method, overrides)):
+    for name, share, given in ((DENSE, None, dense), (method, budget, overrides)):
         with tempfile.TemporaryDirectory() as logs, serving(folder, given, Path(logs) / "log", *more) as address:
             run(address, mix(files, QUESTIONS, 2 * len(files), answer, seed=0), 1)  # warms up
             for seed, one in enumerate(at_a_time, start=1):
                 load = run(address, mix(files, QUESTIONS, requests, answer, seed), one)
-                rows.append(row_of(load, name, None if given is None else budget, one, block, {**source, "vllm": vllm}))
+                rows.append(row_of(load, name, share, one, block, {**source, "vllm": vllm}))
             if metric(address, "vllm:num_preemptions_total"):
                 Console(stderr=True).print(f"{name}: requests were put off, as the KV cache was full")
     write_csv(rows, out)
@@ -132,11 +135,11 @@ def main(
 
 
 def _show(rows: Sequence[Row]) -> None:
-    shown = [field.name for field in fields(Row)][:13]
-    table = Table(*shown)
-    for row in rows:
-        values = [getattr(row, name) for name in shown]
-        table.add_row(*(f"{one:.4g}" if isinstance(one, float) else str(one) for one in values))
+    """A column for each method and number of requests at a time."""
+    table = Table("", *(f"{row.method}, {row.concurrency}" for row in rows))
+    for name in [field.name for field in fields(Row)][3:13]:
+        values = [getattr(row, name) for row in rows]
+        table.add_row(name, *("" if one is None else f"{one:.4g}" for one in values))
     Console().print(table)
 
 

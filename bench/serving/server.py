@@ -40,7 +40,8 @@ def serving(folder: Path, overrides: dict[str, Any] | None, log: Path, *more: st
     if overrides is not None:
         words += ["--hf-overrides", json.dumps(overrides)]
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    settings = inherited | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"} | environment
+    defaults = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB; a GPU has no use for it
+    settings = defaults | inherited | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environment
     with log.open("w") as lines, subprocess.Popen(words, stdout=lines, stderr=lines, env=settings) as process:
         try:
             _wait(process, port, log)
