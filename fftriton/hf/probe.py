@@ -107,7 +107,8 @@ def _twin(module: nn.Module) -> Any:
     if hasattr(module, "config"):
         twin.__dict__["config"] = _Eager(module.config)
     own = twin.__dict__.pop("forward", None)
-    if own is not None and not hasattr(own, "_torchdynamo_orig_callable"):
+    inherited = getattr(own, "__func__", None) is type(module).forward  # transformers 4.57 leaves it on a module
+    if own is not None and not inherited and not hasattr(own, "_torchdynamo_orig_callable"):
         raise ValueError("forward must be the class's")
     return twin
 

@@ -394,6 +394,18 @@ def test_hidden_states_and_attentions(family, attention):
             torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
+@torch.no_grad()
+def test_hidden_states_of_a_model_that_was_asked_for_attentions_before():
+    """transformers 4.57 leaves something on the layers: they are checked before the forward all the same."""
+    model, inputs = copy.deepcopy(FAMILIES["qwen3_vl"].model("eager")), FAMILIES["qwen3_vl"].inputs()
+    model(**inputs, output_attentions=True)
+    with fftriton.reduce(model, SCRIPT) as reduction:
+        out = model(**inputs, output_hidden_states=True, output_attentions=True)
+    rows = reduction.report.tokens_per_layer
+    assert len(out.hidden_states) == len(rows) + 1
+    assert [weights.shape[-1] for weights in out.attentions] == list(rows)
+
+
 @EVERY_FAMILY
 @pytest.mark.feature("loss")
 @torch.no_grad()
