@@ -38,11 +38,11 @@ class ShorterVideos:
 
     def frames_of(self, out: Mapping[str, Any]) -> list[int]:
         """Frames of tokens of each video, from what Hugging Face's processor returned for all of them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define frames_of")
 
     def media_of(self, item: Mapping[str, Any]) -> Media:
         """A video by what Hugging Face's processor returned for it; offset and length do not matter."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define media_of")
 
     def placeholder(self, whole: Any, count: int) -> Any:
         """A video's part of the prompt with `count` video tokens, made from that of the whole video."""
