@@ -10,7 +10,6 @@ of them get the mean over all heads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -89,17 +88,15 @@ class AttentionTap:
         """Remove that function again."""
         ALL_ATTENTION_FUNCTIONS.pop(self.name, None)
 
-    def open(self, attentions: Iterable[Any]) -> None:
-        """Make it possible to listen to these modules."""
-        for attention in attentions:
-            attention.config = _TappedConfig(attention.config, self)
+    def open(self, attention: Any) -> None:
+        """Make it possible to listen to this module."""
+        attention.config = _TappedConfig(attention.config, self)
 
     @staticmethod
-    def close(attentions: Iterable[Any]) -> None:
-        """Put the modules' configs back; harmless if that is done already."""
-        for attention in attentions:
-            if isinstance(attention.config, _TappedConfig):
-                attention.config = attention.config.original
+    def close(attention: Any) -> None:
+        """Put the module's config back; harmless if that is done already."""
+        if isinstance(attention.config, _TappedConfig):
+            attention.config = attention.config.original
 
     @property
     def listening(self) -> bool:

@@ -7,7 +7,7 @@ decoder returns: so no wrong answer leaves the model, and there is no waiting fo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -31,11 +31,17 @@ class Invariants:
 
     def __init__(self) -> None:
         self._rules: list[str] = []
-        self._holds: list[Tensor] = []
+        self._holds: list[Tensor | Callable[[], Tensor]] = []
         self._layers: list[tuple[int, Tensor, Tensor]] = []
 
-    def expect(self, holds: Tensor, rule: str) -> None:
-        """Demand something. holds: a bool. rule: what the error says if it is False."""
+    def expect(self, holds: Tensor | Callable[[], Tensor], rule: str) -> None:
+        """Demand something.
+
+        Args:
+            holds: a bool, or what computes it from small tensors that stay as they are: only then when it is read,
+                while the devices still have enough to do.
+            rule: what the error says if it is False.
+        """
         self._rules.append(rule)
         self._holds.append(holds)
 
@@ -44,26 +50,31 @@ class Invariants:
         self._layers.append((layer, output - expected, expected))  # copies, so that no layer's output is held
 
     def read(self) -> None:
-        """Wait for the devices, and raise for the first rule that does not hold.
+        """Wait for the devices, once, and raise for the first rule that does not hold.
 
         Raises:
             TypeError: a decoder layer of another structure. RuntimeError: any other rule.
         """
-        if self._layers:
-            device = self._layers[-1][1].device
-            off = torch.stack([off.to(device) for _, off, _ in self._layers]).abs()
-            size = torch.stack([expected.to(device) for _, _, expected in self._layers]).abs()
-            allowed = _ROUNDING * torch.finfo(off.dtype).eps * size.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
-            right = ((off <= allowed) | off.isnan()).flatten(1).all(1).tolist()
-            for (number, _, _), fine in zip(self._layers, right, strict=True):
-                if not fine:
-                    raise TypeError(f"reduce: layer {number} of the decoder {STRUCTURE}")
-        if self._holds:
-            device = self._holds[-1].device
-            holds = torch.stack([part.to(device) for part in self._holds]).tolist()
-            for rule, fine in zip(self._rules, holds, strict=True):
-                if not fine:
-                    raise RuntimeError(rule)
+        flags = [*self._right_outputs(), *(holds() if callable(holds) else holds for holds in self._holds)]
+        if not flags:
+            return
+        held = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+        for (number, _, _), right in zip(self._layers, held, strict=False):
+            if not right:
+                raise TypeError(f"reduce: layer {number} of the decoder {STRUCTURE}")
+        for rule, holds in zip(self._rules, held[len(self._layers) :], strict=True):
+            if not holds:
+                raise RuntimeError(rule)
+
+    def _right_outputs(self) -> Sequence[Tensor]:
+        """For each layer a bool: whether its output is that sum."""
+        if not self._layers:
+            return ()
+        device = self._layers[-1][1].device
+        off = torch.stack([off.to(device) for _, off, _ in self._layers]).abs()
+        size = torch.stack([expected.to(device) for _, _, expected in self._layers]).abs()
+        allowed = _ROUNDING * torch.finfo(off.dtype).eps * size.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
+        return ((off <= allowed) | off.isnan()).flatten(1).all(1).unbind()
 
 
 def check_left(
@@ -110,22 +121,23 @@ def check_left(
     )
     given, left = before.position[0].contiguous(), after.position[0].contiguous()
     origin = torch.searchsorted(given, left).clamp_(max=before.length - 1)
-    invariants.expect((left.diff() > 0).all(), rule("position must ascend, and hold no row twice"))
-    invariants.expect((given[origin] == left).all(), rule("position must hold places of rows that it was given"))
+    position, patch, left_patch, num_video = given[origin], before.patch[0], after.patch[0], after.num_video
+    invariants.expect(lambda: (left.diff() > 0).all(), rule("position must ascend, and hold no row twice"))
+    invariants.expect(lambda: (position == left).all(), rule("position must hold places of rows that it was given"))
     invariants.expect(
-        (before.patch[0, origin] == after.patch[0]).all(), rule("patch must stay as it was for every row that is left")
+        lambda: (patch[origin] == left_patch).all(), rule("patch must stay as it was for every row that is left")
     )
     invariants.expect(
-        (after.patch >= 0).sum() == after.num_video,
-        rule(f"num_video must be the number of video rows that are left, got {after.num_video}"),
+        lambda: (left_patch >= 0).sum() == num_video,
+        rule(f"num_video must be the number of video rows that are left, got {num_video}"),
     )
     step = 1 if thorough else max(1, before.hidden.shape[-1] // _COLUMNS)
     nan_before, nan_after = (tokens.hidden[..., ::step].isnan().any() for tokens in (before, after))
-    invariants.expect(~nan_after | nan_before, rule("hidden must not become NaN"))
+    invariants.expect(lambda: ~nan_after | nan_before, rule("hidden must not become NaN"))
     if thorough:
         same = (before.hidden[0, origin] == after.hidden[0]) | before.hidden[0, origin].isnan()
         invariants.expect((same.all(-1) | (after.patch[0] >= 0)).all(), rule("hidden must stay as it was in text rows"))
-    return replace(after, position=given[origin][None])
+    return replace(after, position=position[None])
 
 
 def versions(tokens: VideoTokens) -> list[int] | None:

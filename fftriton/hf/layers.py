@@ -1,6 +1,7 @@
 """The hooks of the decoder's layers while a prompt is reduced. prefill.py tells the walk of the hidden states.
 
 The layers have hooks only while some thread has a forward open that needs them. They do nothing in the other threads.
+Each layer gets its hooks while the one before it runs: on a GPU the host is ahead by then, so this costs no time.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class LayerHooks:
         self._decoder, self._forward = decoder, forward
         self._tap = AttentionTap()
         self._lock = threading.Condition()
-        self._masked, self._reduced = _Shared(self._before_layers), _Shared(self._around_layers)
+        self._masked, self._reduced = _Shared(self._before), _Shared(self._around)
 
     def install(self, undo: Undo) -> None:
         """Prepare to listen to attention; what takes everything back is appended to `undo`."""
@@ -56,6 +57,15 @@ class LayerHooks:
             self._masked.enter()
             if isinstance(forward, Prefill):
                 self._reduced.enter()
+        self._reach(0)
+
+    def _reach(self, index: int) -> None:
+        """See that a layer has its hooks before it is called."""
+        if index == len(self._decoder.layers):
+            return
+        with self._lock:
+            self._masked.reach(index)
+            self._reduced.reach(index)
 
     def close(self) -> Continuation | None:
         """End this thread's forward. If it was the only one, the layers are as before."""
@@ -77,30 +87,28 @@ class LayerHooks:
             while self._masked.has_others():
                 self._lock.wait(0.05)
 
-    def _before_layers(self, undo: Undo) -> None:
-        for index, layer in enumerate(self._decoder.layers):
-            hook = Hook(partial(self._before_layer, index))
-            undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
+    def _before(self, index: int, undo: Undo) -> None:
+        hook = Hook(partial(self._before_layer, index))
+        undo.append(self._decoder.layers[index].register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
 
-    def _around_layers(self, undo: Undo) -> None:
+    def _around(self, index: int, undo: Undo) -> None:
         """Placed so that the user's hooks of a layer, its norm and its mlp see what the layer itself has."""
 
         def keep(handle: RemovableHandle) -> None:
             undo.append(handle.remove)
 
-        attentions = [layer.self_attn for layer in self._decoder.layers if has_attention(layer)]
-        undo.append(partial(self._tap.close, attentions))
-        self._tap.open(attentions)
-        for index, layer in enumerate(self._decoder.layers):
-            if has_attention(layer):
-                keep(layer.self_attn.register_forward_pre_hook(Hook(partial(self._before_attention, index))))
-                keep(layer.self_attn.register_forward_hook(Hook(self._after_attention), always_call=True))
-            before_feed_forward = Hook(partial(self._before_feed_forward, index))
-            keep(layer.post_attention_layernorm.register_forward_pre_hook(before_feed_forward, prepend=True))
-            keep(layer.mlp.register_forward_hook(Hook(self._after_feed_forward)))
-            keep(layer.register_forward_hook(Hook(partial(self._output, index)), prepend=True))
-            keep(layer.register_forward_hook(Hook(partial(self._after_layer, index))))
-            wrap(layer, "_gradient_checkpointing_func", partial(self._checkpoint, index, layer), undo)
+        layer = self._decoder.layers[index]
+        if has_attention(layer):
+            undo.append(partial(self._tap.close, layer.self_attn))
+            self._tap.open(layer.self_attn)
+            keep(layer.self_attn.register_forward_pre_hook(Hook(partial(self._before_attention, index))))
+            keep(layer.self_attn.register_forward_hook(Hook(self._after_attention), always_call=True))
+        before_feed_forward = Hook(partial(self._before_feed_forward, index))
+        keep(layer.post_attention_layernorm.register_forward_pre_hook(before_feed_forward, prepend=True))
+        keep(layer.mlp.register_forward_hook(Hook(self._after_feed_forward)))
+        keep(layer.register_forward_hook(Hook(partial(self._output, index)), prepend=True))
+        keep(layer.register_forward_hook(Hook(partial(self._after_layer, index))))
+        wrap(layer, "_gradient_checkpointing_func", partial(self._checkpoint, index, layer), undo)
 
     def _checkpoint(self, index: int, layer: nn.Module, checkpoint: Callable) -> Callable:
         def repeatable(function: Callable, *args: Any) -> Any:
@@ -120,6 +128,7 @@ class LayerHooks:
         forward = self._forward.open
         if forward is None:
             return None
+        self._reach(index + 1)
         hidden = args[0] if args else kwargs["hidden_states"]
         if isinstance(forward, Prefill):
             if index == 0:
@@ -150,6 +159,7 @@ class LayerHooks:
         arguments = given | {name: value for name, value in own.items() if name in given}
         arguments |= {"attention_mask": causal_mask(config, hidden, None, 0), "position_embeddings": rotary or None}
         arguments.pop("hidden_states", None)
+        self._reach(last)
         forward, self._forward.open = self._forward.open, None  # the hooks of the layers do nothing meanwhile
         before = layers[last].self_attn.register_forward_pre_hook(lambda *_: self._tap.listen())
         after = layers[last].self_attn.register_forward_hook(_stop)
@@ -221,17 +231,20 @@ def _stop(attention: nn.Module, args: tuple, output: Any) -> None:
 
 
 class _Shared:
-    """Something that exists while at least one thread needs it."""
+    """What the layers have while at least one thread needs it, each from when it is reached."""
 
-    def __init__(self, make: Callable[[Undo], None]) -> None:
+    def __init__(self, make: Callable[[int, Undo], None]) -> None:
         self._make = make
         self._users: list[threading.Thread] = []
-        self._undo: Undo = []
+        self._undo: dict[int, Undo] = {}
 
     def enter(self) -> None:
         self._users.append(threading.current_thread())
-        if not self._undo:
-            self._make(self._undo)
+
+    def reach(self, index: int) -> None:
+        if self._users and index not in self._undo:
+            self._undo[index] = []
+            self._make(index, self._undo[index])
 
     def leave(self) -> None:
         self._users.remove(threading.current_thread())
@@ -241,8 +254,10 @@ class _Shared:
     def clear(self) -> None:
         """Take it away, whoever still needs it."""
         self._users.clear()
-        while self._undo:
-            self._undo.pop()()
+        for undo in self._undo.values():
+            while undo:
+                undo.pop()()
+        self._undo.clear()
 
     def has_others(self) -> bool:
         """Whether another thread, one that is alive, needs it."""
