@@ -70,10 +70,10 @@ def _long_part(buffer_ptr, S, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _load_roots(roots_ptr, stride_rn, offs_n, N):
-    # -1 for what cannot be a root
-    root = tl.load(roots_ptr + offs_n * stride_rn, mask=offs_n < N, other=-1).to(tl.int64)
-    return tl.where(root < N, root, -1)
+def _load_roots(roots_ptr, stride_rn, offs_n, mask, N):
+    # int32, -1 for what cannot be a root
+    root = tl.load(roots_ptr + offs_n.to(tl.int64) * stride_rn, mask=mask, other=-1)
+    return tl.where((root >= 0) & (root < N), root, -1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -88,35 +88,37 @@ def _group_kernel(
     # grid (B,); capacity is -1 for none
     pid_b = tl.program_id(0).to(tl.int64)
     roots_ptr += pid_b * stride_rb
+    predecessor_ptr += pid_b * stride_pb
+    from_last_ptr += pid_b * N
     row = pid_b * N
-    counts_ptr = part(buffer_ptr, S, _COUNTS)
-    arrival_ptr = part(buffer_ptr, S, _ARRIVAL)
-    places_ptr = _long_part(buffer_ptr, S, _PLACES)
-    keys_ptr = _long_part(buffer_ptr, S, _KEYS)
+    counts_ptr = part(buffer_ptr, S, _COUNTS) + row
+    arrival_ptr = part(buffer_ptr, S, _ARRIVAL) + row
+    places_ptr = _long_part(buffer_ptr, S, _PLACES) + row
+    keys_ptr = _long_part(buffer_ptr, S, _KEYS) + row
     for start in range(0, N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        tl.store(counts_ptr + row + offs_n, tl.zeros((BLOCK_N,), tl.int32), mask=offs_n < N)
+        offs_n = start + tl.arange(0, BLOCK_N)
+        tl.store(counts_ptr + offs_n, tl.zeros((BLOCK_N,), tl.int32), mask=offs_n < N)
     tl.debug_barrier()  # what one thread has written others read
     roots = tl.zeros((BLOCK_N,), tl.int32)  # by place in a block, so that threads do not wait for each other
     for start in range(0, N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        root = _load_roots(roots_ptr, stride_rn, offs_n, N)
+        offs_n = start + tl.arange(0, BLOCK_N)
+        root = _load_roots(roots_ptr, stride_rn, offs_n, offs_n < N, N)
         one = tl.full((BLOCK_N,), 1, tl.int32)
-        arrival = tl.atomic_add(counts_ptr + row + root, one, mask=root >= 0, sem="relaxed")
-        tl.store(arrival_ptr + row + offs_n, arrival, mask=root >= 0)
+        arrival = tl.atomic_add(counts_ptr + root, one, mask=root >= 0, sem="relaxed")
+        tl.store(arrival_ptr + offs_n, arrival, mask=root >= 0)
         roots += (root == offs_n).to(tl.int32)
     total = tl.sum(roots, 0)
     tl.debug_barrier()
     first_rank = 0
     first_place = 0
     for start in range(0, N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        is_root = _load_roots(roots_ptr, stride_rn, offs_n, N) == offs_n
-        count = tl.load(counts_ptr + row + offs_n, mask=is_root, other=0)
+        offs_n = start + tl.arange(0, BLOCK_N)
+        is_root = _load_roots(roots_ptr, stride_rn, offs_n, offs_n < N, N) == offs_n
+        count = tl.load(counts_ptr + offs_n, mask=is_root, other=0)
         rank = first_rank + tl.cumsum(is_root.to(tl.int32), 0) - 1
         begin = first_place + tl.cumsum(count, 0) - count
         place = (rank.to(tl.int64) << _KEY_BITS) | begin
-        tl.store(places_ptr + row + offs_n, tl.where(is_root, place, -1), mask=offs_n < N)
+        tl.store(places_ptr + offs_n, tl.where(is_root, place, -1), mask=offs_n < N)
         tl.store(part(buffer_ptr, S, KEPT) + row + rank, offs_n.to(tl.int32), mask=is_root)
         tl.store(part(buffer_ptr, S, SIZES) + row + rank, count, mask=is_root)
         tl.store(part(buffer_ptr, S, STARTS) + row + rank, begin, mask=is_root)
@@ -124,28 +126,26 @@ def _group_kernel(
         first_place += tl.sum(count, 0)
     tl.debug_barrier()
     for start in range(0, N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        root = _load_roots(roots_ptr, stride_rn, offs_n, N)
-        place = tl.load(places_ptr + row + root, mask=root >= 0, other=-1)
+        offs_n = start + tl.arange(0, BLOCK_N)
+        root = _load_roots(roots_ptr, stride_rn, offs_n, offs_n < N, N)
+        place = tl.load(places_ptr + root, mask=root >= 0, other=-1)
         rank = (place >> _KEY_BITS).to(tl.int32)
         place &= 0xFFFFFFFF
-        place += tl.load(arrival_ptr + row + offs_n, mask=rank >= 0, other=0)
-        tl.store(keys_ptr + row + place, (root << _KEY_BITS) | offs_n, mask=rank >= 0)
+        place += tl.load(arrival_ptr + offs_n, mask=rank >= 0, other=0)
+        tl.store(keys_ptr + place, (root.to(tl.int64) << _KEY_BITS) | offs_n, mask=rank >= 0)
         from_last = tl.where(rank >= 0, total - rank, 0)
         if capacity >= 0:
             from_last = tl.where(from_last <= capacity, from_last, 0)
-        tl.store(from_last_ptr + row + offs_n, from_last.to(tl.int64), mask=offs_n < N)
+        tl.store(from_last_ptr + offs_n, from_last.to(tl.int64), mask=offs_n < N)
         if LINKED:
             is_root = root == offs_n
             earlier = offs_n - distance
             if not STRIDED:
-                earlier = tl.load(predecessor_ptr + pid_b * stride_pb + offs_n * stride_pn, mask=is_root, other=-1).to(
-                    tl.int64
-                )
+                earlier = tl.load(predecessor_ptr + offs_n.to(tl.int64) * stride_pn, mask=is_root, other=-1)
             linked = is_root & (earlier >= 0) & (earlier < N)
-            earlier_root = tl.load(roots_ptr + earlier * stride_rn, mask=linked, other=-1).to(tl.int64)
-            linked &= (earlier_root >= 0) & (earlier_root < N)
-            earlier_rank = (tl.load(places_ptr + row + earlier_root, mask=linked, other=-1) >> _KEY_BITS).to(tl.int32)
+            earlier_root = _load_roots(roots_ptr, stride_rn, earlier, linked, N)
+            linked &= earlier_root >= 0
+            earlier_rank = (tl.load(places_ptr + earlier_root, mask=linked, other=-1) >> _KEY_BITS).to(tl.int32)
             tl.store(
                 part(buffer_ptr, S, LINKS) + row + rank,
                 tl.where(earlier_rank >= 0, total - earlier_rank, 0),
