@@ -28,6 +28,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 import fftriton
@@ -79,16 +81,34 @@ def _with_processor(folder: Path, settings: dict[str, Any]) -> Path:
     return folder
 
 
-def write_qwen3_vl(folder: Path) -> Path:
-    """A random Qwen3-VL with the shipped tokenizer, which knows no times; a token is 32 x 32 pixels of two frames."""
+def write_qwen3_vl(folder: Path, mixture: bool = False) -> Path:
+    """A random Qwen3-VL with the shipped tokenizer, which knows no times; a token is 32 x 32 pixels of two frames.
+
+    mixture: of experts.
+    """
+    experts = {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1,
+        "norm_topk_prob": True,  # as transformers does; vLLM asks for it
+    }  # fmt: skip
     text = TEXT | {"head_dim": 32, **rope(rope_theta=1e4, mrope_section=[6, 5, 5], mrope_interleaved=True)}
     vision = {
         "depth": 3, "num_heads": 4, "hidden_size": 128, "intermediate_size": 128, "out_hidden_size": 128,
         "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "deepstack_visual_indexes": [0, 2],
         "num_position_embeddings": 64,
     }  # fmt: skip
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **_tokens())
-    seeded(Qwen3VLForConditionalGeneration(config)).save_pretrained(folder)
+    config_class, model_class = (
+        (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
+        if mixture
+        else (Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+    )
+    config = config_class(
+        text_config=text | experts if mixture else text, vision_config=vision, tie_word_embeddings=False, **_tokens()
+    )
+    seeded(model_class(config)).save_pretrained(folder)
+    if mixture:  # published checkpoints have the matrices of experts the other way round
+        weights = load_file(folder / "model.safetensors")
+        turned = {k: v.mT.contiguous() if k.endswith(("gate_up_proj", "down_proj")) else v for k, v in weights.items()}
+        save_file(turned, folder / "model.safetensors", {"format": "pt"})
     kinds = {"processor_class": "Qwen3VLProcessor", "video_processor_type": "Qwen3VLVideoProcessor"}
     size = {"size": {"shortest_edge": 4096, "longest_edge": 10**6}}
     return _with_processor(folder, kinds | size)

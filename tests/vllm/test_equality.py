@@ -1,6 +1,7 @@
 """vLLM with the plugin answers as Hugging Face with fftriton does: cold, and with any part of the prompt cached."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import peft
@@ -26,9 +27,12 @@ from fftriton.runtime.video import read_video
 
 BLOCK = 32
 CHUNKS = (32, 64, 4096)
-METHODS = ("temporalmerge", "uniformframes", "randomtokens:seed=3", "kvtp", "kvtp:pruner=prumerge")
+METHODS = (
+    "temporalmerge", "uniformframes", "randomtokens:seed=3", "kvtp", "kvtp:pruner=prumerge", "evs", "vidcom2", "dycoke",
+    "visionzip", "flashvid",
+)  # fmt: skip
 QUESTIONS = ("Which digit is on the red box?", "Where is the red box?")
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -40,6 +44,7 @@ def family(request, tmp_path_factory):
     write, architecture = {
         "qwen2_5_vl": (write_qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration"),
         "qwen3_vl": (write_qwen3_vl, "Qwen3VLForConditionalGeneration"),
+        "qwen3_vl_moe": (partial(write_qwen3_vl, mixture=True), "Qwen3VLMoeForConditionalGeneration"),
         "llava_onevision": (write_llava_onevision, "LlavaOnevisionForConditionalGeneration"),
     }[request.param]
     folder = write(tmp_path_factory.mktemp("model"))
