@@ -17,7 +17,7 @@ from ._pages import empty
 from ._radix import right_end
 from ._types import NO_LINK, Groups
 
-_BLOCK = 2**18  # elements of x that are worked on at a time
+_BLOCK = 2**20  # elements of x that are worked on at a time: few parallel regions, each of which waits for its threads
 _REACH = 2**21  # elements between a row and its partner up to which they share a pool of converted rows
 _LONG_BAG = 1024  # members whose weight has too few bits in fp16, which counts in steps of 2**-24
 _QUERY_BLOCK = 128  # rows of a head's attention matrix that exist at a time, at most
@@ -225,7 +225,7 @@ def group_mean(x: Tensor, groups: Groups) -> Tensor:
     for sample, rows in enumerate(x):
         starts, sizes, members = groups.starts[sample], groups.sizes[sample], groups.members[sample]
         crowded = (sizes > 1).nonzero()[:, 0]
-        for some in crowded.split(16 * _block_rows(rows)) if len(crowded) else ():
+        for some in crowded.split(4 * _block_rows(rows)) if len(crowded) else ():
             _put_rows(mean[sample], some, _bag_means(rows, members, starts[some], sizes[some]))
     return mean
 
@@ -250,7 +250,7 @@ def _bag_means(x: Tensor, members: Tensor, starts: Tensor, sizes: Tensor) -> Ten
     if long or not x.is_contiguous():  # a few columns at a time, because they are copied
         taken = _stretches(members, starts, sizes)
         place, starts = torch.arange(len(taken)), sizes.cumsum(0) - sizes
-        parts = (part.index_select(0, taken) for part in x.split(max(1, 16 * _BLOCK // len(taken)), dim=1))
+        parts = (part.index_select(0, taken) for part in x.split(max(1, 4 * _BLOCK // len(taken)), dim=1))
         means = [_bag_means(part.float() if long else part, place, starts, sizes) for part in parts]
         return torch.cat(means, 1).to(x.dtype)
     if x.dtype == torch.float32:

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from bench.kernels import busy
+
 ROOT = Path(__file__).parents[2]
 COUNT = """
 import json, fftriton_kernels
@@ -23,3 +27,10 @@ def test_a_step_takes_few_launches():
     done = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == {"merge": 8, "prune": 4}
+
+
+def test_both_steps_are_timed_beside_a_neighbour():
+    with busy.beside(1):
+        ours, authors = busy.measure(torch.float32, 16, pairs=2)
+    assert len(ours) == len(authors) == 2
+    assert min(ours + authors) > 0
