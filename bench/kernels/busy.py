@@ -86,9 +86,9 @@ def main() -> None:
                 for dtype in (torch.bfloat16, torch.float32):
                     ours, authors = measure(dtype, width, options.pairs)
                     row = {
-                        "neighbours": neighbours, "threads": options.threads, "tokens": FRAMES * PATCHES, "width": width,
-                        "dtype": str(dtype).removeprefix("torch."), "ms": f"{statistics.median(ours):.1f}",
-                        "authors_ms": f"{statistics.median(authors):.1f}",
+                        "neighbours": neighbours, "threads": options.threads, "tokens": FRAMES * PATCHES,
+                        "width": width, "dtype": str(dtype).removeprefix("torch."),
+                        "ms": f"{statistics.median(ours):.1f}", "authors_ms": f"{statistics.median(authors):.1f}",
                         "slowest_ms": f"{max(ours):.1f}", "authors_slowest_ms": f"{max(authors):.1f}",
                     }  # fmt: skip
                     print(row, flush=True)
