@@ -395,6 +395,27 @@ def test_tokens_behind_a_reduced_prompt(chunk):
         assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
 
 
+def test_layers_get_their_hooks_one_ahead():
+    """So that a GPU is at work while they are made."""
+    model, inputs, layout = qwen2()
+    layers = model.model.layers
+    hooks = []
+
+    def count(*_):
+        hooks.append([len(layer._forward_pre_hooks) for layer in layers])
+
+    watches = [part.register_forward_pre_hook(count) for part in (layers[0].mlp, model.model.norm)]
+    before = [len(layer._forward_pre_hooks) for layer in layers]
+    with fftriton.reduce(model, fftriton.FrameFusion(0.5), layout), torch.no_grad():
+        for _ in range(2):
+            model(**inputs)
+    for watch in watches:
+        watch.remove()
+    rest = len(layers) - 2
+    assert before == [0] * len(layers)
+    assert hooks == [[1, 1] + [0] * rest, [1] * len(layers)] * 2
+
+
 def test_a_layout_may_be_a_function_of_the_arguments():
     model, inputs, layout = qwen2()
     seen = []
