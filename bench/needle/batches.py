@@ -91,13 +91,17 @@ class AlignmentBatches(Dataset):
         held_out: True for the handwritings that training never sees.
         small: share of needles that are half as wide and high as a patch.
         faint: share of needles that shine through.
+        phase: its number, so that no two phases see the same frames.
     """
 
-    def __init__(self, seed: int, size: int, held_out: bool = False, small: float = 0.0, faint: float = 0.5):
-        self._seed, self._size, self._held_out, self._small, self._faint = seed, size, held_out, small, faint
+    def __init__(
+        self, seed: int, size: int, held_out: bool = False, small: float = 0.0, faint: float = 0.5, phase: int = 0
+    ):
+        self._seed, self._size, self._held_out, self._phase = seed, size, held_out, phase
+        self._small, self._faint = small, faint
 
     def __getitem__(self, step: int) -> Frames:
-        rng = np.random.default_rng([self._seed, 0, step, self._held_out])
+        rng = np.random.default_rng([self._seed, self._phase, step, self._held_out])
         scenes = [textured_scenes(_SCENE, (0.0, 3.0), 0.3, rng) for _ in range(self._size // _SCENE)]
         video = np.concatenate(scenes)
         add_flashes(video, int(0.08 * self._size * PATCHES), rng)

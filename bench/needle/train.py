@@ -189,29 +189,36 @@ class Course:
     vocabulary: Mapping[str, int] = field(default_factory=lambda: IDS)
 
 
-def relating(styles: tuple[Style, ...], lengths: tuple[Length, ...], recipes: tuple[Recipe, ...] = ()) -> Callable:
+def relating(
+    styles: tuple[Style, ...],
+    lengths: tuple[Length, ...],
+    recipes: tuple[Recipe, ...] = (),
+    needles: tuple[int, int] = (3, 4),
+) -> Callable:
     """Makes the batches of a phase that asks how needles are related, in textured scenes beside these recipes."""
-    busy = Recipe(needles=(3, 4), styles=styles, speed=(0.0, 3.0), flashes=(0, 12), kinds=HARDER_KINDS)
+    busy = Recipe(needles=needles, styles=styles, speed=(0.0, 3.0), flashes=(0, 12), kinds=HARDER_KINDS)
     return lambda seed, phase: HarderBatches(seed, phase, (busy, *recipes), lengths, 12, ("space", "time"))
 
 
+def _seeing(name: str, steps: int, rate: float) -> Phase:
+    """A phase of small needles, too."""
+
+    def data(seed: int, phase: int) -> Dataset:
+        return AlignmentBatches(seed, 64, small=0.6, faint=0.1, phase=phase)
+
+    return Phase(name, steps, data, align, rate=rate, decay=0.02, betas=(0.9, 0.999), warm_up=50, sees=True)
+
+
 HARDER_PHASES = (
-    Phase(
-        "See small needles, too",
-        800,
-        lambda seed, phase: AlignmentBatches(seed, 64, small=0.6, faint=0.1),
-        align,
-        rate=2e-3,
-        decay=0.02,
-        betas=(0.9, 0.999),
-        warm_up=50,
-        sees=True,
-    ),
-    Phase("Relate in 8 frames", 800, relating((covered, small), (Length(8, 12),)), answer, warm_up=50, hold=1.0),
-    Phase("Relate in 16 frames", 400, relating((covered, small), (Length(16, 8),)), answer, hold=1.0),
+    _seeing("See small needles, too", 800, 2e-3),
+    Phase("Relate in 8 frames", 550, relating((covered, small), (Length(8, 12),)), answer, warm_up=50, hold=1.0),
+    _seeing("See small needles better", 1000, 1.5e-3),
+    Phase("Relate 2 or 3", 700, relating((covered,), (Length(8, 12),), (), (2, 3)), answer, warm_up=50, hold=1.0),
+    Phase("Relate 3 or 4", 600, relating((covered, small), (Length(8, 12),)), answer, warm_up=20, hold=1.0),
+    Phase("Relate in 16 frames", 600, relating((covered, small), (Length(16, 8),)), answer, warm_up=20, hold=1.0),
     Phase(
         "Relate anywhere",
-        500,
+        1500,
         relating(
             (covered, small, brief),
             (Length(16, 8, 0.5), Length(64, 2, 0.25), Length(128, 1, 0.25)),
