@@ -211,7 +211,7 @@ def _seeing(name: str, steps: int, rate: float) -> Phase:
 
 HARDER_PHASES = (
     _seeing("See small needles, too", 800, 2e-3),
-    Phase("Relate in 8 frames", 550, relating((covered, small), (Length(8, 12),)), answer, warm_up=50, hold=1.0),
+    Phase("Relate in 8 frames", 600, relating((covered, small), (Length(8, 12),)), answer, warm_up=50, hold=1.0),
     _seeing("See small needles better", 1000, 1.5e-3),
     Phase("Relate 2 or 3", 700, relating((covered,), (Length(8, 12),), (), (2, 3)), answer, warm_up=50, hold=1.0),
     Phase("Relate 3 or 4", 600, relating((covered, small), (Length(8, 12),)), answer, warm_up=20, hold=1.0),

@@ -121,7 +121,7 @@ class ByHand:
                 torch.stack([part[0, rows].mean(0) for rows in groups])[None] for part in (hidden, *additions)
             )
             position = [position[rows[0]] for rows in groups]
-            sizes = [sum(sizes[row] for row in rows) if script.proportional else 1 for rows in groups]
+            sizes = [sum(sizes[row] for row in rows) if script.proportional else sizes[rows[0]] for rows in groups]
 
         for index, layer in enumerate(self.decoder.layers):
             if index in script.merge_before:
