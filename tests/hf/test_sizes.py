@@ -84,6 +84,20 @@ def test_sizes_add_up_to_the_tokens_of_the_prompt(name):
     assert torch.equal(dropped.sizes, left.sizes.gather(1, torch.searchsorted(left.position, dropped.position)))
 
 
+def test_rows_have_no_sizes_until_some_merge():
+    tokens = tokens_of(*video_embeddings(FRAMES, PATCHES))
+    alone = torch.arange(tokens.length)[None]
+    assert tokens.merge_groups(alone, proportional=True).sizes is None
+    roots = alone.clone()
+    roots[0, BEFORE + PATCHES] = BEFORE
+    merged = tokens.merge_groups(roots, proportional=True)
+    assert merged.sizes.flatten().tolist() == [2 if row == BEFORE else 1 for row in range(tokens.length - 1)]
+    roots = torch.arange(merged.length)[None]
+    roots[0, BEFORE] = BEFORE - 1
+    assert (merged.merge_groups(roots).sizes == 1).all()  # the root's own
+    assert merged.merge_groups(roots, proportional=True).sizes[0, BEFORE - 1] == 3
+
+
 def tokens_of(embeddings, layouts):
     patch = torch.tensor([patches(layouts, embeddings.shape[1])])
     position = torch.arange(embeddings.shape[1])[None]
