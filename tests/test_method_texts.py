@@ -307,6 +307,7 @@ def test_dicts():
     assert to_dict(FrameFusion()) == {
         "method": "framefusion", "budget": 0.3, "similarity_threshold": 0.6, "min_merge_ratio": 0.1,
         "importance_queries": None, "stages": ["merge", "prune"], "start_layer": 0, "cascaded": True,
+        "proportional": False,
     }  # fmt: skip
     assert to_dict(UniformFrames(0.5) + FastV(0.3)) == {
         "method": "chain",
