@@ -17,6 +17,7 @@ from bench.needle import model as needle_model
 from fftriton.needle import KINDS, generate_sample
 from fftriton.needle.digits import digit_images
 from fftriton.needle.needles import covered, small
+from fftriton.needle.samples import HARDER_KINDS
 from fftriton.needle.scenes import real_scenes
 from fftriton.needle.vocabulary import HARDER_IDS, HARDER_TOKENS
 from fftriton.runtime.processing import load_processor
@@ -171,6 +172,17 @@ def test_the_harder_course_starts_with_the_shipped_weights_and_asks_relations(tm
     needle_model.save_model(model, tmp_path / "model", course.vocabulary)
     config = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]
     assert config["rope_theta"] == needle_model.HARDER_ROPE_THETA
+
+
+def test_the_harder_splits_are_measured(tmp_path):
+    model = needle_model.make_harder_model(0)
+    needle_model.save_model(model, tmp_path, HARDER_IDS)
+    row = train.measure(tmp_path, "relations", 8, 0, "cpu")
+    assert list(row) == ["split", "samples", "seed", "all", *HARDER_KINDS]
+    samples = [generate_sample("relations", 0, index) for index in range(8)]
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    together = train.answers(loaded, load_processor(tmp_path), samples)  # of two lengths
+    assert together == [train.answers(loaded, load_processor(tmp_path), [sample])[0] for sample in samples]
 
 
 def test_frames_seen_together_look_as_one_by_one():

@@ -379,12 +379,19 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def answers(model: Qwen2VLForConditionalGeneration, processor: Processor, samples: list[Sample]) -> list[str]:
-    """The model's answers to samples of one length, from its plain forward with all tokens."""
+    """The model's answers to samples, from its plain forward with all tokens; equally long prompts go together."""
     inputs = [processor(sample.video, sample.question) for sample in samples]
     known = inspect.signature(model.forward).parameters
-    batch = {name: torch.cat([i[name] for i in inputs]).to(model.device) for name in inputs[0] if name in known}
-    tokens = model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
-    return [processor.tokenizer.decode([token]) for token in tokens.tolist()]
+    by_length: dict[int, list[int]] = {}
+    for index, one in enumerate(inputs):
+        by_length.setdefault(one["input_ids"].shape[1], []).append(index)
+    found = {}
+    for indices in by_length.values():
+        names = [name for name in inputs[0] if name in known]
+        batch = {name: torch.cat([inputs[index][name] for index in indices]).to(model.device) for name in names}
+        tokens = model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+        found |= zip(indices, tokens.tolist(), strict=True)
+    return [processor.tokenizer.decode([found[index]]) for index in range(len(samples))]
 
 
 def measure(
