@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .methods import (
         EVS,
         KVTP,
+        Anchors,
         Chain,
         DyCoke,
         FastV,
@@ -47,6 +48,7 @@ __path__.append(f"{__path__[0]}/former")  # modules under their former names, fo
 __all__ = [
     "EVS",
     "KVTP",
+    "Anchors",
     "Chain",
     "ContextFusion",
     "DyCoke",

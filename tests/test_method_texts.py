@@ -270,6 +270,7 @@ FIRST = st.one_of(
     st.builds(UniformFrames, FRACTION),
     st.builds(fftriton.TemporalMerge, FRACTION),
     st.builds(fftriton.EVS, FRACTION),
+    st.builds(fftriton.Anchors, FRACTION, FRACTION, st.booleans()),
     st.builds(fftriton.FlashVID, FRACTION, st.floats(0, 1), st.floats(-1, 1), st.floats(-1, 1), COUNT),
     st.builds(fftriton.VisionZip, FRACTION, st.sampled_from(["distinctness", "norm"]), st.floats(0, 1)),
     st.builds(KVTP, FRACTION, st.none(), PRUNER, FRACTION | st.just(math.inf), COUNT, st.booleans()),
@@ -307,6 +308,7 @@ def test_dicts():
     assert to_dict(FrameFusion()) == {
         "method": "framefusion", "budget": 0.3, "similarity_threshold": 0.6, "min_merge_ratio": 0.1,
         "importance_queries": None, "stages": ["merge", "prune"], "start_layer": 0, "cascaded": True,
+        "proportional": False,
     }  # fmt: skip
     assert to_dict(UniformFrames(0.5) + FastV(0.3)) == {
         "method": "chain",

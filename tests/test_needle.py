@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from zlib import crc32
 
 import numpy as np
@@ -12,12 +13,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from bench.needle import make_assets, show
-from fftriton.needle import KINDS, SPLITS, generate_sample
+from fftriton.needle import HARDER_SPLITS, KINDS, SPLITS, generate_sample
 from fftriton.needle.digits import PATCH, digit_images
-from fftriton.needle.needles import Appearance, Needle, blended, covered, draw_needles, faded_in, moved
-from fftriton.needle.samples import RECIPES, ask, draw_video
+from fftriton.needle.needles import Appearance, Needle, blended, brief, covered, draw_needles, faded_in, moved, small
+from fftriton.needle.relations import draw_in_turn
+from fftriton.needle.samples import HARDER_KINDS, HARDER_RECIPES, RECIPES, ask, draw_video
 from fftriton.needle.scenes import SIDE
-from fftriton.needle.vocabulary import IDS, UNKNOWN, VIDEO, VISION_START
+from fftriton.needle.task import NeedleTask
+from fftriton.needle.vocabulary import HARDER_IDS, HARDER_TOKENS, IDS, TOKENS, UNKNOWN, VIDEO, VISION_START
+from fftriton.runtime.processing import load_processor
 from fftriton.runtime.shipped import MODEL, NEEDLE
 from fftriton.runtime.video import read_video
 
@@ -88,11 +92,12 @@ def test_without_scikit_learn_it_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("simple", 0, 0), "split must be one of easy, hard, blended, real, long, got 'simple'"),
+        (("simple", 0, 0), "split must be one of easy, hard, blended, real, long, relations, .*, got 'simple'"),
         (("easy", -1, 0), "seed must be at least 0, got -1"),
         (("easy", 0, -1), "index must be at least 0, got -1"),
         (("easy", 0, 0, True, 2), "num_frames must be at least 4, got 2"),
         (("easy", 0, 0, True, 18), "num_frames must be a multiple of 4, got 18"),
+        (("small", 0, 0, True, 12), "num_frames must be a multiple of 8, got 12"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
@@ -247,3 +252,97 @@ def test_vocabulary_fits_the_model():
     assert len(IDS) <= config["text_config"]["vocab_size"]
     named = {"video_token_id": VIDEO, "vision_start_token_id": VISION_START}
     assert {name: IDS[token] for name, token in named.items()} == {name: config[name] for name in named}
+
+
+@pytest.mark.parametrize(
+    ("split", "texts", "brightness"),
+    [
+        ("easy", 3347040813, [125.44, 118.36, 121.72, 127.29, 129.36, 119.13]),
+        ("hard", 119091273, [115.83, 139.0, 130.97, 134.89, 145.52, 129.92]),
+        ("blended", 2535956670, [112.07, 129.97, 136.03, 120.97, 137.27, 134.81]),
+        ("real", 964743599, [94.0, 109.35, 102.56, 107.6, 90.32, 116.01]),
+        ("long", 225690105, [143.34, 119.98, 116.47, 143.43, 116.98, 122.69]),
+    ],
+)
+def test_samples_are_those_that_the_published_figures_were_measured_on(split, texts, brightness):
+    samples = [generate_sample(split, 11, index, held_out=bool(index % 2), num_frames=8) for index in range(6)]
+    found = 0
+    for sample in samples:
+        text = f"{sample.kind} {sample.question} {sample.answer} {sample.needle_frames} {sample.needle_depth}"
+        found = crc32(text.encode(), found)
+    assert found == texts
+    np.testing.assert_allclose([sample.frames.mean() for sample in samples], brightness, atol=0.05)
+
+
+def test_needles_in_turn_share_no_frame_and_the_first_is_followed():
+    for seed in range(50):
+        same = bool(seed % 2)
+        needles = draw_in_turn(2 + seed % 3, (covered, small, brief), 16, same, rng(seed))
+        frames = [frame for needle in needles for frame in needle.appearance.frames]
+        assert len(frames) == len(set(frames))
+        assert (needles[0].digit == needles[1].digit) == same
+        assert len({needle.digit for needle in needles}) == len(needles) - same
+        assert len({needle.colour for needle in needles}) == len(needles)
+        assert needles[0].appearance.start < max(needle.appearance.start for needle in needles)
+
+
+def test_questions_about_relations():
+    needles = [
+        box(6, ((0, 0),), (1.0,), 4, "green"),
+        box(12, ((0, 32),), (1.0,), 4, "red"),
+        box(9, ((32, 0),), (1.0,), 8, "blue"),
+        box(2, ((32, 32),), (1.0,), 1, "yellow"),
+    ]
+    assert ask("after", needles, 16) == ("Which digit came after the one on the green box?", "8")
+    assert ask("same", needles, 16) == ("Did the green and the red box show the same digit?", "yes")
+    assert ask("same", needles[1:], 16) == ("Did the red and the blue box show the same digit?", "no")
+
+
+def test_the_harder_splits_are_harder_in_the_way_they_say():
+    for split in HARDER_SPLITS:
+        samples = [generate_sample(split, 3, index, num_frames=16) for index in range(8)]
+        assert [sample.kind for sample in samples] == list(HARDER_KINDS) * 2
+        assert [sample.needle_depth is None for sample in samples] == [False, False, True, True] * 2
+    assert [len(generate_sample("longer", 0, index).frames) for index in (0, 3, 4)] == [64, 64, 128]
+    for seed in range(20):
+        appearance = small(range(4, 8), 3, rng(seed))
+        assert appearance.side == PATCH // 2
+        assert all(32 <= edge <= SIDE - PATCH // 2 and edge % (PATCH // 2) == 0 for edge in appearance.corners[0])
+        assert len(brief(range(4, 8), 0, rng(seed)).frames) == 1
+    needle = Needle(3, "red", Appearance(5, ((8, 24),), (1.0,), PATCH // 2))
+    bare, drawn = (draw_video(HARDER_RECIPES["small"], 16, shown, True, rng()).astype(int) for shown in ([], [needle]))
+    frames, rows, columns, _ = (np.abs(drawn - bare) > 60).nonzero()
+    assert (set(frames), min(rows), max(rows), min(columns), max(columns)) == ({5}, 8, 15, 24, 31)
+
+
+def test_real_footage_moves_in_the_moving_split():
+    still, moving = (
+        draw_video(recipe, 16, [], True, rng(4)).astype(float)
+        for recipe in (replace(HARDER_RECIPES["moving"], pans=False), HARDER_RECIPES["moving"])
+    )
+    steps = [np.median(np.abs(np.diff(video, axis=0))) for video in (still, moving)]
+    assert steps[1] > 1.3 * steps[0]
+
+
+def test_the_tokenizer_of_the_harder_splits_keeps_the_tokens_of_the_first():
+    assert HARDER_TOKENS[: len(TOKENS)] == TOKENS
+    plain, harder = make_assets.make_tokenizer(), make_assets.make_tokenizer(HARDER_IDS)
+    for split in SPLITS:
+        question = generate_sample(split, 2, 3, num_frames=8).question
+        assert harder.encode(question).ids == plain.encode(question).ids
+    texts = {
+        "Which digit came after the one on the blue box?": ["after", "blue"],
+        "What number appears after the yellow box?": ["after", "yellow"],
+        "Did the red and the green box show the same digit?": ["red", "green", "same"],
+    }
+    assert {text: harder.encode(text).tokens for text in texts} == texts
+
+
+def test_a_model_without_the_words_of_a_split_is_not_asked():
+    task = NeedleTask("relations")
+    processor = load_processor(MODEL)
+    assert task.kinds == HARDER_KINDS
+    with pytest.raises(ValueError, match="split must be one whose questions the model knows; 'relations' has words"):
+        task.inputs(generate_sample("relations", 0, 2), processor)
+    with pytest.raises(ValueError, match="frames must be multiples of 8, got 12"):
+        NeedleTask("relations", num_frames=(12,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from math import comb
 
 import numpy as np
@@ -15,7 +16,10 @@ from bench.needle import batches, train
 from bench.needle import model as needle_model
 from fftriton.needle import KINDS, generate_sample
 from fftriton.needle.digits import digit_images
+from fftriton.needle.needles import covered, small
+from fftriton.needle.samples import HARDER_KINDS
 from fftriton.needle.scenes import real_scenes
+from fftriton.needle.vocabulary import HARDER_IDS, HARDER_TOKENS
 from fftriton.runtime.processing import load_processor
 from fftriton.runtime.shipped import BUNNY, MODEL
 
@@ -133,6 +137,54 @@ def test_packed_questions_get_the_logits_of_plain_ones(shipped):
                 torch.testing.assert_close(packed[row, column], plain, rtol=0, atol=1e-4)
 
 
+def test_packed_relations_get_the_logits_of_plain_ones(tmp_path):
+    model = needle_model.make_harder_model(0).eval()
+    needle_model.save_model(model, tmp_path, HARDER_IDS)
+    processor = load_processor(tmp_path)
+    samples = [generate_sample("relations", 3, index, num_frames=8) for index in range(8)]
+    videos = np.stack([sample.frames for sample in samples[:2]])
+    texts = [[samples[row + 2].question, samples[3].question] for row in (0, 0)]
+    batch = batches.pack(videos, texts, [["1", "yes"]] * 2, RESUME_AFTER)
+    with torch.no_grad():
+        packed = train.question_logits(model, batch)
+        for row, sample in enumerate(samples[:2]):
+            for column, text in enumerate(texts[row]):
+                inputs = processor(sample.video, text)
+                if RESUME_AFTER == "time":
+                    inputs.pop("mm_token_type_ids")
+                torch.testing.assert_close(packed[row, column], model(**inputs).logits[0, -1], rtol=0, atol=1e-4)
+
+
+def test_the_harder_course_starts_with_the_shipped_weights_and_asks_relations(tmp_path, shipped):
+    course = train.COURSES["harder"]
+    model = course.make(0)
+    assert model.config.text_config.max_position_embeddings == 4096
+    for name, value in shipped.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    data = train.relating((covered, small), (batches.Length(8, 2),))(0, 1)
+    answers = {HARDER_TOKENS[token] for step in range(4) for token in data[step].answers.flatten().tolist()}
+    assert {"yes", "no"} < answers
+    assert answers & {"first quarter", "second quarter", "third quarter", "last quarter"}
+    phases = (train.Phase("relate", 1, lambda seed, phase: data, train.answer, warm_up=2),)
+    trainer = train.Trainer(tmp_path, phases, make=course.make, bf16=False)
+    trainer.run()
+    assert not torch.equal(trainer.model.lm_head.weight, model.lm_head.weight)
+    needle_model.save_model(model, tmp_path / "model", course.vocabulary)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]
+    assert config["rope_theta"] == needle_model.HARDER_ROPE_THETA
+
+
+def test_the_harder_splits_are_measured(tmp_path):
+    model = needle_model.make_harder_model(0)
+    needle_model.save_model(model, tmp_path, HARDER_IDS)
+    row = train.measure(tmp_path, "relations", 8, 0, "cpu")
+    assert list(row) == ["split", "samples", "seed", "all", *HARDER_KINDS]
+    samples = [generate_sample("relations", 0, index) for index in range(8)]
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    together = train.answers(loaded, load_processor(tmp_path), samples)  # of two lengths
+    assert together == [train.answers(loaded, load_processor(tmp_path), [sample])[0] for sample in samples]
+
+
 def test_frames_seen_together_look_as_one_by_one():
     model = needle_model.make_model(0)
     pixels, grid = torch.randn(3 * 16, 768), torch.tensor([[3, 4, 4]])
@@ -155,8 +207,7 @@ def test_a_saved_model_is_whole(tmp_path):
 
 def test_the_command_trains_saves_and_measures(tmp_path, monkeypatch):
     clips = []
-    monkeypatch.setattr(train, "PHASES", tiny_phases())
-    monkeypatch.setattr(train, "SPLITS", ("easy", "real"))
+    monkeypatch.setitem(train.COURSES, "needle", train.Course(tiny_phases(), ("easy", "real")))
     monkeypatch.setattr("fftriton.needle.samples.real_scenes", lambda *a: clips.append(a[1]) or real_scenes(*a))
     train.main(tmp_path, samples=5, clip=[BUNNY.path, BUNNY.path])
     Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "model")

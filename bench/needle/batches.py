@@ -14,17 +14,17 @@ from bench.needle.make_assets import PIXELS, make_tokenizer
 from bench.needle.model import PATCHES
 from fftriton.needle.digits import PATCH
 from fftriton.needle.needles import Appearance, Needle, add_needle, draw_needles
-from fftriton.needle.samples import Recipe, ask, draw_video, finish
+from fftriton.needle.samples import Recipe, ask, draw, draw_video, finish
 from fftriton.needle.scenes import GRID, add_flashes, textured_scenes
-from fftriton.needle.vocabulary import BOS, COLOURS, IDS, QUESTION, SYSTEM, VIDEO, VISION_END, VISION_START
+from fftriton.needle.vocabulary import BOS, COLOURS, HARDER_IDS, IDS, QUESTION, SYSTEM, VIDEO, VISION_END, VISION_START
 from fftriton.runtime.processing import QwenPixels
 
 NO_DIGIT = -1
 NO_COLOUR = len(COLOURS)
 
 _PREFIX = [IDS[token] for token in (BOS, SYSTEM, SYSTEM, VISION_START)]
-_QUESTION_LENGTH = 4  # <|vision_end|>, <q>, and the two words that the tokenizer makes of a question
 _KIND_SHARES = {"what": 0.2, "when": 0.3, "where": 0.1, "how many": 0.15, "which colour": 0.25}
+_HARDER_KINDS = ("what", "when", *("after", "same") * 5)  # asked about each video, in this order
 _SCENE = 4  # frames of one scene in an alignment batch
 _PIXELS = QwenPixels(
     patch_size=PATCH,
@@ -83,19 +83,25 @@ class Questions(Batch):
 
 
 class AlignmentBatches(Dataset):
-    """Frames whose every patch is labelled; needles are denser than in a video and half of them shine through.
+    """Frames whose every patch is labelled; needles are denser than in a video.
 
     Args:
         seed: of the whole training.
         size: frames in a batch, a multiple of 4.
         held_out: True for the handwritings that training never sees.
+        small: share of needles that are half as wide and high as a patch.
+        faint: share of needles that shine through.
+        phase: its number, so that no two phases see the same frames.
     """
 
-    def __init__(self, seed: int, size: int, held_out: bool = False):
-        self._seed, self._size, self._held_out = seed, size, held_out
+    def __init__(
+        self, seed: int, size: int, held_out: bool = False, small: float = 0.0, faint: float = 0.5, phase: int = 0
+    ):
+        self._seed, self._size, self._held_out, self._phase = seed, size, held_out, phase
+        self._small, self._faint = small, faint
 
     def __getitem__(self, step: int) -> Frames:
-        rng = np.random.default_rng([self._seed, 0, step, self._held_out])
+        rng = np.random.default_rng([self._seed, self._phase, step, self._held_out])
         scenes = [textured_scenes(_SCENE, (0.0, 3.0), 0.3, rng) for _ in range(self._size // _SCENE)]
         video = np.concatenate(scenes)
         add_flashes(video, int(0.08 * self._size * PATCHES), rng)
@@ -105,8 +111,12 @@ class AlignmentBatches(Dataset):
         for frame, patch in zip(*(rng.random((self._size, PATCHES)) < density[:, None]).nonzero(), strict=True):
             digit[frame, patch], colour[frame, patch] = rng.integers(10), rng.integers(len(COLOURS))
             row, column = divmod(int(patch), GRID)
-            opacity = 1.0 if rng.random() < 0.5 else float(rng.uniform(0.25, 1))
-            shown = Appearance(int(frame), ((row * PATCH, column * PATCH),), (opacity,))
+            opacity = 1.0 if rng.random() < 1 - self._faint else float(rng.uniform(0.25, 1))
+            top, left, side = row * PATCH, column * PATCH, PATCH
+            if self._small and rng.random() < self._small:
+                side = PATCH // 2
+                top, left = top + int(rng.integers(2)) * side, left + int(rng.integers(2)) * side
+            shown = Appearance(int(frame), ((top, left),), (opacity,), side)
             needle = Needle(int(digit[frame, patch]), COLOURS[colour[frame, patch]], shown)
             add_needle(video, needle, self._held_out, rng)
         return Frames(_patchify(finish(video, rng)), torch.from_numpy(digit), torch.from_numpy(colour))
@@ -168,39 +178,61 @@ class QuestionBatches(Dataset):
         return video, [question for question, _ in asked], [answer for _, answer in asked]
 
 
+class HarderBatches(QuestionBatches):
+    """Packed questions about what needles show and how they are related; each of twelve kinds at the same place."""
+
+    def _draw(self, num_frames: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str], list[str]]:
+        recipe = self._recipes[rng.integers(len(self._recipes))]
+        needles = draw(recipe, num_frames, rng)
+        video = draw_video(recipe, num_frames, needles, False, rng)
+        asked = [ask(kind, _about(kind, needles, rng), num_frames) for kind in _HARDER_KINDS]
+        return video, [question for question, _ in asked], [answer for _, answer in asked]
+
+
+def _about(kind: str, needles: list[Needle], rng: np.random.Generator) -> list[Needle]:
+    """The needles in an order that makes a question of this kind about a random one or two of them."""
+    shuffled = [needles[i] for i in rng.permutation(len(needles))]
+    if kind == "after" and shuffled[0] is max(needles, key=lambda needle: needle.appearance.start):
+        return shuffled[1:] + shuffled[:1]
+    if kind == "same" and rng.random() < 0.8:  # the first two show the same digit in half of the videos
+        return needles if rng.random() < 0.5 else [needles[1], needles[0], *needles[2:]]
+    return shuffled
+
+
 def pack(videos: np.ndarray, questions: list[list[str]], answers: list[list[str]], resume_after: str) -> Questions:
     """Pack Q questions about each of B videos behind it; each sees the video and itself.
 
     Args:
         videos: [B, F, H, W, 3] uint8.
-        questions, answers: B lists of Q.
+        questions, answers: B lists of Q; the tokenizer makes as many words of the questions of one place.
         resume_after: see QuestionBatches.
     """
     batch, num_frames = videos.shape[:2]
     asked = len(questions[0])
     tail = [[token for question in row for token in _encode(question)] for row in questions]
+    lengths = [len(_encode(question)) for question in questions[0]]
     head = _PREFIX + [IDS[VIDEO]] * (num_frames * PATCHES)
-    segment = torch.tensor([-1] * len(head) + [i for i in range(asked) for _ in range(_QUESTION_LENGTH)])
+    segment = torch.tensor([-1] * len(head) + [i for i in range(asked) for _ in range(lengths[i])])
     visible = (segment[None] == -1) | (segment[None] == segment[:, None])
     return Questions(
         pixels=_patchify(videos.reshape(-1, *videos.shape[2:])),
         grid=torch.tensor([[num_frames, GRID, GRID]] * batch),
         input_ids=torch.tensor([head + row for row in tail]),
         mask=visible.tril()[None, None],
-        positions=_positions(num_frames, asked, resume_after)[:, None].expand(-1, batch, -1),
-        asked_at=len(head) + _QUESTION_LENGTH * torch.arange(1, asked + 1) - 1,
-        answers=torch.tensor([[IDS[answer] for answer in row] for row in answers]),
+        positions=_positions(num_frames, lengths, resume_after)[:, None].expand(-1, batch, -1),
+        asked_at=len(head) + torch.tensor(lengths).cumsum(0) - 1,
+        answers=torch.tensor([[HARDER_IDS[answer] for answer in row] for row in answers]),
     )
 
 
-def _positions(num_frames: int, asked: int, resume_after: str) -> Tensor:
+def _positions(num_frames: int, lengths: list[int], resume_after: str) -> Tensor:
     """[3, T] int64: time, row and column of each token, restarting with each question."""
     prefix = torch.arange(len(_PREFIX)).expand(3, -1)
     axes = (torch.arange(num_frames), torch.arange(GRID), torch.arange(GRID))
     video = torch.cartesian_prod(*axes).T + len(_PREFIX)
     resume = len(_PREFIX) + (max(num_frames, GRID) if resume_after == "time" else GRID)
-    question = torch.arange(resume, resume + _QUESTION_LENGTH).expand(3, -1)
-    return torch.cat([prefix, video, question.repeat(1, asked)], dim=1)
+    questions = [torch.arange(resume, resume + length).expand(3, -1) for length in lengths]
+    return torch.cat([prefix, video, *questions], dim=1)
 
 
 def _patchify(frames: np.ndarray) -> Tensor:
@@ -210,7 +242,7 @@ def _patchify(frames: np.ndarray) -> Tensor:
 
 @lru_cache
 def _tokenizer():
-    return make_tokenizer()
+    return make_tokenizer(HARDER_IDS)  # which reads plain questions as IDS does
 
 
 @lru_cache

@@ -30,6 +30,7 @@ from fftriton.needle.vocabulary import (
     BOS,
     DIGITS,
     EOS,
+    HARDER_IDS,
     IDS,
     PAD,
     QUESTION,
@@ -57,6 +58,14 @@ PHRASES = (
     (r"\bhow many\b", "count"),
     (r"\b(?:at what time|in which quarter|which quarter)\b", "when"),
     (r"\b(?:in which quadrant|in which corner|which quadrant|which corner)\b", "where"),
+)
+RELATION_PHRASES = (
+    (
+        r"\b(?:which|what) (?:digit|number) (?:came|comes|appeared|appears) after(?: the (?:one|digit|number))?\b",
+        "after",
+    ),
+    (r"\bsame (?:digit|number)\b", "same"),
+    (r"\band\b", " "),
 )
 FILLERS = (
     r"\b(?:an?|the|this|that|is|are|was|does|do|did|on|in|of|at|with|there|its?|please|tell|me|can|you|see|"
@@ -95,23 +104,28 @@ PIXELS = {
 }
 
 
-def make_tokenizer() -> Tokenizer:
-    """A word-level tokenizer whose normaliser turns plain questions into the two words that the model knows."""
+def make_tokenizer(vocabulary: dict[str, int] = IDS) -> Tokenizer:
+    """A word-level tokenizer whose normaliser turns plain questions into the few words that the model knows.
+
+    Args:
+        vocabulary: IDS, or HARDER_IDS for the model that knows relations, too.
+    """
+    relations = RELATION_PHRASES if vocabulary is HARDER_IDS else ()
     rules = [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")]
-    rules += [normalizers.Replace(Regex(phrase), words) for phrase, words in PHRASES]
+    rules += [normalizers.Replace(Regex(phrase), words) for phrase, words in (*relations, *PHRASES)]
     rules += [normalizers.Replace(Regex(FILLERS), " ")]
     rules += [normalizers.Replace(Regex(r"^\s*count\s*$"), "count all")]
-    tokenizer = Tokenizer(WordLevel(dict(IDS), unk_token=UNKNOWN))
+    tokenizer = Tokenizer(WordLevel(dict(vocabulary), unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(rules)
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
 
 
-def write_processor(folder: Path) -> None:
-    """Tokenizer, chat template and pre-processor configurations, as Hugging Face lays them out."""
+def write_processor(folder: Path, vocabulary: dict[str, int] = IDS) -> None:
+    """Tokenizer of this vocabulary, chat template and pre-processor configurations, as Hugging Face lays them out."""
     folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer().save(str(folder / "tokenizer.json"))
+    make_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     configs = {
         "tokenizer_config.json": TOKENIZER_CONFIG,

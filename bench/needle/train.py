@@ -1,7 +1,9 @@
 """Train the needle model from scratch, and measure it on videos and handwritings that training never saw.
 
     python -m bench.needle.train --out needle-run [--device cuda]
+    python -m bench.needle.train --out needle-harder-run --course harder
 
+The second starts with the weights of the model that ships and learns the harder splits.
 An interrupted run resumes from its last checkpoint, and ends with the same weights. The model, with its
 processor files, lands in OUT/model, the course of training in OUT/training.csv, its accuracy in OUT/accuracy.csv.
 """
@@ -14,8 +16,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -30,18 +32,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2VLForConditionalGeneration
 
-from bench.needle.batches import NO_DIGIT, PATCHES, AlignmentBatches, Frames, Length, QuestionBatches, Questions
-from bench.needle.model import batch_frames, make_model, save_model
-from fftriton.needle import KINDS, SPLITS, Sample, generate_sample
-from fftriton.needle.needles import blended, covered, faded_in, moved
-from fftriton.needle.samples import RECIPES, Recipe
+from bench.needle.batches import (
+    NO_DIGIT,
+    PATCHES,
+    AlignmentBatches,
+    Frames,
+    HarderBatches,
+    Length,
+    QuestionBatches,
+    Questions,
+)
+from bench.needle.model import batch_frames, make_harder_model, make_model, save_model
+from fftriton.checks import check_choice
+from fftriton.needle import HARDER_SPLITS, SPLITS, Sample, generate_sample
+from fftriton.needle.needles import Style, blended, brief, covered, faded_in, moved, small
+from fftriton.needle.samples import HARDER_KINDS, HARDER_RECIPES, RECIPES, Recipe, recipe_of
 from fftriton.needle.scenes import GRID
-from fftriton.needle.vocabulary import COLOURS, DIGITS, IDS, QUADRANTS, VISION_START
+from fftriton.needle.vocabulary import COLOURS, DIGITS, HARDER_IDS, IDS, QUADRANTS, VISION_START
 from fftriton.runtime.processing import Processor, load_processor
 from fftriton.runtime.shipped import BUNNY
 
 _CHECKPOINT_EVERY = 50  # steps
-_SAMPLES_AT_ONCE = len(KINDS)  # samples of a split are equally long as long as a kind has not come up again
 
 BUSY = Recipe(speed=(0.0, 3.0), flashes=(0, 12))
 _MIXED = (
@@ -161,6 +172,68 @@ PHASES = (
 )
 
 
+@dataclass(frozen=True)
+class Course:
+    """What makes one model: where it starts, how it is trained, and the splits that it is measured on.
+
+    Attributes:
+        phases: what to do, in this order.
+        splits: of the same kinds of question.
+        make: the model to start with, from the seed.
+        vocabulary: its tokens' ids.
+    """
+
+    phases: tuple[Phase, ...]
+    splits: tuple[str, ...]
+    make: Callable[[int], Qwen2VLForConditionalGeneration] = make_model
+    vocabulary: Mapping[str, int] = field(default_factory=lambda: IDS)
+
+
+def relating(
+    styles: tuple[Style, ...],
+    lengths: tuple[Length, ...],
+    recipes: tuple[Recipe, ...] = (),
+    needles: tuple[int, int] = (3, 4),
+) -> Callable:
+    """Makes the batches of a phase that asks how needles are related, in textured scenes beside these recipes."""
+    busy = Recipe(needles=needles, styles=styles, speed=(0.0, 3.0), flashes=(0, 12), kinds=HARDER_KINDS)
+    return lambda seed, phase: HarderBatches(seed, phase, (busy, *recipes), lengths, 12, ("space", "time"))
+
+
+def _seeing(name: str, steps: int, rate: float) -> Phase:
+    """A phase of small needles, too."""
+
+    def data(seed: int, phase: int) -> Dataset:
+        return AlignmentBatches(seed, 64, small=0.6, faint=0.1, phase=phase)
+
+    return Phase(name, steps, data, align, rate=rate, decay=0.02, betas=(0.9, 0.999), warm_up=50, sees=True)
+
+
+HARDER_PHASES = (
+    _seeing("See small needles, too", 800, 2e-3),
+    Phase("Relate in 8 frames", 600, relating((covered, small), (Length(8, 12),)), answer, warm_up=50, hold=1.0),
+    _seeing("See small needles better", 1000, 1.5e-3),
+    Phase("Relate 2 or 3", 700, relating((covered,), (Length(8, 12),), (), (2, 3)), answer, warm_up=50, hold=1.0),
+    Phase("Relate 3 or 4", 600, relating((covered, small), (Length(8, 12),)), answer, warm_up=20, hold=1.0),
+    Phase("Relate in 16 frames", 600, relating((covered, small), (Length(16, 8),)), answer, warm_up=20, hold=1.0),
+    Phase(
+        "Relate anywhere",
+        1500,
+        relating(
+            (covered, small, brief),
+            (Length(16, 8, 0.5), Length(64, 2, 0.25), Length(128, 1, 0.25)),
+            (HARDER_RECIPES["brief"],),
+        ),
+        answer,
+    ),
+)
+
+COURSES = {
+    "needle": Course(PHASES, SPLITS),
+    "harder": Course(HARDER_PHASES, HARDER_SPLITS, make_harder_model, HARDER_IDS),
+}
+
+
 class Trainer:
     """Trains one model, from its last checkpoint if there is one.
 
@@ -172,6 +245,8 @@ class Trainer:
         workers: processes that draw batches; 0 draws them here. The batches are the same.
         checkpoint_every: steps from one checkpoint, and one row of the log, to the next.
         on_step: called after each step with the phase's number, the step's, the loss and the share of right answers.
+        make: the model to start with, from the seed.
+        bf16: whether to compute in bfloat16 where autocast does.
 
     Attributes:
         model: as trained so far.
@@ -188,11 +263,13 @@ class Trainer:
         workers: int = 0,
         checkpoint_every: int = _CHECKPOINT_EVERY,
         on_step: Callable[[int, int, float, float], None] = lambda *_: None,
+        make: Callable[[int], Qwen2VLForConditionalGeneration] = make_model,
+        bf16: bool = True,
     ):
         self._out, self._phases, self._seed, self._workers, self._on_step = out, phases, seed, workers, on_step
-        self._checkpoint_every = checkpoint_every
+        self._checkpoint_every, self._bf16 = checkpoint_every, bf16
         self._device = torch.device(device)
-        self.model = make_model(seed).to(self._device).train()
+        self.model = make(seed).to(self._device).train()
         batch_frames(self.model)
         self.log: list[dict[str, Any]] = []
         self.phase = self._step = 0
@@ -227,7 +304,7 @@ class Trainer:
         for batch in self._batches(phase):
             for group in optimizer.param_groups:
                 group["lr"] = phase.rate_at(self._step)
-            with torch.autocast(self._device.type, torch.bfloat16):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
                 loss, right = phase.loss(self.model, batch.to(self._device))
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -302,12 +379,19 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def answers(model: Qwen2VLForConditionalGeneration, processor: Processor, samples: list[Sample]) -> list[str]:
-    """The model's answers to samples of one length, from its plain forward with all tokens."""
+    """The model's answers to samples, from its plain forward with all tokens; equally long prompts go together."""
     inputs = [processor(sample.video, sample.question) for sample in samples]
     known = inspect.signature(model.forward).parameters
-    batch = {name: torch.cat([i[name] for i in inputs]).to(model.device) for name in inputs[0] if name in known}
-    tokens = model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
-    return [processor.tokenizer.decode([token]) for token in tokens.tolist()]
+    by_length: dict[int, list[int]] = {}
+    for index, one in enumerate(inputs):
+        by_length.setdefault(one["input_ids"].shape[1], []).append(index)
+    found = {}
+    for indices in by_length.values():
+        names = [name for name in inputs[0] if name in known]
+        batch = {name: torch.cat([inputs[index][name] for index in indices]).to(model.device) for name in names}
+        tokens = model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+        found |= zip(indices, tokens.tolist(), strict=True)
+    return [processor.tokenizer.decode([found[index]]) for index in range(len(samples))]
 
 
 def measure(
@@ -322,15 +406,16 @@ def measure(
     """Share of held-out samples answered right with all tokens, over all kinds and of each."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
     processor = load_processor(checkpoint)
+    kinds = recipe_of(split).kinds
     asked, right = Counter[str](), Counter[str]()
-    for start in range(0, samples, _SAMPLES_AT_ONCE):
-        indices = range(start, min(start + _SAMPLES_AT_ONCE, samples))
+    for start in range(0, samples, len(kinds)):  # samples are equally long until a kind comes up again
+        indices = range(start, min(start + len(kinds), samples))
         batch = [generate_sample(split, seed, index, clips=clips) for index in indices]
         for sample, text in zip(batch, answers(model, processor, batch), strict=True):
             asked[sample.kind] += 1
             right[sample.kind] += text == sample.answer
         on_samples(len(batch))
-    shares = {kind: f"{right[kind] / asked[kind]:.4f}" for kind in KINDS if asked[kind]}
+    shares = {kind: f"{right[kind] / asked[kind]:.4f}" for kind in kinds if asked[kind]}
     return {"split": split, "samples": samples, "seed": seed, "all": f"{right.total() / asked.total():.4f}"} | shares
 
 
@@ -356,24 +441,28 @@ def main(
     samples: Annotated[int, typer.Option(help="Held-out samples of each split at the end.", min=1)] = 1000,
     samples_seed: Annotated[int, typer.Option(help="Which held-out samples.", min=0)] = 0,
     clip: Annotated[list[Path] | None, typer.Option(help="Real clips to measure on; else the one that ships.")] = None,
+    course: Annotated[str, typer.Option(help="needle, or harder for the model of the harder splits.")] = "needle",
+    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16; slow on a CPU that does not have it.")] = True,
 ) -> None:
     """Train the needle model, or resume from the last checkpoint, then measure its accuracy."""
+    check_choice("train", "course", course, tuple(COURSES))
+    chosen = COURSES[course]
     clips = tuple(clip or (BUNNY.path,))
     if threads:
         torch.set_num_threads(threads)
     with _bars(Console()) as progress:
-        bars = [progress.add_task(phase.name, total=phase.steps, note="") for phase in PHASES]
+        bars = [progress.add_task(phase.name, total=phase.steps, note="") for phase in chosen.phases]
 
         def on_step(phase: int, step: int, loss: float, right: float) -> None:
             progress.update(bars[phase], completed=step, note=f"loss {loss:.3f}, right {right:.0%}")
 
-        trainer = Trainer(out, PHASES, seed, device, workers, on_step=on_step)
-        for bar, phase in zip(bars[: trainer.phase], PHASES, strict=False):
+        trainer = Trainer(out, chosen.phases, seed, device, workers, on_step=on_step, make=chosen.make, bf16=bf16)
+        for bar, phase in zip(bars[: trainer.phase], chosen.phases, strict=False):
             progress.update(bar, completed=phase.steps)
         trainer.run()
-        save_model(trainer.model, out / "model")
+        save_model(trainer.model, out / "model", chosen.vocabulary)
         rows = []
-        for split in SPLITS:
+        for split in chosen.splits:
             bar = progress.add_task(f"Measure {split}", total=samples, note="")
             on_samples = partial(progress.advance, bar)
             rows.append(measure(out / "model", split, samples, samples_seed, device, clips, on_samples))

@@ -49,6 +49,7 @@ class ReducedLayer(DynamicLayer):
         missing: how many more tokens the sequence has than there are rows.
         fixed: the length of the sequence below which it cannot be cropped.
         valid: [B, rows] bool, False for padding; None: no padding, or nothing known while `reduced` is False.
+        log_sizes: [B, rows] fp32, the logarithm of how many tokens each row stands for; None: each for itself.
         broken: whether a forward failed in the middle and could not be taken back.
         permit: a reduced layer can be used while it is active.
         window: tokens outside of it are forgotten as soon as no later token can attend to them; None: nothing is.
@@ -73,6 +74,7 @@ class ReducedLayer(DynamicLayer):
     def _forget(self) -> None:
         self.reduced, self.missing, self.fixed, self.broken = False, 0, 0, False
         self.valid: Tensor | None = None
+        self.log_sizes: Tensor | None = None
         self.window: Windows | None = None
 
     @classmethod
@@ -86,6 +88,11 @@ class ReducedLayer(DynamicLayer):
     def rows(self) -> int:
         """Number of tokens that are held here."""
         return super().get_seq_length()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no row is padding, and each stands for itself."""
+        return self.valid is None and self.log_sizes is None
 
     def get_seq_length(self, *args: Any) -> int:
         self._settle()
@@ -114,6 +121,8 @@ class ReducedLayer(DynamicLayer):
         if kept is None:
             return
         index, self.valid = kept
+        if self.log_sizes is not None:
+            self.log_sizes = self.log_sizes.gather(1, index.to(self.log_sizes.device))
         self.missing += self.rows - index.shape[1]
         index = index.to(self.keys.device)[:, None, :, None]
         self.keys = self.keys.gather(2, index.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
@@ -129,6 +138,15 @@ class ReducedLayer(DynamicLayer):
         after = like.new_ones(like.shape[0], new) if valid is None else valid
         self.valid = torch.cat([before, after.to(before.device)], 1)
 
+    def append_sizes(self, past: int, new: int, log_sizes: Tensor | None) -> None:
+        """Note the sizes of `new` rows, log_sizes [B, new], which follow `past` ones. None: each stands for itself."""
+        like = self.log_sizes if log_sizes is None else log_sizes
+        if like is None:
+            return
+        before = like.new_zeros(like.shape[0], past) if self.log_sizes is None else self.log_sizes
+        after = like.new_zeros(like.shape[0], new) if log_sizes is None else log_sizes
+        self.log_sizes = torch.cat([before, after.to(before.device)], 1)
+
     def crop(self, length: int) -> None:
         """Remove -length tokens from the end or, if length is positive, all beyond it. Raises a ValueError if that
         would remove part of what has been reduced."""
@@ -143,6 +161,7 @@ class ReducedLayer(DynamicLayer):
         self.keys = self.keys[..., :rows, :]
         self.values = self.values[..., :rows, :]
         self.valid = None if self.valid is None else self.valid[:, :rows]
+        self.log_sizes = None if self.log_sizes is None else self.log_sizes[:, :rows]
 
     def recover(self) -> None:
         """Take back a forward that was interrupted in the middle."""
@@ -168,7 +187,8 @@ class ReducedLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.recover()
         super().batch_repeat_interleave(repeats)
-        known = self.valid if self.valid is not None else None if self.window is None else self.window.sinks
+        sinks = None if self.window is None else self.window.sinks
+        known = next((part for part in (self.valid, self.log_sizes, sinks) if part is not None), None)
         if known is not None:
             self._select(torch.arange(len(known)).repeat_interleave(repeats))
 
@@ -180,6 +200,8 @@ class ReducedLayer(DynamicLayer):
     def _select(self, samples: Tensor) -> None:
         if self.valid is not None:
             self.valid = self.valid[samples.to(self.valid.device)]
+        if self.log_sizes is not None:
+            self.log_sizes = self.log_sizes[samples.to(self.log_sizes.device)]
         if self.window is not None:
             self.window = self.window[samples]
 
@@ -240,7 +262,7 @@ class Snapshot:
 
 
 def _notes(layer: ReducedLayer) -> dict[str, Any]:
-    names = ("reduced", "missing", "fixed", "valid", "window") + (
+    names = ("reduced", "missing", "fixed", "valid", "log_sizes", "window") + (
         ("keys", "values") if layer.window is not None else ()
     )
     return {name: getattr(layer, name) for name in names}

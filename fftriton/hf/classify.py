@@ -123,8 +123,11 @@ class Masks:
         self._for_one_token: dict[str, bool] = {}  # per attention back end: whether it wants a mask for one token
 
     def are_needed(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
-        """Whether the mask that the decoder makes for the whole sequence does not fit the rows that are there."""
-        if source.shape[1] > 1 or any(layer.valid is not None for layer in cache_layers):
+        """Whether the mask that the decoder makes for the whole sequence does not fit the rows that are there.
+
+        Rows with sizes need hooks for every token, as masks do.
+        """
+        if source.shape[1] > 1 or any(not layer.is_plain for layer in cache_layers):
             return True
         backend = attention_name(self._decoder.config)
         if backend not in self._for_one_token:
@@ -134,7 +137,7 @@ class Masks:
 
     def hide_nothing(self, cache_layers: Sequence[ReducedLayer], source: Tensor) -> bool:
         """Whether one mask that hides nothing fits all layers: eager attention adds it to scores of any length."""
-        one_token = source.shape[1] == 1 and all(layer.valid is None for layer in cache_layers)
+        one_token = source.shape[1] == 1 and all(layer.is_plain for layer in cache_layers)
         eager = attention_name(self._decoder.config) == "eager"
         return one_token and eager and all(map(has_attention, self._decoder.layers))
 

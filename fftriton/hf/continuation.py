@@ -1,4 +1,4 @@
-"""One forward on a KV cache that holds fewer rows than there are tokens: its masks and the cache's bookkeeping."""
+"""One forward on a KV cache that holds fewer rows than there are tokens: masks, sizes and the cache's bookkeeping."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ class Continuation:
         window: which tokens those of this forward may attend to.
         free_tail: this many tokens at the end are the last rows of every sample, so a crop can remove them.
         asking: whether a method is being asked.
+        hears: whether the layers' attention has to be listened to, or to take sizes into account.
+        log_sizes: [B, rows] fp32, of the tokens that each of its rows stands for; None: each for itself.
+        log_sizes_of_keys: [B, past + rows] fp32, the same for the keys of the layer that is about to run.
     """
+
+    hears = False
 
     def __init__(self, source: Tensor, valid: Tensor | None, cache_layers: CacheLayers) -> None:
         self.batch, self.length = source.shape[:2]
@@ -36,12 +41,18 @@ class Continuation:
         self.packed = self.asking = False
         self.window: Windows | None = None
         self.free_tail = 0
+        self.log_sizes: Tensor | None = None
+        self.log_sizes_of_keys: Tensor | None = None
+        self.hears = self.hears or any(
+            layer is not None and layer.log_sizes is not None for layer in cache_layers or ()
+        )
         self._masks: dict[tuple, tuple] = {}
         self._flags: dict[tuple, tuple] = {}
 
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """The layer's keyword arguments that differ from what the decoder gave, and the cache's bookkeeping."""
         cached = None if self.cache_layers is None else self.cache_layers[index]
+        self.log_sizes_of_keys = self.log_sizes
         window = self.window if cached is None else cached.window
         if not self.packed and window is None and (cached is None or not cached.reduced):
             return {}
@@ -49,6 +60,8 @@ class Continuation:
         valid = self.valid
         if cached is not None:
             valid = self._append_flags(cached, past, rows)
+            cached.append_sizes(past, rows, self.log_sizes)
+            self.log_sizes_of_keys = cached.log_sizes
             cached.missing += self.length - rows
             cached.reduced = True
             if self.packed:

@@ -108,6 +108,11 @@ class DecoderHooks:
 
     def _prefill(self, call: Call, given: DecoderInput, valid: Any, arguments: dict[str, Any]) -> Prefill:
         """The forward of a prompt with a video."""
+        if self._method.proportional and runs_again(self._decoder):
+            raise ValueError(
+                "reduce: proportional must be False under gradient checkpointing, whose second run of a layer does not "
+                "know the sizes"
+            )
         self._check_structure(given)
         attends, additions = [*map(has_attention, self._decoder.layers)], take_deepstack(arguments)
         prefill = Prefill(

@@ -1,15 +1,17 @@
-"""Attention importance at one layer, whatever attention back end the model uses.
+"""Attention importance at one layer, and sizes in attention, whatever attention back end the model uses.
 
 While a prompt is reduced, the config of each attention module is a proxy. In the thread and the layer that listens, it
 names an attention function of ours, which keeps the queries and keys and then calls the function that the model chose,
 so outputs are unchanged. Where sdpa runs one of PyTorch's causal flash kernels, the log-sum-exp of each row is kept,
 too, which saves the first of the two passes over the scores. If tensor parallelism splits the heads over processes, all
-of them get the mean over all heads.
+of them get the mean over all heads. Sizes go through the same function, with the channels of sizes.py, so importance
+has them, too.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fftriton_kernels import attention_column_sum
 
-from .compat import attention_function, attention_name, head_group
+from .compat import UnknownReleaseError, attention_function, attention_name, head_group
+from .sizes import check_width, with_sizes
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,15 @@ class AttentionTap:
         """Listen to this thread's next attention call."""
         self._local.listening, self._local.seen = True, None
 
+    def weigh(self, log_sizes: Tensor | None) -> None:
+        """Add log(size) [B, M] fp32 to the scores of the keys in this thread's next attention call; None: nothing."""
+        self._local.log_sizes = log_sizes
+
+    @property
+    def is_weighing(self) -> bool:
+        """Whether this thread's next attention call is to take sizes into account."""
+        return self._local.log_sizes is not None
+
     def stop(self) -> None:
         """Stop listening."""
         self._local.listening = False
@@ -117,7 +129,14 @@ class AttentionTap:
         return seen
 
     def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        log_sizes, width = self._local.log_sizes, value.shape[-1]
         self.stop()
+        self.weigh(None)
+        if log_sizes is not None:
+            scale = kwargs.get("scaling")
+            kwargs["scaling"] = query.shape[-1] ** -0.5 if scale is None else scale
+            _check_weighable(key, log_sizes, kwargs)
+            query, key, value = with_sizes(query, key, value, log_sizes, kwargs["scaling"])
         norms = _RowNorms(query, kwargs.get("scaling"))
         is_sdpa = attention_name(module.config) == "sdpa"  # others may be made of what a dispatch mode disturbs
         is_known = torch.version.hip is None  # AMD's kernels have returned it to another base
@@ -125,7 +144,21 @@ class AttentionTap:
             out = attention_function(module)(module, query, key, value, *args, **kwargs)
         group = head_group(module, query.shape[1])
         self._local.seen = Attention(query, key, kwargs.get("scaling"), group, norms.lse)
-        return out
+        return out if log_sizes is None else (out[0][..., :width], *out[1:])
+
+
+def _check_weighable(key: Tensor, log_sizes: Tensor, arguments: Mapping[str, Any]) -> None:
+    """Raise unless these keys [B, Hkv, M, d] have the sizes [B, M], and nothing is done to scores before a softmax."""
+    if arguments.get("softcap") is not None:
+        raise ValueError(
+            f"reduce: proportional must be False for scores that are capped, got softcap={arguments['softcap']}"
+        )
+    check_width(key.shape[-1])
+    if log_sizes.shape != (key.shape[0], key.shape[2]):
+        raise UnknownReleaseError(
+            f"attention must get one key for each of the {list(log_sizes.shape)} rows that have a size, got "
+            f"{[key.shape[0], key.shape[2]]}"
+        )
 
 
 class _RowNorms(TorchDispatchMode):
@@ -175,18 +208,19 @@ _FLASH_KERNELS = tuple(
 
 class _Heard(threading.local):
     listening = False
+    log_sizes: Tensor | None = None
     seen: Attention | None = None
 
 
 class _TappedConfig:
-    """A config that names another attention implementation to a thread that listens, and is the original otherwise."""
+    """A config that names our attention function to a thread that listens or weighs, and is the original otherwise."""
 
     def __init__(self, original: Any, tap: AttentionTap) -> None:
         self.original, self._tap = original, tap
 
     @property
     def _attn_implementation(self) -> str:
-        return self._tap.name if self._tap.listening else attention_name(self.original)
+        return self._tap.name if self._tap.listening or self._tap.is_weighing else attention_name(self.original)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.original, name)

@@ -113,6 +113,17 @@ def check_left(
             )
     demand(0 <= after.num_video <= rows, f"num_video must be from 0 to the {rows} rows left, got {after.num_video}")
     demand(rows <= before.length, f"must not leave more than the {before.length} rows that it was given, got {rows}")
+    if after.sizes is not None:
+        demand(
+            after.sizes.shape == after.position.shape
+            and after.sizes.dtype == torch.float32
+            and after.sizes.device == after.position.device,
+            f"sizes must be {list(after.position.shape)} of torch.float32 on {after.position.device}, got "
+            f"{list(after.sizes.shape)} of {after.sizes.dtype} on {after.sizes.device}",
+        )
+        invariants.expect(
+            (after.sizes > 0).all() & after.sizes.isfinite().all(), rule("sizes must be above 0 and finite")
+        )
     text = before.length - before.num_video
     demand(
         rows - after.num_video == text,

@@ -44,17 +44,20 @@ class LayerHooks:
         self._tap = AttentionTap()
         self._lock = threading.Condition()
         self._masked, self._reduced = _Shared(self._before), _Shared(self._around)
+        self._heard = _Shared(self._around_attention)
 
     def install(self, undo: Undo) -> None:
         """Prepare to listen to attention; what takes everything back is appended to `undo`."""
         self._tap.install()
-        undo += [self._tap.remove, self._masked.clear, self._reduced.clear]
+        undo += [self._tap.remove, self._masked.clear, self._heard.clear, self._reduced.clear]
 
     def open(self, forward: Continuation) -> None:
-        """Start a forward of this thread. Without a video, only masks need hooks."""
+        """Start a forward of this thread. Without a video, only masks and sizes need hooks."""
         with self._lock:
             self._forward.open = forward
             self._masked.enter()
+            if forward.hears:
+                self._heard.enter()
             if isinstance(forward, Prefill):
                 self._reduced.enter()
         self._reach(0)
@@ -64,8 +67,8 @@ class LayerHooks:
         if index == len(self._decoder.layers):
             return
         with self._lock:
-            self._masked.reach(index)
-            self._reduced.reach(index)
+            for shared in (self._masked, self._heard, self._reduced):
+                shared.reach(index)
 
     def close(self) -> Continuation | None:
         """End this thread's forward. If it was the only one, the layers are as before."""
@@ -74,8 +77,11 @@ class LayerHooks:
             return None
         self._tap.stop()  # a KeyboardInterrupt may have left it open: torch runs no hook after one
         self._tap.take()
+        self._tap.weigh(None)
         with self._lock:
             self._masked.leave()
+            if forward.hears:
+                self._heard.leave()
             if isinstance(forward, Prefill):
                 self._reduced.leave()
             self._lock.notify_all()
@@ -91,6 +97,17 @@ class LayerHooks:
         hook = Hook(partial(self._before_layer, index))
         undo.append(self._decoder.layers[index].register_forward_pre_hook(hook, with_kwargs=True, prepend=True).remove)
 
+    def _around_attention(self, index: int, undo: Undo) -> None:
+        layer = self._decoder.layers[index]
+        if not has_attention(layer):
+            return
+        attention = layer.self_attn
+        undo.append(partial(self._tap.close, attention))
+        self._tap.open(attention)
+        undo.append(attention.register_forward_pre_hook(Hook(partial(self._before_attention, index))).remove)
+        after = Hook(partial(self._after_attention, index))
+        undo.append(attention.register_forward_hook(after, always_call=True).remove)
+
     def _around(self, index: int, undo: Undo) -> None:
         """Placed so that the user's hooks of a layer, its norm and its mlp see what the layer itself has."""
 
@@ -98,11 +115,6 @@ class LayerHooks:
             undo.append(handle.remove)
 
         layer = self._decoder.layers[index]
-        if has_attention(layer):
-            undo.append(partial(self._tap.close, layer.self_attn))
-            self._tap.open(layer.self_attn)
-            keep(layer.self_attn.register_forward_pre_hook(Hook(partial(self._before_attention, index))))
-            keep(layer.self_attn.register_forward_hook(Hook(self._after_attention), always_call=True))
         before_feed_forward = Hook(partial(self._before_feed_forward, index))
         keep(layer.post_attention_layernorm.register_forward_pre_hook(before_feed_forward, prepend=True))
         keep(layer.mlp.register_forward_hook(Hook(self._after_feed_forward)))
@@ -138,13 +150,15 @@ class LayerHooks:
             if forward.packed:
                 check_no_rows(layer, index, args, kwargs, forward.batch, forward.length)
         kwargs.update(forward.layer_arguments(index, hidden, kwargs, self._decoder.config))
+        self._tap.weigh(forward.log_sizes_of_keys)
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
     def _first_layers(
-        self, given: dict[str, Any], hidden: Tensor, rotary: tuple[Tensor, ...], additions: Sequence[Tensor], last: int
-    ) -> Attention:
+        self, given: dict[str, Any], hidden: Tensor, rotary: tuple[Tensor, ...], additions: Sequence[Tensor], last: int,
+        log_sizes: Tensor | None,
+    ) -> Attention:  # fmt: skip
         """Run the layers up to the attention of one of them on some tokens, beside the forward that is open.
 
         Args:
@@ -153,6 +167,7 @@ class LayerHooks:
             rotary: their rotary embeddings.
             additions: [1, M, D] each, what the decoder adds to the outputs of its first layers.
             last: index of the layer whose attention is returned.
+            log_sizes: [1, M] fp32, of the tokens that each stands for; None: each for itself.
         """
         config, layers = self._decoder.config, self._decoder.layers
         own = {"past_key_values": None, "cache": None, "use_cache": False, "position_ids": None, "cache_position": None}
@@ -166,6 +181,7 @@ class LayerHooks:
         try:
             with torch.no_grad():
                 for index, layer in enumerate(layers):
+                    self._tap.weigh(log_sizes)
                     masks = {} if has_attention(layer) else {"attention_mask": None}
                     hidden = first_of(layer(hidden, **(arguments | masks)))
                     if index < len(additions):
@@ -176,6 +192,7 @@ class LayerHooks:
             before.remove()
             after.remove()
             self._tap.stop()
+            self._tap.weigh(None)
             self._forward.open = forward
         heard = self._tap.take()
         if heard is None:
@@ -189,8 +206,15 @@ class LayerHooks:
         if prefill is not None and prefill.wants_attention(index):
             self._tap.listen()
 
-    def _after_attention(self, attention: nn.Module, args: tuple, output: Any) -> None:
+    def _after_attention(self, index: int, attention: nn.Module, args: tuple, output: Any) -> None:
         self._tap.stop()
+        has_sizes_left = self._tap.is_weighing
+        self._tap.weigh(None)
+        if has_sizes_left and output is not None:  # without an exception
+            raise UnknownReleaseError(
+                f"rows have sizes, which the attention of layer {index} has not got: it must choose its function by "
+                "config._attn_implementation, but does not"
+            )
 
     def _before_feed_forward(self, index: int, norm: nn.Module, args: tuple) -> tuple | None:
         prefill = self._prefill

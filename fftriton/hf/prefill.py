@@ -83,6 +83,8 @@ class Prefill(Continuation):
         record: what is done to the hidden states, if layers run a second time; otherwise None.
     """
 
+    hears = True
+
     def __init__(
         self, source: Tensor, valid: Tensor | None, cache_layers: CacheLayers,
         method: Method, videos: Sequence[PlacedVideo], attends: Sequence[bool], additions: Sequence[Tensor],
@@ -188,7 +190,8 @@ class Prefill(Continuation):
         rotary = tuple(
             as_rotary(part, original) for part, original in zip(tokens.companions, self._rotary_like, strict=True)
         )
-        heard = self._run_first_layers(tokens.hidden, rotary, tokens.additions, layer)
+        log_sizes = None if tokens.sizes is None else tokens.sizes.log()
+        heard = self._run_first_layers(tokens.hidden, rotary, tokens.additions, layer, log_sizes)
         later = min(self.samples[row].later, tokens.length - 1)
         received = heard.received(0, slice(0, tokens.length), None, later, queries)
         counts = [tokens.length] * (layer + 1) + [0]  # the last one ends after its attention
@@ -322,6 +325,10 @@ class Prefill(Continuation):
                 ]
         finally:
             self.asking = False
+        if not self.method.proportional and any(tokens.sizes is not None for tokens in after):
+            raise RuntimeError(
+                f"reduce: {self.method}, {stage} of layer {index}: sizes must be None unless the method is proportional"
+            )
         for sample, tokens in zip(self.samples, after, strict=True):
             sample.tokens = tokens.at(hidden.new_empty(0), None)  # a layer's input is not held while it runs
         if all(left.hidden is given.hidden for left, given in zip(after, before, strict=True)):
@@ -366,4 +373,15 @@ class Prefill(Continuation):
             as_rotary(left_padded(part), original) for part, original in zip(companions, self._rotary_like, strict=True)
         )
         self._additions = [left_padded(part) for part in additions]
+        self.log_sizes = self._log_sizes()
         return left_padded(parts)
+
+    def _log_sizes(self) -> Tensor | None:
+        """[B, M] fp32: the logarithm of how many tokens each row stands for, 0 for padding; None: each for itself."""
+        sizes = [sample.tokens.sizes for sample in self.samples]
+        if all(part is None for part in sizes):
+            return None
+        alone = [
+            sample.tokens.position.new_ones(1, sample.tokens.length, dtype=torch.float32) for sample in self.samples
+        ]
+        return left_padded([(one if part is None else part).log() for part, one in zip(sizes, alone, strict=True)])

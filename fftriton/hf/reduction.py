@@ -44,6 +44,7 @@ from .notices import Notices
 from .probe import check_structure
 from .remote_code import find_follower
 from .report import LatestReport, Report
+from .sizes import check_sizes
 
 _reduced: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders that have a reduction installed
 _reduced_lock = threading.Lock()
@@ -75,6 +76,8 @@ class Reduction(AbstractContextManager["Reduction"]):
             raise ValueError(
                 f"reduce: renumber must be False for {type(model).__name__}, whose positions have three axes (M-RoPE)"
             )
+        if method.proportional:
+            check_sizes(self.decoder)
         cache_name = check_decoder(self.decoder)
         check_structure(self.decoder)
         self._latest, self._notices = LatestReport(), Notices(method)

@@ -43,7 +43,7 @@ metadata:
 
 def write_task(
     folder: Annotated[Path, typer.Argument(help="Folder for --include_path; created if missing.")],
-    split: Annotated[str, typer.Option(help="easy, hard, blended, real or long.")] = "easy",
+    split: Annotated[str, typer.Option(help="easy, hard, blended, real, long or a harder one.")] = "easy",
     samples: Annotated[int, typer.Option(help="Number of questions.")] = 500,
     seed: Annotated[int, typer.Option(help="Selects the samples.")] = 0,
 ) -> None:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .anchors import Anchors
     from .base import Method, MethodState, Prompt, Steps, VideoTokens, Window
     from .before_layers import BeforeLayers, ScoringMethod
     from .budgets import frame_budgets
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .visionzip import VisionZip
 
 _MODULES = {
+    "anchors": ("Anchors",),
     "base": ("Method", "MethodState", "Prompt", "Steps", "VideoTokens", "Window"),
     "before_layers": ("BeforeLayers", "ScoringMethod"),
     "budgets": ("frame_budgets",),
@@ -71,6 +73,7 @@ _FORMER = {  # name: (name in former.py, what to use)
 __all__ = [
     "EVS",
     "KVTP",
+    "Anchors",
     "BeforeLayers",
     "Chain",
     "DyCoke",

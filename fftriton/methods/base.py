@@ -136,6 +136,8 @@ class VideoTokens:
         attention: after attention, `attention(n)` returns the attention that each row received in this layer, [B, N]
             fp32, summed over the last n queries (None: all queries) and averaged over the heads. None before attention.
         merge: the merge that produced these tokens, or None.
+        sizes: [B, N] fp32, how many tokens each row stands for: log(size) is added to the scores of its key in the
+            layers that follow and in decode. None if each stands for itself. Only for a method with `proportional`.
         first_layers: before the first layer, `first_layers(rows, layer, n)` runs the layers up to the attention of
             `layer` on some of the sample's tokens, given as VideoTokens. It returns the attention that each of them
             received there from the last n of them (None: from all), [1, M] fp32, the mean over the heads, and the
@@ -151,6 +153,7 @@ class VideoTokens:
     merge: Merge | None = None
     additions: tuple[Tensor, ...] = ()
     first_layers: FirstLayers | None = None
+    sizes: Tensor | None = None
     _links: Tensor | None = None
 
     @property
@@ -163,18 +166,31 @@ class VideoTokens:
         """[B, N] int64: the row of the same patch in the nearest earlier frame that still has it, or -1."""
         return previous_of_patch(self.patch) if self._links is None else self._links
 
-    def merge_groups(self, roots: Tensor) -> VideoTokens:
-        """Replace each group of rows by their mean, at the group's root. roots: [B, N] int64, the root of each row."""
+    def merge_groups(self, roots: Tensor, proportional: bool = False) -> VideoTokens:
+        """Replace each group of rows by their mean, at the group's root.
+
+        Args:
+            roots: [B, N] int64, the root of each row.
+            proportional: whether a group's size becomes the sum of the sizes of its rows; otherwise it is the root's.
+        """
         rows = torch.cat([self.hidden, *self.additions], -1) if self.additions else self.hidden
-        merged = merge_mean(rows, roots, (self.position, self.patch, *self.companions), predecessor=self.predecessor)
-        position, patch, *companions = merged.companions
+        sizes = self.sizes_at(roots) if proportional else self.sizes
+        others = (self.position, self.patch, *self.companions)
+        merged = merge_mean(rows, roots, (*others, *_present(sizes)), predecessor=self.predecessor)
+        position, patch, *companions = merged.companions[: len(others)]
+        (sizes,) = merged.companions[len(others) :] or (None,)
         hidden, *additions = merged.x.split(self.hidden.shape[-1], -1)
         hidden = hidden if hidden.shape[1] < self.length else self.hidden  # nothing merged: nothing new
         return VideoTokens(
             hidden, position, patch, self.num_video - (self.length - hidden.shape[1]), tuple(companions),
             merge=Merge(roots, self.position), additions=tuple(additions), first_layers=self.first_layers,
-            _links=merged.predecessor,
+            sizes=sizes if hidden.shape[1] < self.length else self.sizes, _links=merged.predecessor,
         )  # fmt: skip
+
+    def sizes_at(self, roots: Tensor) -> Tensor:
+        """[B, N] fp32: at each root, the sum of the sizes of the rows [B, N] int64 whose root it is; 0 elsewhere."""
+        own = self.position.new_ones(self.position.shape, dtype=torch.float32) if self.sizes is None else self.sizes
+        return torch.zeros_like(own).scatter_add_(1, roots.clamp_min(0), own.masked_fill(roots < 0, 0.0))
 
     def keep_top(self, scores: Tensor, count: int) -> VideoTokens:
         """Keep the `count` video tokens with the highest scores [B, N], and all other tokens, in their order."""
@@ -186,12 +202,14 @@ class VideoTokens:
     def keep(self, rows: Tensor, num_video: int) -> VideoTokens:
         """Keep these rows [B, K] int64, which ascend and contain `num_video` video tokens."""
         hidden, position, patch, *others = gather_rows(
-            rows, self.hidden, self.position, self.patch, *self.companions, *self.additions
+            rows, self.hidden, self.position, self.patch, *self.companions, *self.additions, *_present(self.sizes)
         )
-        companions, additions = others[: len(self.companions)], others[len(self.companions) :]
+        (sizes,) = others[len(self.companions) + len(self.additions) :] or (None,)
+        companions = others[: len(self.companions)]
+        additions = others[len(self.companions) : len(self.companions) + len(self.additions)]
         return VideoTokens(
             hidden, position, patch, num_video, tuple(companions), additions=tuple(additions),
-            first_layers=self.first_layers,
+            first_layers=self.first_layers, sizes=sizes,
         )  # fmt: skip
 
     def at(
@@ -211,8 +229,13 @@ class VideoTokens:
         return replace(
             self, position=move(self.position), patch=move(self.patch),
             companions=tuple(map(move, self.companions)), additions=tuple(map(move, self.additions)),
+            sizes=None if self.sizes is None else move(self.sizes),
             _links=None if self._links is None else move(self._links),
         )  # fmt: skip
+
+
+def _present(sizes: Tensor | None) -> tuple[Tensor, ...]:
+    return () if sizes is None else (sizes,)
 
 
 Steps = list[VideoTokens] | VideoTokens | None
@@ -227,9 +250,11 @@ class Method:
 
     Attributes:
         budget: the video tokens in a layer's attention, averaged over layers, as a fraction of the prompt's.
+        proportional: whether its tokens may have sizes, which attention then takes into account.
     """
 
     budget: float = 1.0
+    proportional: bool = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -256,8 +281,8 @@ class Method:
     def count(self, frames: int, patches: int) -> int | None:
         """How many tokens are left of a video of `frames` frames of `patches` tokens before the first layer.
 
-        None if its pixels or the question decide that, or if the method works in later layers, too. A serving engine
-        has to know the number before it sees the video.
+        None if its pixels or the question decide that, or if the method works in later layers, too, as sizes do. A
+        serving engine has to know the number before it sees the video.
         """
         return None
 
@@ -349,6 +374,8 @@ def wrong_kind(step: Any) -> str | None:
         value = getattr(step, name)
         if not isinstance(value, tuple) or not all(isinstance(part, Tensor) for part in value):
             return f"{name} must be a tuple of tensors, got {type(value).__name__}"
+    if not isinstance(step.sizes, Tensor | None):
+        return f"sizes must be a tensor or None, got {type(step.sizes).__name__}"
     if isinstance(step.num_video, bool) or not isinstance(step.num_video, int):
         return f"num_video must be an integer, got {type(step.num_video).__name__}"
     if not isinstance(step.merge, Merge | None):

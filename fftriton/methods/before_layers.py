@@ -87,7 +87,7 @@ class ScoringMethod(BeforeLayers, ABC):
             prompt: the sample: `prompt.frame[tokens.position[0].cpu()]` is the frame of each token.
         """
 
-    def count(self, frames: int, patches: int) -> int:
+    def count(self, frames: int, patches: int) -> int | None:
         return self._num_kept_of(frames * patches)
 
     def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:

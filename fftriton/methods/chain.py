@@ -93,6 +93,11 @@ class Chain(Method):
         return self.methods[-1].budget
 
     @property
+    def proportional(self) -> bool:  # type: ignore[override]
+        """Whether one of the methods is."""
+        return any(method.proportional for method in self.methods)
+
+    @property
     def renumbers(self) -> bool:
         return any(method.renumbers for method in self.methods)
 

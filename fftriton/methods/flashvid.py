@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fftriton_kernels import NO_LINK, merge_roots, topk_keep
 
-from ..checks import check_budget, check_count, check_real
+from ..checks import check_bool, check_budget, check_count, check_real
 from .base import Prompt, Steps, VideoTokens
 from .before_layers import BeforeLayers
 from .budgets import frame_budgets
@@ -48,12 +48,15 @@ class FlashVID(BeforeLayers):
         min_segments: the fewest segments of a video, unless it has fewer frames.
         importance: what the distances to a token are multiplied by when it may be chosen: None, "distinctness", "norm",
             or a function of a FrameContext that returns [F, P].
+        proportional: whether a row that has merged counts as many times in attention, in every layer that follows and
+            in decode, as it stands for tokens: log(size) is added to its scores. Means stay as they are.
 
     Raises:
         TypeError, ValueError: a parameter out of range. While it runs, what a function returns.
 
     Source:
         FlashVID, arXiv:2602.08024; `flashvid_compression` in Fanziyang-v/FlashVID, commit 1d37422.
+        Proportional attention: ToMe, arXiv:2210.09461, section 3.
     """
 
     budget: float = 0.3
@@ -62,6 +65,7 @@ class FlashVID(BeforeLayers):
     segment_threshold: float = 0.9
     min_segments: int = 8
     importance: str | Importance | None = None
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         check_budget("FlashVID", "budget", self.budget)
@@ -71,9 +75,10 @@ class FlashVID(BeforeLayers):
         check_count("FlashVID", "min_segments", self.min_segments, 1)
         if self.importance is not None:
             check_importance("FlashVID", self.importance)
+        check_bool("FlashVID", "proportional", self.proportional)
 
-    def count(self, frames: int, patches: int) -> int:
-        return self._num_kept_of(frames * patches)
+    def count(self, frames: int, patches: int) -> int | None:
+        return None if self.proportional else self._num_kept_of(frames * patches)
 
     def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:
         frames, total = FrameRows.of_prompt(prompt, tokens), self.num_kept(tokens)
@@ -83,13 +88,13 @@ class FlashVID(BeforeLayers):
         similarity, partner = _best_before(tokens, frames, frames.present & ~chosen, starts)
         excess = tokens.num_video - total
         roots = merge_roots(similarity, partner, self.similarity_threshold, max_merges=excess)
-        trees = tokens.merge_groups(roots)
+        trees = tokens.merge_groups(roots, self.proportional)
         left = frames.after(roots)
         free = left.present & ~chosen
         counts = _shares(free.sum(1), frames.sizes, starts, total - stay, trees.num_video - stay)
         column, centres = density_peaks(trees, left, free, counts)
         roots = left.roots(column, trees.length)
-        clusters = trees.merge_groups(roots)
+        clusters = trees.merge_groups(roots, self.proportional)
         if clusters.num_video == total:
             return [trees, clusters]
         stays = left.spread(centres | chosen, torch.ones_like(roots, dtype=torch.float32))

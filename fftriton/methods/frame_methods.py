@@ -45,7 +45,7 @@ class FrameMethod(BeforeLayers, Pruner):
     def __post_init__(self) -> None:
         check_budget(type(self).__name__, "budget", self.budget)
 
-    def count(self, frames: int, patches: int) -> int:
+    def count(self, frames: int, patches: int) -> int | None:
         return max(frames * min(patches, self.min_tokens), self._num_kept_of(frames * patches))
 
     @abstractmethod

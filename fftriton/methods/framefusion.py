@@ -43,6 +43,8 @@ class FrameFusion(Method):
         start_layer: the first layer whose attention may see fewer tokens. Pruning needs attention, so it cannot affect
             layer 0.
         cascaded: merge at one layer after the other; False: at one layer only.
+        proportional: whether a row that has merged counts as many times in attention, in every layer that follows and
+            in decode, as it stands for tokens: log(size) is added to its scores. Means stay as they are.
 
     Raises:
         TypeError, ValueError: a parameter out of range; at `reduce`, a budget that the layers before `start_layer`
@@ -50,6 +52,7 @@ class FrameFusion(Method):
 
     Source:
         FrameFusion, ICCV 2025, arXiv:2501.01986.
+        Proportional attention: ToMe, arXiv:2210.09461, section 3.
     """
 
     budget: float = 0.3
@@ -59,6 +62,7 @@ class FrameFusion(Method):
     stages: tuple[str, ...] = ("merge", "prune")
     start_layer: int = 0
     cascaded: bool = True
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         check_budget("FrameFusion", "budget", self.budget)
@@ -69,6 +73,7 @@ class FrameFusion(Method):
         check_choice("FrameFusion", "stages", self.stages, STAGES)
         check_count("FrameFusion", "start_layer", self.start_layer, 0)
         check_bool("FrameFusion", "cascaded", self.cascaded)
+        check_bool("FrameFusion", "proportional", self.proportional)
 
     def check(self, num_layers: int) -> None:
         """Raise a ValueError if the layers before `start_layer` already spend the budget."""
@@ -126,7 +131,8 @@ class _FrameFusionState(MethodState):
         found = _on_its_way((similarity >= self.method.similarity_threshold).sum())
         limit = max(0, math.floor(excess + _ROUNDING))
         merged = tokens.merge_groups(
-            merge_roots(similarity, tokens.predecessor, self.method.similarity_threshold, max_merges=limit)
+            merge_roots(similarity, tokens.predecessor, self.method.similarity_threshold, max_merges=limit),
+            self.method.proportional,
         )
         similar = found()  # has arrived, because merging has waited for the GPU
         if layers_left == self.prompt.num_layers:

@@ -101,6 +101,11 @@ class KVTP(BeforeLayers):
     def renumbers(self) -> bool:
         return self.renumber
 
+    @property
+    def proportional(self) -> bool:  # type: ignore[override]
+        """Whether the pruner's tokens have sizes."""
+        return self.make_pruner().proportional
+
     def about(self, frames: Any, question: str) -> KVTP:
         """The same method with the relevance of these frames to this question."""
         bind = getattr(self.relevance, "bind", None)
@@ -109,7 +114,9 @@ class KVTP(BeforeLayers):
         wanted = {"patches": True} if self.make_pruner().wants_predictor else {}
         return replace(self, relevance=bind(frames, question, **wanted))
 
-    def count(self, frames: int, patches: int) -> int:
+    def count(self, frames: int, patches: int) -> int | None:
+        if self.proportional:
+            return None
         if self.budget == 1:
             return frames * patches
         return max(frames * min(patches, self.min_tokens), round(self.budget * frames * patches))

@@ -41,9 +41,11 @@ class Pruner(ABC):
 
     Attributes:
         may_drop: whether all tokens of a frame may vanish. A pruner that merges and drops nothing keeps at least one.
+        proportional: as for a Method.
     """
 
     may_drop: ClassVar[bool] = True
+    proportional: bool = False
 
     @property
     def wants_predictor(self) -> bool:

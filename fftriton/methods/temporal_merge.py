@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fftriton_kernels import NO_LINK, linked_cosine_similarity, merge_roots
 
-from ..checks import check_budget
+from ..checks import check_bool, check_budget
 from .base import MethodState, Prompt, Steps, VideoTokens
 from .before_layers import BeforeLayers, BeforeLayersState
 
@@ -24,27 +24,34 @@ class TemporalMerge(BeforeLayers):
 
     Args:
         budget: video tokens to keep, as a fraction of the prompt's, in (0, 1].
+        proportional: whether a row that has merged counts as many times in attention, in every layer that follows and
+            in decode, as it stands for tokens: log(size) is added to its scores. Means stay as they are.
 
     Raises:
-        TypeError, ValueError: a budget out of range.
+        TypeError, ValueError: a parameter out of range.
 
     Source:
         The merging of FrameFusion, arXiv:2501.01986, section 3.3.
+        Proportional attention: ToMe, arXiv:2210.09461, section 3.
     """
 
     budget: float = 0.3
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         check_budget("TemporalMerge", "budget", self.budget)
+        check_bool("TemporalMerge", "proportional", self.proportional)
 
-    def count(self, frames: int, patches: int) -> int:
-        return max(patches, self._num_kept_of(frames * patches))
+    def count(self, frames: int, patches: int) -> int | None:
+        return None if self.proportional else max(patches, self._num_kept_of(frames * patches))
 
     def begin(self, prompt: Prompt) -> MethodState:
         return _TemporalMergeState(self, prompt)
 
 
 class _TemporalMergeState(BeforeLayersState):
+    method: TemporalMerge
+
     def __init__(self, method: TemporalMerge, prompt: Prompt) -> None:
         super().__init__(method, prompt)
         self.num_first = prompt.num_video_tokens  # video tokens without an earlier one of their patch
@@ -57,4 +64,5 @@ class _TemporalMergeState(BeforeLayersState):
         similarity = linked_cosine_similarity(tokens.hidden, tokens.predecessor)
         self.num_first -= int((similarity > NO_LINK).sum())
         excess = tokens.num_video - self.method.num_kept(tokens)
-        return tokens.merge_groups(merge_roots(similarity, tokens.predecessor, _ANY, max_merges=excess))
+        roots = merge_roots(similarity, tokens.predecessor, _ANY, max_merges=excess)
+        return tokens.merge_groups(roots, self.method.proportional)

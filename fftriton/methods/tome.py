@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fftriton_kernels import topk_keep
 
-from ..checks import check_choice
+from ..checks import check_bool, check_choice
 from .base import Merge, VideoTokens
 from .frames import FrameRows
 from .importances import Keys, check_keys, keys_of
@@ -35,6 +35,8 @@ class ToMe(Pruner):
             the tokens of each round, whatever they consist of; or "rescaled", a plain mean that in each round gets the
             largest norm of its tokens.
         keys: as for PruMerge: by whose cosines tokens are compared; keys merge like tokens, without rescaling.
+        proportional: whether a row that has merged counts as many times in attention, in every layer that follows and
+            in decode, as it stands for tokens: log(size) is added to its scores. Means stay as they are.
 
     Raises:
         TypeError, ValueError: a parameter out of range. While it runs, what a function returns.
@@ -47,10 +49,12 @@ class ToMe(Pruner):
 
     means: str = "rescaled"
     keys: str | Keys = "tokens"
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         check_choice("ToMe", "means", self.means, ("weighted", "plain", "rescaled"))
         check_keys("ToMe", self.keys)
+        check_bool("ToMe", "proportional", self.proportional)
 
     def __call__(self, tokens: VideoTokens, frames: FrameRows, counts: Tensor, total: int) -> VideoTokens:
         keys = keys_of("ToMe", self.keys, tokens, frames)
@@ -74,7 +78,10 @@ class ToMe(Pruner):
             for given, kept in zip((tokens.hidden, *tokens.additions), (left.hidden, *left.additions), strict=True):
                 sums = _sums(part.take(given).float(), column[own], weight[own])
                 put(kept, rows, part.rows, stands[own], sums, sum(host_counts[own]))
-        return replace(left, merge=Merge(frames.roots(column, tokens.length), tokens.position))
+        roots = frames.roots(column, tokens.length)
+        if self.proportional and left.length < tokens.length:
+            left = replace(left, sizes=tokens.sizes_at(roots).gather(1, rows))
+        return replace(left, merge=Merge(roots, tokens.position))
 
 
 def num_rounds(size: int, count: int) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_real
+from ..checks import check_bool, check_real
 from .base import VideoTokens
 from .frame_methods import FrameMethod
 from .frames import FrameRows
@@ -36,6 +36,8 @@ class VisionZip(FrameMethod):
         contextual: the share of the contextual tokens, in [0, 1].
         keys: by whose cosines tokens are compared: "tokens", or a function of a FrameContext that returns [F, P, E]; as
             a pruner of KVTP "predictor", too.
+        proportional: whether a row that has merged counts as many times in attention, in every layer that follows and
+            in decode, as it stands for tokens: log(size) is added to its scores. Means stay as they are.
 
     Raises:
         TypeError, ValueError: a parameter out of range. While it runs, what a function returns.
@@ -44,6 +46,7 @@ class VisionZip(FrameMethod):
         VisionZip, arXiv:2412.04467; `CLIPVisionTower_VisionZip` in dvlab-research/VisionZip, commit 3151f6d, which adds
         to a contextual token the mean of what merges into it, so that it doubles in size; here it is the mean of all.
         For frames of videos, `static_compression` in yu-lin-li/DyToK, commit b12d4c6.
+        Proportional attention: ToMe, arXiv:2210.09461, section 3.
     """
 
     min_tokens: ClassVar[int] = 1
@@ -52,12 +55,17 @@ class VisionZip(FrameMethod):
     importance: str | Importance = "distinctness"
     contextual: float = 1 / 7
     keys: str | Keys = "tokens"
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_importance("VisionZip", self.importance)
         check_real("VisionZip", "contextual", self.contextual, 0.0, 1.0)
         check_keys("VisionZip", self.keys)
+        check_bool("VisionZip", "proportional", self.proportional)
+
+    def count(self, frames: int, patches: int) -> int | None:
+        return None if self.proportional else super().count(frames, patches)
 
     def rate(self, tokens: VideoTokens, frames: FrameRows) -> tuple[Tensor, Tensor]:
         scores = importance_of("VisionZip", self.importance, tokens, frames)
@@ -77,7 +85,7 @@ class VisionZip(FrameMethod):
             everything = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
             similarity = cosines(x, everything).nan_to_num(nan=-1.0).masked_fill(~targets[own][:, None], -math.inf)
             column.append(torch.where((important | targets)[own], everything, similarity.argmax(-1)))
-        return tokens.merge_groups(frames.roots(torch.cat(column), tokens.length))
+        return tokens.merge_groups(frames.roots(torch.cat(column), tokens.length), self.proportional)
 
 
 def _evenly(among: Tensor, counts: Tensor) -> Tensor:

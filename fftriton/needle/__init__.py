@@ -3,6 +3,6 @@
 Needs scikit-learn for its digits.
 """
 
-from .samples import KINDS, SPLITS, Sample, generate_sample, write_clip
+from .samples import HARDER_SPLITS, KINDS, SPLITS, Sample, generate_sample, write_clip
 
-__all__ = ["KINDS", "SPLITS", "Sample", "generate_sample", "write_clip"]
+__all__ = ["HARDER_SPLITS", "KINDS", "SPLITS", "Sample", "generate_sample", "write_clip"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,11 +24,13 @@ class Appearance:
         start: its first frame.
         corners: its top left pixel (row, column) in each of its frames.
         opacity: its opacity in each of its frames, in (0, 1]; 1 hides the background.
+        side: pixels along its side, PATCH or half of it.
     """
 
     start: int
     corners: tuple[tuple[int, int], ...]
     opacity: tuple[float, ...]
+    side: int = PATCH
 
     @property
     def frames(self) -> tuple[int, ...]:
@@ -74,6 +76,19 @@ def moved(span: range, quadrant: int, rng: np.random.Generator) -> Appearance:
     return _appearance(span, quadrant, corners, (1.0,) * frames, rng)
 
 
+def brief(span: range, quadrant: int, rng: np.random.Generator) -> Appearance:
+    """Fill one patch for one frame."""
+    return _in_one_patch(span, quadrant, (1.0,), rng)
+
+
+def small(span: range, quadrant: int, rng: np.random.Generator) -> Appearance:
+    """Fill a quarter of one patch for one or two frames: a box of half its side."""
+    whole = covered(span, quadrant, rng)
+    down, right = rng.integers(0, 2, 2) * (PATCH // 2)
+    corners = tuple((int(top + down), int(left + right)) for top, left in whole.corners)
+    return replace(whole, corners=corners, side=PATCH // 2)
+
+
 def draw_needles(count: int, styles: tuple[Style, ...], num_frames: int, rng: np.random.Generator) -> list[Needle]:
     """Draw needles of different digits and colours, each in its own quadrant and inside one quarter of the video.
 
@@ -99,14 +114,17 @@ def add_needle(video: np.ndarray, needle: Needle, held_out: bool, rng: np.random
     sticker = _sticker(needle, held_out, rng)
     appearance = needle.appearance
     for frame, (top, left), opacity in zip(appearance.frames, appearance.corners, appearance.opacity, strict=True):
-        patch = video[frame, :, top : top + PATCH, left : left + PATCH]
+        patch = video[frame, :, top : top + appearance.side, left : left + appearance.side]
         patch += opacity * (sticker - patch)
 
 
 def _sticker(needle: Needle, held_out: bool, rng: np.random.Generator) -> np.ndarray:
-    """A white digit on a box of the needle's colour, slightly varied: [3, PATCH, PATCH] float32."""
+    """A white digit on a box of the needle's colour, slightly varied: [3, side, side] float32."""
     box = np.array(_RGB[needle.colour]) * rng.uniform(0.8, 1) + rng.uniform(-0.03, 0.03, 3)
     ink = write_digit(needle.digit, held_out, rng) * rng.uniform(0.85, 1)
+    side, pooled = needle.appearance.side, PATCH // needle.appearance.side
+    if pooled > 1:
+        ink = ink.reshape(side, pooled, side, pooled).mean((1, 3))
     return (box[:, None, None] * (1 - ink) + ink).astype(np.float32)
 
 

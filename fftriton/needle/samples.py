@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,11 +12,13 @@ import numpy as np
 from ..checks import check_count
 from ..runtime.shipped import BUNNY
 from ..runtime.video import Video, write_video
-from .needles import Needle, Style, add_needle, blended, covered, draw_needles, faded_in, moved
+from .needles import Needle, Style, add_needle, blended, brief, covered, draw_needles, faded_in, moved, small
+from .relations import RELATIONS, SPANS, ask_relation, draw_in_turn, related
 from .scenes import SIDE, add_flashes, real_scenes, textured_scenes
 from .vocabulary import COUNTS, QUADRANTS, QUARTERS
 
 KINDS = ("what", "when", "where", "how many", "which colour")
+HARDER_KINDS = ("what", "when", *RELATIONS)
 FPS = 4  # frames per second of a sample
 
 _SENSOR_NOISE = 0.02  # standard deviation, for values in [0, 1]
@@ -36,6 +38,8 @@ class Recipe:
         still: probability that the camera does not move.
         flashes: minimum and maximum number of patches of noise, each visible for one frame.
         real: whether to use real clips instead of textured scenes.
+        pans: whether the camera moves at that speed over real clips, too.
+        kinds: kinds of question that take turns.
     """
 
     num_frames: tuple[int, ...] = (16,)
@@ -45,6 +49,18 @@ class Recipe:
     still: float = 0.3
     flashes: tuple[int, int] = (0, 4)
     real: bool = False
+    pans: bool = False
+    kinds: tuple[str, ...] = KINDS
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether the needles appear one after the other, as relations need."""
+        return bool({*RELATIONS} & {*self.kinds})
+
+    @property
+    def multiple(self) -> int:
+        """What the number of frames must be a multiple of."""
+        return SPANS if self.in_turn else 4
 
 
 RECIPES = {
@@ -56,6 +72,16 @@ RECIPES = {
 }
 SPLITS = tuple(RECIPES)
 
+_RELATIONS = Recipe(needles=(3, 4), kinds=HARDER_KINDS)
+HARDER_RECIPES = {
+    "relations": _RELATIONS,
+    "small": replace(_RELATIONS, styles=(small,)),
+    "brief": replace(_RELATIONS, styles=(brief,), speed=(3.0, 8.0), still=0.0, flashes=(12, 24)),
+    "moving": replace(_RELATIONS, real=True, pans=True, speed=(1.0, 4.0)),
+    "longer": replace(_RELATIONS, num_frames=(64, 128)),
+}
+HARDER_SPLITS = tuple(HARDER_RECIPES)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -63,14 +89,14 @@ class Sample:
 
     Attributes:
         frames: [F, H, W, 3] uint8.
-        kind: kind of the question, one of KINDS.
+        kind: kind of the question, one of KINDS or HARDER_KINDS.
         question: the question, in natural language.
         answer: the only right answer.
-        split: one of SPLITS.
+        split: one of SPLITS or HARDER_SPLITS.
         index: index of the sample in the split.
-        needle_frames: the frames that show the needle in question, or any needle if the question is about all.
+        needle_frames: the frames that show the needles in question.
         needle_depth: the middle of these frames as a fraction of the video, from 0 for the first frame to 1 for the
-            last; None if the question is about all needles.
+            last; None if the question is about several needles.
         fps: frames per second.
     """
 
@@ -112,30 +138,44 @@ def generate_sample(
     The kind of question changes from index to index in turn, and so does the length in a split that has several.
 
     Args:
-        split: one of SPLITS.
+        split: one of SPLITS or HARDER_SPLITS.
         seed: selects another set of samples.
         index: index of the sample, from 0.
         held_out: whether to use the digit images that training never sees. The videos differ as well.
-        num_frames: length of the video, a multiple of 4; None for the split's own.
-        clips: video files for the split of real backgrounds; by default the shipped ones.
+        num_frames: length of the video, a multiple of 4, in a harder split of 8; None for the split's own.
+        clips: video files for the splits of real backgrounds; by default the shipped ones.
 
     Raises:
         ValueError: an argument is out of range, or a clip cannot be read.
         ImportError: scikit-learn is not installed.
     """
     _check(split, seed, index, num_frames)
-    recipe = RECIPES[split]
-    kind = KINDS[index % len(KINDS)]
+    recipe = recipe_of(split)
+    turn, kind_index = divmod(index, len(recipe.kinds))
+    kind = recipe.kinds[kind_index]
     if num_frames is None:
-        num_frames = recipe.num_frames[index // len(KINDS) % len(recipe.num_frames)]
+        num_frames = recipe.num_frames[turn % len(recipe.num_frames)]
     rng = np.random.default_rng([seed, index, zlib.crc32(split.encode()), held_out])
-    needles = draw_needles(int(rng.integers(*recipe.needles, endpoint=True)), recipe.styles, num_frames, rng)
+    needles = draw(recipe, num_frames, rng)
     frames = draw_video(recipe, num_frames, needles, held_out, rng, clips)
     question, answer = ask(kind, needles, num_frames)
-    about = needles if kind == "how many" else needles[:1]
+    about = needles if kind == "how many" else related(kind, needles) if kind in RELATIONS else needles[:1]
     shown = tuple(sorted({frame for needle in about for frame in needle.appearance.frames}))
-    depth = None if kind == "how many" else (shown[0] + shown[-1]) / 2 / (num_frames - 1)
+    depth = None if kind in ("how many", *RELATIONS) else (shown[0] + shown[-1]) / 2 / (num_frames - 1)
     return Sample(frames, kind, question, answer, split, index, shown, depth)
+
+
+def recipe_of(split: str) -> Recipe:
+    """The recipe of one of SPLITS or HARDER_SPLITS."""
+    return RECIPES[split] if split in RECIPES else HARDER_RECIPES[split]
+
+
+def draw(recipe: Recipe, num_frames: int, rng: np.random.Generator) -> list[Needle]:
+    """Draw the needles of a video, the one to ask about first."""
+    count = int(rng.integers(*recipe.needles, endpoint=True))
+    if recipe.in_turn:
+        return draw_in_turn(count, recipe.styles, num_frames, bool(rng.random() < 0.5), rng)
+    return draw_needles(count, recipe.styles, num_frames, rng)
 
 
 def draw_video(
@@ -148,7 +188,7 @@ def draw_video(
 ) -> np.ndarray:
     """Draw a video with these needles: [F, SIDE, SIDE, 3] uint8."""
     if recipe.real:
-        video = real_scenes(num_frames, clips, rng)
+        video = real_scenes(num_frames, clips, rng, recipe.speed if recipe.pans else None)
     else:
         video = textured_scenes(num_frames, recipe.speed, recipe.still, rng)
     add_flashes(video, int(rng.integers(*recipe.flashes, endpoint=True)), rng)
@@ -164,7 +204,9 @@ def finish(video: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def ask(kind: str, needles: list[Needle], num_frames: int) -> tuple[str, str]:
-    """A question of this kind, about the first needle or the number of needles, and its answer."""
+    """A question of this kind, about the first needle, its relation to another or their number, and its answer."""
+    if kind in RELATIONS:
+        return ask_relation(kind, needles)
     needle = needles[0]
     top, left = needle.appearance.corners[0]
     half = SIDE // 2
@@ -185,11 +227,12 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
 
 
 def _check(split: str, seed: int, index: int, num_frames: int | None) -> None:
-    if split not in RECIPES:
-        raise ValueError(f"generate_sample: split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if split not in (*SPLITS, *HARDER_SPLITS):
+        raise ValueError(f"generate_sample: split must be one of {', '.join((*SPLITS, *HARDER_SPLITS))}, got {split!r}")
     check_count("generate_sample", "seed", seed, 0)
     check_count("generate_sample", "index", index, 0)
     if num_frames is not None:
-        check_count("generate_sample", "num_frames", num_frames, 4)
-        if num_frames % 4:
-            raise ValueError(f"generate_sample: num_frames must be a multiple of 4, got {num_frames}")
+        multiple = recipe_of(split).multiple
+        check_count("generate_sample", "num_frames", num_frames, multiple)
+        if num_frames % multiple:
+            raise ValueError(f"generate_sample: num_frames must be a multiple of {multiple}, got {num_frames}")

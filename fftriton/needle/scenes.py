@@ -44,13 +44,16 @@ def textured_scenes(num_frames: int, speed: tuple[float, float], still: float, r
     return _add_disc(np.stack(frames), rng)
 
 
-def real_scenes(num_frames: int, clips: tuple[Path, ...], rng: np.random.Generator) -> np.ndarray:
+def real_scenes(
+    num_frames: int, clips: tuple[Path, ...], rng: np.random.Generator, speed: tuple[float, float] | None = None
+) -> np.ndarray:
     """Cut one to three excerpts from real clips: a window of SIDE pixels, played forward and, at the end, backward.
 
     Args:
         num_frames: F.
         clips: video files to cut from.
         rng: source of all random choices.
+        speed: minimum and maximum pixels per frame that the window moves along each axis; None: it stands still.
 
     Returns:
         [F, 3, SIDE, SIDE] float32 in [0, 1].
@@ -65,7 +68,11 @@ def real_scenes(num_frames: int, clips: tuple[Path, ...], rng: np.random.Generat
         stride = rng.integers(1, _MAX_STRIDE + 1)
         times = rng.integers(len(clip)) + stride * np.arange((scene_of_frame == scene).sum())
         top, left = (rng.integers(size - SIDE + 1) for size in clip.shape[2:])
-        parts.append(clip[_bounce(times, len(clip) - 1), :, top : top + SIDE, left : left + SIDE])
+        played = clip[_bounce(times, len(clip) - 1)]
+        if speed is None:
+            parts.append(played[:, :, top : top + SIDE, left : left + SIDE])
+        else:
+            parts.append(_pan(played, (top, left), rng.uniform(*speed, 2) * rng.choice([-1, 1], 2)))
     return np.concatenate(parts).astype(np.float32) / 255
 
 
@@ -74,6 +81,18 @@ def add_flashes(video: np.ndarray, count: int, rng: np.random.Generator) -> None
     for frame, row, column in zip(*(rng.integers(0, n, count) for n in (len(video), GRID, GRID)), strict=True):
         noise = rng.random((3, 4, 4), dtype=np.float32).repeat(PATCH // 4, axis=1).repeat(PATCH // 4, axis=2)
         video[frame, :, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] = noise
+
+
+def _pan(frames: np.ndarray, start: tuple[int, int], velocity: np.ndarray) -> np.ndarray:
+    """The window of SIDE pixels that moves over frames [F, 3, H, W] and turns back at their edges."""
+    limits = [size - SIDE for size in frames.shape[2:]]
+    path = np.array(start) + velocity * np.arange(len(frames))[:, None]  # [F, 2]
+    rows, columns = (
+        _bounce(along, limit).round().astype(int) if limit else np.zeros(len(frames), int)
+        for along, limit in zip(path.T, limits, strict=True)
+    )
+    windows = zip(frames, rows, columns, strict=True)
+    return np.stack([frame[:, top : top + SIDE, left : left + SIDE] for frame, top, left in windows])
 
 
 def _cut(num_frames: int, rng: np.random.Generator) -> np.ndarray:

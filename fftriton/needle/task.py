@@ -10,8 +10,8 @@ from torch import Tensor
 from ..checks import check_choice, check_count
 from ..runtime.answers import is_right
 from ..runtime.processing import Processor
-from .samples import KINDS, SPLITS, Sample, generate_sample
-from .vocabulary import COLOURS, DIGITS
+from .samples import HARDER_SPLITS, SPLITS, Recipe, Sample, generate_sample, recipe_of
+from .vocabulary import COLOURS, DIGITS, UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class NeedleTask:
     """Questions about digits on coloured boxes that appear for a moment; training saw none of the samples.
 
     Args:
-        split: one of SPLITS; None for "easy".
+        split: one of SPLITS, or of HARDER_SPLITS for a model that knows their words; None for "easy".
         seed: selects the samples.
-        num_frames: lengths of the videos, multiples of 4, used in turn; empty for the split's own.
+        num_frames: lengths of the videos, multiples of 4 (8 in HARDER_SPLITS), used in turn; empty for the split's own.
 
     Raises:
         TypeError, ValueError: an argument is out of range.
@@ -31,17 +31,26 @@ class NeedleTask:
     seed: int = 0
     num_frames: tuple[int, ...] = ()
 
-    kinds = KINDS
-
     def __post_init__(self) -> None:
         if self.split is None:
             object.__setattr__(self, "split", SPLITS[0])
-        check_choice("needle", "split", self.split, SPLITS)
+        check_choice("needle", "split", self.split, (*SPLITS, *HARDER_SPLITS))
         check_count("needle", "seed", self.seed, 0)
+        multiple = self._recipe.multiple
         for frames in self.num_frames:
-            check_count("needle", "frames", frames, 4)
-            if frames % 4:
-                raise ValueError(f"needle: frames must be multiples of 4, got {frames}")
+            check_count("needle", "frames", frames, multiple)
+            if frames % multiple:
+                raise ValueError(f"needle: frames must be multiples of {multiple}, got {frames}")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of question, which take turns."""
+        return self._recipe.kinds
+
+    @property
+    def _recipe(self) -> Recipe:
+        assert self.split is not None  # set by __post_init__
+        return recipe_of(self.split)
 
     @property
     def digest(self) -> str:
@@ -53,11 +62,22 @@ class NeedleTask:
     def sample(self, index: int) -> Sample:
         """Sample `index` of the split."""
         assert self.split is not None  # set by __post_init__
-        length = self.num_frames[index // len(KINDS) % len(self.num_frames)] if self.num_frames else None
+        length = self.num_frames[index // len(self.kinds) % len(self.num_frames)] if self.num_frames else None
         return generate_sample(self.split, self.seed, index, num_frames=length)
 
     def inputs(self, sample: Sample, processor: Processor) -> dict[str, Tensor]:
-        """The arguments of the model's `generate`."""
+        """The arguments of the model's `generate`.
+
+        Raises:
+            ValueError: the model's vocabulary lacks a word of the question.
+        """
+        tokenizer = processor.tokenizer
+        unknown = tokenizer.unk_token_id
+        if tokenizer.unk_token == UNKNOWN and unknown in tokenizer(sample.question)["input_ids"]:
+            raise ValueError(
+                f"needle: split must be one whose questions the model knows; {self.split!r} has words that its "
+                f"vocabulary lacks: {sample.question!r}"
+            )
         return processor(sample.video, sample.question)
 
     def score(self, sample: Sample, answer: str) -> bool:

@@ -1,4 +1,6 @@
-"""The tokens of the needle model; the index of a token in TOKENS is its id.
+"""The tokens of the needle models; the index of a token in TOKENS is its id.
+
+The model for the harder splits knows HARDER_TOKENS, which begin with TOKENS.
 
 Two tokens have Qwen2-VL's names because Hugging Face's processor looks for them.
 """
@@ -16,3 +18,6 @@ SPECIAL = (PAD, BOS, SYSTEM, VISION_START, VISION_END, QUESTION, EOS, IMAGE, VID
 
 TOKENS = (*SPECIAL, *DIGITS, *COLOURS, *QUARTERS, *QUADRANTS, *COUNTS, *KIND_WORDS, "all", UNKNOWN)
 IDS = {token: i for i, token in enumerate(TOKENS)}
+
+HARDER_TOKENS = (*TOKENS, "after", "same", "yes", "no")
+HARDER_IDS = {token: i for i, token in enumerate(HARDER_TOKENS)}

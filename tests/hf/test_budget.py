@@ -95,7 +95,10 @@ def test_static_video_merges_at_once_and_unrelated_frames_only_prune():
     assert unrelated.prune_layer == 0
 
 
-@pytest.mark.parametrize("method", [fftriton.UniformFrames, fftriton.RandomTokens, fftriton.EVS, fftriton.DyCoke])
+EXACT = [fftriton.UniformFrames, fftriton.RandomTokens, fftriton.EVS, fftriton.DyCoke, fftriton.Anchors]
+
+
+@pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("budget", [0.001, *BUDGETS])
 def test_methods_before_the_first_layer_meet_their_budget_exactly(budget, method):
     report = run(method(budget), 6, "mixed")
@@ -126,8 +129,10 @@ def test_methods_that_keep_a_token_of_each_frame(budget, method):
 @torch.no_grad()
 def test_methods_that_look_at_frames_meet_their_budget_on_every_family(family):
     model, inputs = family.model(), family.inputs()
-    for method in (fftriton.EVS, fftriton.VidCom2, fftriton.DyCoke, fftriton.VisionZip, fftriton.FlashVID):
-        with fftriton.reduce(model, method(0.6)) as reduction:
+    sizes = {"proportional": all(hasattr(layer, "self_attn") for layer in model.get_decoder().layers)}
+    methods = [fftriton.EVS, fftriton.VidCom2, fftriton.DyCoke, fftriton.VisionZip, fftriton.FlashVID]
+    for method in [make(0.6) for make in methods] + [fftriton.Anchors(0.6, **sizes)]:
+        with fftriton.reduce(model, method) as reduction:
             logits = model(**inputs).logits
         report = reduction.report
         assert set(report.vision_tokens_per_layer) == {round(0.6 * report.num_video_tokens)}

@@ -81,6 +81,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(script=scripts)
     def enter(self, script: Script) -> None:
+        script = replace(script, proportional=script.proportional and not self.subject.is_recurrent)
         self.script = script
         self.reduction = fftriton.reduce(self.model, script, self.subject.layout)
         self.reduction.__enter__()
@@ -684,11 +685,11 @@ HALF_WRITTEN = Fault(place=0, error=2, late=True)  # Ctrl-C behind the first lay
 
 @pytest.mark.parametrize("before", [None, HALF_WRITTEN], ids=["", "interrupted"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["qwen2", "qwen2_vl"])
-def test_one_order_of_calls(name: str, side: str, before: Fault | None) -> None:
+@pytest.mark.parametrize(("name", "proportional"), [("qwen2", False), ("qwen2_vl", False), ("qwen2_vl", True)])
+def test_one_order_of_calls(name: str, proportional: bool, side: str, before: Fault | None) -> None:
     """What a few examples draw too seldom: samples of different lengths in caches that are changed."""
     state = Machine(subject_of(name, "sdpa"))
-    state.enter(SCRIPTS[0])
+    state.enter(replace(SCRIPTS[0], proportional=proportional))
     try:
         conversation = state.prompt([1, 2], side, None)
         copied = state.fork(conversation, before, 1)

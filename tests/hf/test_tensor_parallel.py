@@ -20,6 +20,7 @@ METHODS = {
     "keep-all": fftriton.KeepAll(),
     "merge": fftriton.FrameFusion(0.3, similarity_threshold=0.3),
     "merge-prune": fftriton.FrameFusion(0.4, similarity_threshold=0.98),
+    "merge-sizes": fftriton.FrameFusion(0.3, similarity_threshold=0.3, proportional=True),
     "prune": fftriton.FastV(0.5, layer=1),
 }
 RANKS = 2

@@ -37,6 +37,7 @@ class Scripted(fftriton.Method):
     merge_before: tuple = (0,)
     merge_after: tuple = (1,)
     drop_after: tuple = (0, 3)
+    proportional: bool = False
     kept: list = field(default_factory=list, compare=False)
 
     def begin(self, prompt):
@@ -57,7 +58,8 @@ class ScriptedState(fftriton.methods.MethodState):
 
     def merge(self, tokens):
         every_second = (places(tokens) % 2).float()  # 1 joins
-        return [tokens.merge_groups(merge_roots(every_second, tokens.predecessor, 0.5))]
+        roots = merge_roots(every_second, tokens.predecessor, 0.5)
+        return [tokens.merge_groups(roots, self.method.proportional)]
 
 
 def places(tokens):
@@ -111,19 +113,20 @@ class ByHand:
         """
         hidden, position, additions = embeddings, list(range(embeddings.shape[1])), list(additions)
         rotary = self.decoder.rotary_emb(embeddings, position_ids)
-        states = [hidden]
+        states, sizes = [hidden], [1] * len(position)
 
         def reduce(groups):
-            nonlocal hidden, position, additions
+            nonlocal hidden, position, additions, sizes
             hidden, *additions = (
                 torch.stack([part[0, rows].mean(0) for rows in groups])[None] for part in (hidden, *additions)
             )
             position = [position[rows[0]] for rows in groups]
+            sizes = [sum(sizes[row] for row in rows) if script.proportional else sizes[rows[0]] for rows in groups]
 
         for index, layer in enumerate(self.decoder.layers):
             if index in script.merge_before:
                 reduce(self.merge(position))
-            hidden = hidden + self.mix(layer, layer.input_layernorm(hidden), position, rotary)
+            hidden = hidden + self.mix(layer, layer.input_layernorm(hidden), position, rotary, sizes)
             if index in script.merge_after:
                 reduce(self.merge(position))
             elif index in script.drop_after:
@@ -148,12 +151,13 @@ class ByHand:
         )
         return self.model.lm_head(self.decoder.norm(states[-1][0, -last - steps :]))
 
-    def mix(self, layer, hidden, position, rotary):
+    def mix(self, layer, hidden, position, rotary, sizes):
         """Attention, or what the layer has in its place."""
         if not hasattr(layer, "self_attn"):
             return layer.linear_attn(hidden_states=hidden)
         rows = len(position)
         mask = torch.full((1, 1, rows, rows), torch.finfo(hidden.dtype).min).triu(1)
+        mask = mask + torch.tensor(sizes, dtype=hidden.dtype).log()
         rotary = tuple(part[..., position, :] for part in rotary)
         return layer.self_attn(hidden_states=hidden, attention_mask=mask, position_embeddings=rotary)[0]
 

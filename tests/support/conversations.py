@@ -67,6 +67,8 @@ SCRIPTS = [
     Script((2,), (), (), listens=(0, 3)),
     Script((0,), (3,), (2,)),
     Script((1, 2), (0,), (4,)),
+    Script(listens=(1,), proportional=True),
+    Script((0,), (3,), (2,), proportional=True),
     NOTHING,
 ]
 
@@ -364,13 +366,17 @@ class ByTurns(ByHand):
     def patch_of(self, place):
         return super().patch_of(place) if self.start_of(place) in self.active else -1
 
+    def is_proportional(self, place):
+        """Whether what merges in a turn has a size."""
+        return self.scripts[self.start_of(place)].proportional
+
     def __call__(self, embeddings, position_ids, additions):
         """[1, N, D] -> the hidden states [n, D] behind the last layer, their positions, and those in each attention."""
         hidden, position, additions = embeddings, list(range(embeddings.shape[1])), list(additions)
-        rotary, seen = self.decoder.rotary_emb(embeddings, position_ids), []
+        rotary, seen, sizes = self.decoder.rotary_emb(embeddings, position_ids), [], [1] * len(position)
 
         def reduce(where, change):
-            nonlocal hidden, position, additions
+            nonlocal hidden, position, additions, sizes
             self.active = frozenset(start for start, script in self.scripts.items() if where(script))
             if not self.active:
                 return
@@ -378,12 +384,16 @@ class ByTurns(ByHand):
             hidden, *additions = (
                 torch.stack([part[0, rows].mean(0) for rows in groups])[None] for part in (hidden, *additions)
             )
+            sizes = [
+                sum(sizes[row] for row in rows) if self.is_proportional(position[rows[0]]) else sizes[rows[0]]
+                for rows in groups
+            ]
             position = [position[rows[0]] for rows in groups]
 
         for index, layer in enumerate(self.decoder.layers):
             reduce(lambda script, at=index: at in script.merge_before, self.merge)
             seen.append(position)
-            hidden = hidden + self.mix(layer, layer.input_layernorm(hidden), position, rotary)
+            hidden = hidden + self.mix(layer, layer.input_layernorm(hidden), position, rotary, sizes)
             reduce(lambda script, at=index: at in script.merge_after, self.merge)
             reduce(lambda script, at=index: at in script.drop_after and at not in script.merge_after, self.drop)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

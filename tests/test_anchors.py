@@ -1,0 +1,105 @@
+"""Anchors: the rule, against one written out with loops, and what holds for any video."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fftriton import Anchors, VideoLayout
+from fftriton.methods import Prompt, VideoTokens
+
+TEXT = 3
+
+
+def prompt_of(*videos, holes=(), seed=0):
+    """Tokens of videos [frames, patches] with text before each, and the prompt; holes are places of the first."""
+    generator, rows, patch, layouts, first = torch.Generator().manual_seed(seed), [], [], [], 0
+    for number, (frames, patches) in enumerate(videos):
+        background, place = torch.randn(patches, 8, generator=generator), len(rows) + TEXT
+        rows += torch.randn(TEXT, 8, generator=generator)
+        patch += [-1] * TEXT
+        positions = torch.full((frames, patches), -1)
+        for frame in range(frames):
+            for column in range(patches):
+                if number == 0 and (frame, column) in holes:
+                    continue
+                noise = 3.0 if torch.rand((), generator=generator) < 0.1 else 0.1
+                rows.append(background[column] + noise * torch.randn(8, generator=generator))
+                patch.append(first + column)
+                positions[frame, column], place = place, place + 1
+        layouts.append(VideoLayout(positions))
+        first += patches
+    patch = torch.tensor([patch])
+    tokens = VideoTokens(torch.stack(rows)[None], torch.arange(len(rows))[None], patch, int((patch >= 0).sum()))
+    return tokens, Prompt(4, len(rows), layouts)
+
+
+def novelty_of(tokens, prompt):
+    """By the formula, one token after the other."""
+    hidden, found = tokens.hidden[0], torch.full((tokens.length,), -1.0)
+    for layout in prompt.layouts:
+        for column in layout.positions.T:
+            places = [int(place) for place in column if place >= 0]
+            if places:
+                median = hidden[places].median(0).values  # the lower one of an even number
+                for place in places:
+                    found[place] = 1 - F.cosine_similarity(hidden[place], median, dim=0)
+    return found
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.2, 0.35, 0.6])
+@pytest.mark.parametrize("holes", [(), ((0, 1), (2, 3), (2, 4))])
+def test_the_rule(budget, holes):
+    tokens, prompt = prompt_of((10, 6), holes=holes)
+    left = Anchors(budget).shorten(tokens, prompt)
+    video, kept = tokens.num_video, round(budget * tokens.num_video)
+    of_frame = max(1, round(2 * kept / 30))
+    outliers = max(1, kept - 10 * of_frame)
+    found = novelty_of(tokens, prompt)
+    expected = set(found.argsort(descending=True, stable=True)[:outliers].tolist())
+    is_outlier = torch.tensor([int(place) in expected for place in left.position[0]])
+    anchors = left.position[0][~is_outlier & (left.patch[0] >= 0)]
+    assert int(is_outlier.sum()) == outliers
+    per_frame = [int(torch.isin(anchors, frame).sum()) for frame in prompt.layouts[0].positions]
+    if (kept - outliers) % 10 == 0:
+        assert set(per_frame) == {of_frame}
+    assert max(per_frame) - min(per_frame) <= 1
+    sizes = torch.where(torch.isin(left.position, anchors), (video - outliers) / len(anchors), 1.0)
+    torch.testing.assert_close(left.sizes, sizes)
+
+
+@given(st.integers(1, 9), st.integers(1, 7), st.floats(0.01, 0.99), st.floats(0, 1), st.booleans(), st.integers(0, 99))
+def test_what_holds_for_any_video(frames, patches, budget, share, two, seed):
+    tokens, prompt = prompt_of((frames, patches), *([(2, 3)] if two else []), seed=seed)
+    left = Anchors(budget, share).shorten(tokens, prompt)
+    assert left.num_video == max(1, round(budget * tokens.num_video))
+    assert (left.position.diff() > 0).all()
+    assert left.sizes.min() >= 1
+    assert (left.sizes[left.patch < 0] == 1).all()
+    some = bool((left.sizes > 1).any())
+    assert left.sizes[left.patch >= 0].sum().item() == pytest.approx(tokens.num_video if some else left.num_video)
+    again = Anchors(budget, share, proportional=False).shorten(tokens, prompt)
+    assert again.sizes is None
+    assert torch.equal(again.position, left.position)
+
+
+def test_anchors_turn_from_frame_to_frame():
+    tokens, prompt = prompt_of((16, 8))
+    left = Anchors(0.13, share=1.0).shorten(tokens, prompt)
+    assert len(set(left.patch[left.patch >= 0].tolist())) >= 7
+
+
+def test_tokens_that_are_not_finite_are_outliers():
+    tokens, prompt = prompt_of((6, 5))
+    tokens.hidden[0, TEXT + 7] = torch.nan
+    left = Anchors(0.3).shorten(tokens, prompt)
+    assert left.sizes[left.position == TEXT + 7].tolist() == [1]  # an anchor would have more
+    assert left.sizes.isfinite().all()
+
+
+def test_bad_parameters_are_named():
+    with pytest.raises(ValueError, match="share must be"):
+        Anchors(0.3, share=1.5)
+    with pytest.raises(TypeError, match="proportional must be True or False"):
+        Anchors(0.3, proportional=1)
