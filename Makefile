@@ -6,13 +6,14 @@ INSTALLED := $(VENV)/.installed
 VLLM := $(VENV)-vllm
 TORCHVISION := $(VENV)/overlays/torchvision/.installed
 MINUTES ?= 10
+CHROME ?= $(firstword $(shell command -v chromium chromium-browser google-chrome google-chrome-stable chrome))
 # Every release that is installed, so that a release of tomorrow changes nothing; CONSTRAINTS= takes the newest of all.
 LOCK := .ci/lock.txt
 CONSTRAINTS ?= --constraint $(LOCK)
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: dist test-dist demo test test-night test-oldest test-newest vllm serving fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
+.PHONY: dist test-dist demo test browser chrome test-night test-oldest test-newest vllm serving fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -22,6 +23,13 @@ test: $(TORCHVISION)  ## the whole suite; without a GPU the kernels run in Trito
 
 test-night: $(TORCHVISION)  ## the slow tests that `make test` leaves to the workflow's nightly run
 	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto -m night
+
+browser: chrome $(VENV)/overlays/browser/.installed  ## open the HTML reports in Chromium: by mouse and keyboard, on a phone, light and dark
+	$(call IN_OVERLAY,$(VENV)/overlays/browser/) CHROME="$(CHROME)" $(BIN)/pytest tests/browser
+
+chrome:
+	@test -n "$(CHROME)" || { echo "make browser needs Chromium or Chrome: install one (on Debian: apt-get install" \
+		"chromium), or say where it is: make browser CHROME=/path/to/chrome"; exit 1; }
 
 test-oldest: test-transformers-4.57 test-triton-3.2  ## both of the following with the oldest supported release
 
