@@ -13,7 +13,7 @@ CONSTRAINTS ?= --constraint $(LOCK)
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: dist test-dist demo test browser chrome test-night test-oldest test-newest vllm serving fuzz lock always features docs lint format bench bench-save bench-compare gpu gpu-plots clean
+.PHONY: dist test-dist demo test browser chrome test-night test-oldest test-newest vllm serving fuzz lock always features docs notebooks lint format bench bench-save bench-compare gpu gpu-plots clean
 
 demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
 	$(BIN)/fftriton run --compare --out fftriton-out
@@ -86,10 +86,12 @@ $(VENV)/overlays/%-newest/.installed: $(INSTALLED) always
 lock:  ## pin anew what demo and test install: the newest releases that go together, for each Python
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install -qq uv
-	build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
-		--custom-compile-command 'make lock' --extra dev --output-file $(LOCK) setup.py .ci/lock.in
-	build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
-		--custom-compile-command 'make lock' --output-file .ci/docs.txt .ci/docs.in
+	$(COMPILE) --extra dev --output-file $(LOCK) setup.py .ci/lock.in
+	$(COMPILE) --output-file .ci/docs.txt .ci/docs.in
+	$(COMPILE) --output-file .ci/notebooks.txt .ci/notebooks.in
+
+COMPILE = build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
+	--custom-compile-command 'make lock'
 
 fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the wrapper against a computation by hand
 	FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest --numprocesses auto -m fuzz
@@ -100,6 +102,9 @@ features: $(INSTALLED)  ## the table of families and features in docs/models.md,
 
 docs: $(VENV)/overlays/docs/.installed  ## the documentation as a site, in build/site; a warning or a broken link is an error
 	$(call IN_OVERLAY,$<) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+
+notebooks: $(VENV)/overlays/notebooks/.installed  ## execute the notebooks
+	$(call IN_OVERLAY,$<) $(BIN)/pytest tests/test_notebooks.py
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
