@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and show what they promise. They need nbclient and ipykernel: make notebooks."""
+"""The notebooks run from top to bottom and show what they promise. They need nbclient: make notebooks."""
 
 from __future__ import annotations
 
