@@ -15,8 +15,9 @@ MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://ben
 
 .PHONY: dist test-dist demo test browser chrome test-night test-oldest test-newest vllm serving fuzz lock always features docs notebooks lint format bench bench-save bench-compare gpu gpu-plots clean
 
-demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
-	$(BIN)/fftriton run --compare --out fftriton-out
+demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips, merging only what is very similar, and draw what it did
+	$(BIN)/fftriton run --compare --method framefusion:similarity_threshold=0.985 --out fftriton-out \
+		--report fftriton-out/report.html
 
 test: $(TORCHVISION)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
 	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto

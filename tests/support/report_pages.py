@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ from fftriton.app.request import Options
 from fftriton.app.run import Result
 from fftriton.runtime.shipped import NEEDLE
 
-MERGES_AND_PRUNES = "framefusion:similarity_threshold=0.99"
+MAKEFILE = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+MERGES_AND_PRUNES = re.search(r"fftriton run --compare --method (\S+)", MAKEFILE)[1]  # what make demo shows
 
 
 @contextmanager
