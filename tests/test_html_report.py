@@ -122,6 +122,18 @@ def test_the_script_gets_what_the_report_recorded(made):
     assert all(states[-1][states[-1][patch]] == states[-1][patch] for patch in merged)
 
 
+def test_a_page_without_a_comparison(tmp_path):
+    """And of a method that only restricts attention, which the page says."""
+    path, (result,) = write_run_report(tmp_path, "--no-compare", "--method", "streamingllm")
+    page = Page(path)
+    assert result.dense is None
+    assert "all tokens" not in page.text.replace("all tokens kept", "")
+    assert "what the last token of the prompt does not attend to" in page.text
+    script = json.loads(re.search(r'<script type="application/json">(.*?)</script>', path.read_text("utf-8"))[1])
+    kept = [sum(value == patch for patch, value in enumerate(state)) for state in decoded(script)]
+    assert kept == result.reduced.report.vision_tokens_per_layer
+
+
 def test_states_by_hand():
     """Two layers: one merge before the first attention, one after it; then a pruning."""
     steps = [
