@@ -6,22 +6,31 @@ INSTALLED := $(VENV)/.installed
 VLLM := $(VENV)-vllm
 TORCHVISION := $(VENV)/overlays/torchvision/.installed
 MINUTES ?= 10
+CHROME ?= $(firstword $(shell command -v chromium chromium-browser google-chrome google-chrome-stable chrome))
 # Every release that is installed, so that a release of tomorrow changes nothing; CONSTRAINTS= takes the newest of all.
 LOCK := .ci/lock.txt
 CONSTRAINTS ?= --constraint $(LOCK)
 
 MICRO = $(BIN)/pytest bench/kernels/test_micro.py --benchmark-storage=file://bench/results/benchmarks
 
-.PHONY: dist test-dist demo test test-night test-oldest test-newest vllm serving fuzz lock always features lint format bench bench-save bench-compare gpu gpu-plots clean
+.PHONY: dist test-dist demo test browser chrome test-night test-oldest test-newest vllm serving fuzz lock always features docs notebooks lint format bench bench-save bench-compare gpu gpu-plots clean
 
-demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips and draw what it did
-	$(BIN)/fftriton run --compare --out fftriton-out
+demo: $(INSTALLED)  ## run FrameFusion on the two shipped clips, merging only what is very similar, and draw what it did
+	$(BIN)/fftriton run --compare --method framefusion:similarity_threshold=0.985 --out fftriton-out \
+		--report fftriton-out/report.html
 
 test: $(TORCHVISION)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
 	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto
 
 test-night: $(TORCHVISION)  ## the slow tests that `make test` leaves to the workflow's nightly run
 	$(call IN_OVERLAY,$<) $(BIN)/pytest --numprocesses auto -m night
+
+browser: chrome $(VENV)/overlays/browser/.installed  ## open the HTML reports in Chromium: by mouse and keyboard, on a phone, light and dark
+	$(call IN_OVERLAY,$(VENV)/overlays/browser/) CHROME="$(CHROME)" $(BIN)/pytest tests/browser
+
+chrome:
+	@test -n "$(CHROME)" || { echo "make browser needs Chromium or Chrome: install one (on Debian: apt-get install" \
+		"chromium), or say where it is: make browser CHROME=/path/to/chrome"; exit 1; }
 
 test-oldest: test-transformers-4.57 test-triton-3.2  ## both of the following with the oldest supported release
 
@@ -78,8 +87,12 @@ $(VENV)/overlays/%-newest/.installed: $(INSTALLED) always
 lock:  ## pin anew what demo and test install: the newest releases that go together, for each Python
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install -qq uv
-	build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
-		--custom-compile-command 'make lock' --extra dev --output-file $(LOCK) setup.py .ci/lock.in
+	$(COMPILE) --extra dev --output-file $(LOCK) setup.py .ci/lock.in
+	$(COMPILE) --output-file .ci/docs.txt .ci/docs.in
+	$(COMPILE) --output-file .ci/notebooks.txt .ci/notebooks.in
+
+COMPILE = build/lock/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
+	--custom-compile-command 'make lock'
 
 fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the wrapper against a computation by hand
 	FUZZ_MINUTES=$(MINUTES) $(BIN)/pytest --numprocesses auto -m fuzz
@@ -87,6 +100,12 @@ fuzz: $(INSTALLED)  ## draw new examples for MINUTES: the ops against fp64, the 
 features: $(INSTALLED)  ## the table of families and features in docs/models.md, from the results of their tests
 	-$(BIN)/pytest --numprocesses auto -m feature --junitxml=build/features.xml
 	$(BIN)/python tests/support/feature_table.py build/features.xml
+
+docs: $(VENV)/overlays/docs/.installed  ## the documentation as a site, in build/site; a warning or a broken link is an error
+	$(call IN_OVERLAY,$<) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+
+notebooks: $(VENV)/overlays/notebooks/.installed  ## execute the notebooks
+	$(call IN_OVERLAY,$<) $(BIN)/pytest tests/test_notebooks.py
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .

@@ -62,6 +62,7 @@ setup(
     packages=[
         "fftriton",
         "fftriton.app",
+        "fftriton.app.report",
         "fftriton.evaluate",
         "fftriton.former",
         "fftriton.hf",
@@ -76,13 +77,14 @@ setup(
         "fftriton_kernels",
     ],
     package_dir={"fftriton_kernels": "kernels/fftriton_kernels"},
-    package_data={"fftriton": ["assets/**", "py.typed"], "fftriton_kernels": ["py.typed"]},
+    package_data={"fftriton": ["assets/**", "app/report/templates/*", "py.typed"], "fftriton_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
         "transformers>=4.57,<6",
         "numpy>=1.24",
         "av>=16",
+        "jinja2>=3.1",
         "matplotlib>=3.7",
         "packaging>=22",
         "pillow>=10",

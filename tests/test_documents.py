@@ -103,6 +103,7 @@ def own_prompt() -> dict[str, Any]:
     inputs = load_processor(MODEL)(sample.video, sample.question)
     known = inspect.signature(Qwen2VLForConditionalGeneration.forward).parameters
     return {
+        "fftriton": fftriton,
         "model": Qwen2VLForConditionalGeneration.from_pretrained(MODEL),
         "inputs": {name: value for name, value in inputs.items() if name in known},
         "frames": sample.frames,
@@ -118,7 +119,9 @@ def remote_prompt() -> dict[str, Any]:
 
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/bring-your-own-model.md": remote_prompt,
+    "docs/bring-your-own-method.md": own_prompt,
     "docs/methods.md": own_prompt,
+    "docs/troubleshooting.md": own_prompt,
 }
 
 

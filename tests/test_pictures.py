@@ -12,17 +12,16 @@ import torch
 from PIL import Image
 
 from fftriton import VideoLayout
+from fftriton.app.fates import PatchFates, patch_fates
 from fftriton.app.pictures import (
     _DPI,
     MAX_FRAMES,
-    PatchFates,
     _blank,
     _cut,
     _group_means,
     _join,
     draw_merges,
     draw_tokens_per_layer,
-    patch_fates,
 )
 
 

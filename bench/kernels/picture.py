@@ -32,10 +32,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.set_axis_off()
     colours = {row.provider: COLOURS.get(row.provider, OTHER) for row in rows if row.op not in CEILINGS}
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(handles, list(colours), loc="outside upper center", ncols=len(colours), frameon=False)
-    figure.supxlabel(fill(_caption(rows), 150), fontsize=9)
+    names = [_in_words(provider, rows[0].device) for provider in colours]
+    figure.legend(handles, names, loc="outside upper center", ncols=len(colours), frameon=False)
+    figure.supxlabel(fill(_caption(rows), 130), fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _in_words(provider: str, device: str) -> str:
+    """The name of a provider; on a processor ours is no kernel."""
+    return "fftriton, its CPU code" if provider == "fftriton" and "thread" in device else provider
 
 
 def _draw_op(axis: plt.Axes, op: str, rows: Sequence[Row]) -> None:
@@ -47,17 +53,17 @@ def _draw_op(axis: plt.Axes, op: str, rows: Sequence[Row]) -> None:
         axis.bar(x, row.percent_of_ceiling, width, color=COLOURS.get(row.provider, OTHER))
         label = f" {row.p50:.0f}" if row.p50 >= 100 else f" {row.p50:.3g}"
         label += " w" if row.waits else ""
-        axis.text(x, row.percent_of_ceiling, label, ha="center", va="bottom", fontsize=6, rotation=90)
+        axis.text(x, row.percent_of_ceiling, label, ha="center", va="bottom", fontsize=9, rotation=90)
     one_dtype = len({dtype for _, dtype in cases}) == 1
     labels = [shape if one_dtype else f"{shape} {dtype}" for shape, dtype in cases]
-    axis.set_xticks(range(len(cases)), labels, fontsize=6)
-    if len(cases) > 2:
+    axis.set_xticks(range(len(cases)), labels, fontsize=9)
+    if len(cases) > 1:
         plt.setp(axis.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")
     axis.set_xlim(-1, max(len(cases), 2))
-    axis.set_title(op, fontsize=10)
-    axis.set_ylabel("% of matmul rate" if rows[0].metric == "TFLOP/s" else "% of copy rate", fontsize=8)
-    axis.tick_params(axis="y", labelsize=7)
-    axis.margins(y=0.25)
+    axis.set_title(op, fontsize=12)
+    axis.set_ylabel("% of matmul rate" if rows[0].metric == "TFLOP/s" else "% of copy rate", fontsize=10)
+    axis.tick_params(axis="y", labelsize=9)
+    axis.margins(y=0.4)
     axis.spines[["top", "right"]].set_visible(False)
 
 

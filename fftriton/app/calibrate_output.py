@@ -36,7 +36,7 @@ def write_results(plan: Calibration, found: Found) -> list[Path]:
     """
     results = found.results
     table, pareto, settings = (plan.out / name for name in ("results.csv", "pareto.png", SETTINGS))
-    origin = {"keep": plan.keep, **plan.target.describe(), **provenance()}
+    origin = _origin(plan)
     firsts = [{"recommended": row is results.chosen} for row in results.rows] + [{}] * len(results.controls)
     kinds = ["setting"] * len(results.rows) + ["control"] * len(results.controls)
     first_columns = [{"kind": kind, **first} for kind, first in zip(kinds, firsts, strict=True)]
@@ -52,6 +52,17 @@ def write_results(plan: Calibration, found: Found) -> list[Path]:
     with writing(settings) as partial:
         partial.write_text(_settings(plan, found).to_json(), encoding="utf-8")
     return [*written, settings]
+
+
+def describe_calibration(plan: Calibration) -> dict[str, Any]:
+    """All that is needed to repeat the calibration."""
+    asked = {
+        "methods": list(plan.methods),
+        "budgets": list(plan.budgets),
+        "sampling": asdict(plan.sampling),
+        "max_pixels": plan.max_pixels,
+    }
+    return _origin(plan) | asked
 
 
 def results_table(results: Results) -> Table:
@@ -119,6 +130,11 @@ def _accuracy(row: Row) -> Accuracy:
         row.method, row.budget, accuracy=row.same, accuracy_low=row.same_low, accuracy_high=row.same_high,
         relative_flops=row.relative_flops,
     )  # fmt: skip
+
+
+def _origin(plan: Calibration) -> dict[str, Any]:
+    """Where the figures come from, in each line of results.csv."""
+    return {"keep": plan.keep, **plan.target.describe(), **provenance()}
 
 
 def _settings(plan: Calibration, found: Found) -> Settings:

@@ -30,6 +30,10 @@ from .bars import Bars, make_progress
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Question = Annotated[list[str] | None, typer.Option(help="Question about each video; may be repeated.")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", help="HTML file to write with everything that was found, to open in a browser."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only the results, as JSON.")]
 
 
@@ -67,6 +71,7 @@ def run(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and report.json.")] = Path("fftriton-out"),
+    report: ReportFile = None,
     as_json: AsJson = False,
     sampling: SamplingOptions,
     common: CommonOptions,
@@ -82,6 +87,7 @@ def run(
         from .request import Options, prepare, told_apart
         from .run import run as run_job
 
+        _check_report(report)
         console = Console(quiet=as_json)
         target = model.target()
         chosen = _choose(reduction, target, sampling.sampling())
@@ -115,6 +121,11 @@ def run(
         content = describe_results(options, results)
         write_report(out / "report.json", content)
         say(console, f"{out / 'report.json'}: {'replaced that of an earlier run' if replaced else 'written'}")
+        if report is not None:
+            from .report import write_run_page
+
+            write_run_page(report, options, results)
+            say(console, f"Report: {report}")
         if as_json:
             print(as_text(content))
 
@@ -273,6 +284,7 @@ def calibrate(
     model: ModelOptions,
     sampling: SamplingOptions,
     max_pixels: MaxPixels = None,
+    report: ReportFile = None,
     as_json: AsJson = False,
     common: CommonOptions,
 ) -> None:
@@ -294,6 +306,7 @@ def calibrate(
         from .calibrate_output import notes, results_table, write_results
         from .requests import Defaults, read_requests
 
+        _check_report(report)
         dense = {"method": "keep-all", "budget": 1.0, "max_pixels": max_pixels}
         defaults = Defaults(question or [_question(model.model)], dense | asdict(sampling.sampling()))
         plan = Calibration(
@@ -312,6 +325,11 @@ def calibrate(
         if not this_process().is_main:
             return
         files = write_results(plan, found)
+        if report is not None:
+            from .report import write_calibration_page
+
+            write_calibration_page(report, plan, found, files)
+            files.append(report)
         console = Console(quiet=as_json)
         if as_json:
             print(found_as_json(found))
@@ -332,6 +350,7 @@ def inspect(
     question: Annotated[str | None, typer.Option(help="Question about the video.")] = None,
     model: ModelOptions,
     out: Annotated[Path, typer.Option(help="Folder for pictures and tables.")] = Path("fftriton-inspect"),
+    report: ReportFile = None,
     as_json: AsJson = False,
     sampling: SamplingOptions,
     max_pixels: MaxPixels = None,
@@ -347,6 +366,7 @@ def inspect(
         from .inspect import inspect as run_inspection
         from .request import Options, prepare
 
+        _check_report(report)
         options = Options(
             target=model.target(),
             video=default_video(video),
@@ -365,6 +385,11 @@ def inspect(
                 on_progress(1, 1)
             inspection = run_inspection(options, loaded, job, bars.open)
             files = write_inspection(options, inspection, bars.open)
+        if report is not None:
+            from .report import write_inspection_page
+
+            write_inspection_page(report, options, inspection, files)
+            files.append(report)
         console = Console(quiet=as_json)
         if as_json:
             print(inspection_as_json(options, inspection, files))
@@ -415,6 +440,14 @@ def _choose(reduction: ReductionOptions, target: Any, sampling: Any) -> Any:
     for note in chosen.notes:
         warn(note)
     return chosen
+
+
+def _check_report(report: Path | None) -> None:
+    """Raise a ValueError if the report cannot be written."""
+    from ..runtime.files import check_file
+
+    if report is not None:
+        check_file("report", report)
 
 
 def _question(model: str | None) -> str:

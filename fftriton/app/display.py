@@ -71,8 +71,8 @@ def print_result(console: Console, options: Options, result: Result) -> None:
         f"{len(video.frames)} of {video.total_frames} frames, {result.reduced.report.num_video_tokens} vision tokens. "
         f"Question: {escape(clip.question)}"
     )
-    console.print(_table(result))
-    for note in _notes(options, result):
+    console.print(result_table(result))
+    for note in notes(options, result):
         console.print(note, style="yellow", highlight=False)
     console.print("Pictures: " + ", ".join(str(path) for path in result.pictures), highlight=False, soft_wrap=True)
 
@@ -103,7 +103,8 @@ def summarise_layers(counts: Sequence[int]) -> str:
     return ", ".join(runs)
 
 
-def _table(result: Result) -> Table:
+def result_table(result: Result) -> Table:
+    """The figures of one clip, for each way of running the model."""
     ways = [way for way in (result.dense, result.reduced) if way is not None]
     table = Table(show_lines=False)
     table.add_column("")
@@ -131,17 +132,17 @@ def _rows(result: Result, ways: list[Way]) -> Iterator[tuple[str, list[str], str
         yield "tokens of each frame", [*alone, " ".join(map(str, counts.tolist()))], ""
         yield "score of each frame", [*alone, " ".join(f"{score:.3g}" for score in scores.scores.tolist())], ""
     if result.vision_seconds is not None:
-        yield "vision encoder", [_milliseconds(result.vision_seconds)] * len(ways), ""
+        yield "vision encoder", [milliseconds(result.vision_seconds)] * len(ways), ""
     prefills = [way.first_token for way in ways]
-    yield "prefill, to the first token", [_milliseconds(seconds) for seconds in prefills], _speed_up(prefills)
+    yield "prefill, to the first token", [milliseconds(seconds) for seconds in prefills], _speed_up(prefills)
     if report.frame_scores:
         yield "  of which relevance", [*alone, _relevance_cell(report)], ""
     own = sum(report.seconds.get(stage, 0.0) for stage in ("merge", "prune"))
-    yield "  of which merging and pruning", [*alone, _milliseconds(own)], ""
+    yield "  of which merging and pruning", [*alone, milliseconds(own)], ""
     decodes = [way.cost.decode for way in ways]
-    yield "decode, per token", [_milliseconds(seconds) for seconds in decodes], _speed_up(decodes)
+    yield "decode, per token", [milliseconds(seconds) for seconds in decodes], _speed_up(decodes)
     peaks = [way.cost.peak_memory for way in ways]
-    yield "peak memory above rest", [_mebibytes(peak) for peak in peaks], _saving(peaks)
+    yield "peak memory above rest", [mebibytes(peak) for peak in peaks], _saving(peaks)
 
 
 def _agreement_cell(agreement: Agreement) -> str:
@@ -159,7 +160,7 @@ def _distance_cell(agreement: Agreement) -> str:
 
 def _relevance_cell(report: Report) -> str:
     """What the scores of the frames cost."""
-    seconds = f"{_milliseconds(report.relevance_seconds)}, " if report.relevance_seconds else ""
+    seconds = f"{milliseconds(report.relevance_seconds)}, " if report.relevance_seconds else ""
     return f"{seconds}{report.relevance_macs / 1e9:.3g} GMACs"
 
 
@@ -176,7 +177,8 @@ def _answer_cell(answer: str, expected: str | None) -> str:
     return f"{escape(answer)} ({verdict})"
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """A duration for readers."""
     return f"{seconds * 1000:.1f} ms"
 
 
@@ -187,7 +189,8 @@ def _speed_up(seconds: list[float]) -> str:
     return f"[green]{ratio:.2f}x faster[/green]" if ratio >= 1 else f"[red]{1 / ratio:.2f}x slower[/red]"
 
 
-def _mebibytes(peak: int | None) -> str:
+def mebibytes(peak: int | None) -> str:
+    """An amount of memory for readers."""
     return "-" if peak is None else f"{peak / 2**20:.1f} MiB"
 
 
@@ -198,7 +201,8 @@ def _saving(peaks: list[int | None]) -> str:
     return f"{(reduced - dense) / 2**20:+.1f} MiB"  # type: ignore[operator]
 
 
-def _notes(options: Options, result: Result) -> Iterator[str]:
+def notes(options: Options, result: Result) -> Iterator[str]:
+    """What a reader must know besides the figures."""
     report = result.reduced.report
     if result.job.unknown_words:
         words = ", ".join(f"'{word}'" for word in result.job.unknown_words)

@@ -24,6 +24,16 @@ _THRESHOLD = "#dc2626"
 _NOTHING = "nothing to show:\ntokens are all alike, or\nthe layers have no attention"
 _DARK = {"facecolor": "#1f2937", "edgecolor": "none", "pad": 1.5}
 
+DESCRIPTIONS = {
+    "matrix": "Similarity of pairs of tokens at the first layer, and its mean by the distance of the two tokens",
+    "distribution": "Distribution of the similarity in each layer, with the threshold that is suggested",
+    "correlation": "Rank correlation between adjacent layers, of similarity and of importance",
+    "retention": "Share of the top 30 % of the tokens of a layer that are in the top 30 % of later layers",
+    "variance": "Variance of similarity and of importance in each layer",
+    "joint": "Importance against similarity of the tokens, in several layers",
+}
+"""What each picture shows, by its name."""
+
 
 def draw(out: Path, observed: Observed, found: Redundancy, title: str) -> list[Path]:
     """Draw all pictures.

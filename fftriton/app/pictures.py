@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -15,6 +13,7 @@ from PIL import Image
 
 from ..hf import Report
 from ..runtime.figures import save
+from .fates import PatchFates
 
 FRAMES_A_ROW = 8
 MAX_FRAMES = 32
@@ -26,51 +25,6 @@ _DENSE_COLOUR, _REDUCED_COLOUR, _BUDGET_COLOUR = "#9aa0aa", "#2563eb", "#dc2626"
 _DPI = 100
 _FRAME_WIDTH = 160  # pixels, about
 _GAP, _MARGIN, _LABELS, _HEADER = 6, 24, 120, 96  # pixels
-
-
-@dataclass(frozen=True)
-class PatchFates:
-    """What happened to each patch.
-
-    Attributes:
-        root: [F, P] int64: the patch, numbered f * P + p, whose token represents this one; itself if not merged.
-        pruned: [F, P] bool: whether the token that represents it was dropped.
-    """
-
-    root: np.ndarray
-    pruned: np.ndarray
-
-    @property
-    def merged(self) -> np.ndarray:
-        """[F, P] bool: whether another patch's token represents this one."""
-        return self.root != np.arange(self.root.size).reshape(self.root.shape)
-
-
-def patch_fates(report: Report, video: int = 0) -> PatchFates:
-    """Follow every patch of one video through the merges and the pruning.
-
-    Args:
-        report: report of the prefill.
-        video: index of the video in the prompt.
-
-    Returns:
-        What happened to each patch. Patches without a token (holes) count as pruned.
-    """
-    positions = report.layouts[video].positions.cpu()  # [F, P]
-    root = torch.arange(report.num_tokens)
-    for step in report.merge_steps:
-        root[step.merged.cpu()] = step.into.cpu()
-    while not torch.equal(root[root], root):  # a root may have joined another group in a later layer
-        root = root[root]
-    pruned = torch.zeros(report.num_tokens, dtype=torch.bool)
-    pruned[report.pruned.cpu()] = True
-
-    hole = positions < 0
-    patch_at = torch.zeros(report.num_tokens, dtype=torch.int64)
-    patch_at[positions[~hole]] = torch.arange(positions.numel()).view(positions.shape)[~hole]
-    own = torch.arange(positions.numel()).view(positions.shape)
-    root_patch = torch.where(hole, own, patch_at[root[positions.clamp(min=0)]])
-    return PatchFates(root_patch.numpy(), (hole | pruned[root[positions.clamp(min=0)]]).numpy())
 
 
 def draw_merges(
@@ -108,8 +62,16 @@ def draw_tokens_per_layer(path: Path, report: Report, method: str, title: str) -
         method: name of the method.
         title: title of the plot.
     """
-    counts = report.vision_tokens_per_layer
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = plot_tokens_per_layer(figure, report, method)
+    axes.set_title(title, parse_math=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
+    save(figure, path)
+
+
+def plot_tokens_per_layer(figure: Figure, report: Report, method: str) -> Axes:
+    """Fill a figure with what `draw_tokens_per_layer` draws; the title and the legend are left to the caller."""
+    counts = report.vision_tokens_per_layer
     axes = figure.add_subplot()
     edges = np.arange(len(counts) + 1) - 0.5
     dense = [report.num_video_tokens] * len(counts)
@@ -120,13 +82,11 @@ def draw_tokens_per_layer(path: Path, report: Report, method: str, title: str) -
     budget = report.budget * report.num_video_tokens
     axes.axhline(budget, color=_BUDGET_COLOUR, linestyle="--", label=f"budget: mean {report.budget:.0%}")
     _label_counts(axes, counts)
-    axes.set_title(title, parse_math=False)
     axes.set(xlabel="layer", ylabel="vision tokens in attention", ylim=(0, dense[0] * 1.12))
     axes.set_xlim(edges[0], edges[-1])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
-    save(figure, path)
+    return axes
 
 
 def _cut(frames: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

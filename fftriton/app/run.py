@@ -20,6 +20,7 @@ from ..runtime.answers import TokenClock, generate
 from ..runtime.measure import Cost, time_call, time_generation
 from ..runtime.progress import OnProgress, OpenBar
 from ..runtime.target import to_model
+from .fates import patch_fates, patch_grid
 from .request import Job, Options
 
 _DECODE_TOKENS = 8
@@ -175,22 +176,12 @@ def _answer(most: int, model: Any, inputs: dict[str, Tensor], way: Way, tokenize
 
 
 def _draw(out: Path, job: Job, way: Way, inputs: dict[str, Tensor]) -> list[Path]:
-    from .pictures import draw_merges, draw_tokens_per_layer, patch_fates  # needs matplotlib; models run without it
+    from .pictures import draw_merges, draw_tokens_per_layer  # needs matplotlib; models run without it
 
     clip, video, report = job.clip.path, job.video, way.report
     merges, tokens = out / f"{job.name}-merges.png", out / f"{job.name}-tokens.png"
     fates = patch_fates(report)
     title = f"{clip.name}: {way.name} at a budget of {report.budget:.0%}"
-    draw_merges(merges, video.frames, list(video.times), fates, _grid(fates.root.shape[1], inputs), title)
+    draw_merges(merges, video.frames, list(video.times), fates, patch_grid(fates.root.shape[1], inputs), title)
     draw_tokens_per_layer(tokens, report, way.name, f"{clip.name}: vision tokens in each layer's attention")
     return [merges, tokens]
-
-
-def _grid(patches: int, inputs: dict[str, Tensor]) -> tuple[int, int]:
-    """Rows and columns of a frame's tokens: from the grid in the inputs, or else nearly square."""
-    if "video_grid_thw" in inputs:
-        _, height, width = inputs["video_grid_thw"][0].tolist()
-        merge = round((height * width / patches) ** 0.5)
-        return height // merge, width // merge
-    rows = max(n for n in range(1, int(patches**0.5) + 1) if patches % n == 0)
-    return rows, patches // rows

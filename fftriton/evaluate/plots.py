@@ -17,6 +17,7 @@ from .rows import DEPTHS, Cell, Row
 _COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
 _MARKERS = "osD^vP*X"
 _APART = 0.008  # of the dense cost, between points that would cover each other
+_ABOVE = 0.012  # of the most tokens, between lines that would
 
 
 def draw_pareto(
@@ -74,10 +75,10 @@ def draw_depths(path: Path, cells: Sequence[Cell], title: str) -> None:
         for budget, axes in zip(budgets, line, strict=False):
             axes.set_visible(True)
             grid = _grid(cells, method, budget, lengths)
-            image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             for row, column in np.argwhere(~np.isnan(grid)):
                 share = grid[row, column]
-                colour = "white" if abs(share - 0.5) > 0.35 else "black"  # the colour map is dark at its ends
+                colour = "white" if share < 0.6 else "black"  # the colour map is dark at its lower end
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=colour)
             axes.set_title(f"{method}, {budget:.0%}", fontsize=7)
             axes.set_yticks(range(len(lengths)), [str(length) for length in lengths], fontsize=6)
@@ -94,6 +95,8 @@ def draw_depths(path: Path, cells: Sequence[Cell], title: str) -> None:
 def draw_layers(path: Path, rows: Sequence[Row], title: str) -> None:
     """Plot the video tokens in each layer's attention: a panel per budget and a line per method, as in figure 14.
 
+    Lines of equal counts would hide each other, so of those one is drawn a little above the other.
+
     Args:
         path: PNG file to write.
         rows: results; rows without tokens are left out.
@@ -105,10 +108,16 @@ def draw_layers(path: Path, rows: Sequence[Row], title: str) -> None:
     figure = Figure(figsize=(max(7, 1 + 3 * len(budgets)), 4.2), dpi=150, layout="constrained")
     for axes, budget in zip(figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0], budgets, strict=True):
         shown = [row for row in rows if row.budget in (budget, 1.0)]
-        for number, row in enumerate(shown):
-            edges, width = np.arange(len(row.vision_tokens) + 1) - 0.5, 2 + 1.5 * (len(shown) - 1 - number)
-            axes.stairs(  # later lines are thinner: what they cover can be seen on both sides
-                row.vision_tokens, edges, label=row.method, color=colours[row.method], baseline=None, linewidth=width
+        shifts = _above_each_other(shown)
+        for row in shown:
+            edges, counts = np.arange(len(row.vision_tokens) + 1) - 0.5, np.array(row.vision_tokens)
+            axes.stairs(
+                counts + shifts[id(row)],
+                edges,
+                label=row.method,
+                color=colours[row.method],
+                baseline=None,
+                linewidth=1.5,
             )
         axes.set_title(f"budget {budget:.0%}", fontsize=9)
         axes.set(xlabel="layer", ylim=(0, None))
@@ -147,6 +156,17 @@ def _side_by_side(rows: Sequence[Row]) -> dict[int, float]:
         for group in groups
         for number, row in enumerate(group)
     }
+
+
+def _above_each_other(rows: Sequence[Row]) -> dict[int, float]:
+    """How far each row's line is moved up, by the row's id: as far as it takes to be seen beside the others."""
+    means = {id(row): float(np.mean(row.vision_tokens)) for row in rows}
+    step = _ABOVE * max(max(row.vision_tokens) for row in rows)
+    shifts, last = {}, -step
+    for row in sorted(means, key=lambda row: means[row]):
+        shifts[row] = max(0.0, last + step - means[row])
+        last = means[row] + shifts[row]
+    return shifts
 
 
 def _grid(cells: Sequence[Cell], method: str, budget: float, lengths: Sequence[int]) -> np.ndarray:

@@ -75,10 +75,11 @@ def reduce(
         ValueError: a method that cannot work at this depth; images with a layout, or for a model without image tokens.
         RuntimeError: a transformers release in which something that fftriton needs has another name; on entering, if
             the model is being reduced already.
-        While it runs: ValueError for a layout that does not fit the prompt, a chunk that cuts a video, a mask that
-        hides one, gradient checkpointing that cannot be repeated, a paged cache, and what cannot follow a reduced
-        prompt. RuntimeError for a method that returns something impossible, a call during another call, a copy of the
-        model, and a KV cache that the decoder does not fill. With `verify`, fftriton_kernels.VerificationError.
+        ValueError: while it runs, a layout that does not fit the prompt, a chunk that cuts a video, a mask that hides
+            one, gradient checkpointing that cannot be repeated, a paged cache, and what cannot follow a reduced prompt.
+        RuntimeError: while it runs, a method that returns something impossible, a call during another call, a copy of
+            the model, and a KV cache that the decoder does not fill.
+        fftriton_kernels.VerificationError: with `verify`, an op that differs from its formula.
     """
     return Reduction(model, method, layout, verify, images)
 

@@ -18,10 +18,27 @@ def check_out(folder: Path) -> None:
         ValueError: the folder cannot be created or written, or its disk is full.
     """
     try:
-        with tempfile.TemporaryFile(dir=_first_existing(folder)) as file:
-            file.write(bytes(_PROBE_BYTES))
+        _probe(folder)
     except OSError as error:
         raise ValueError(f"out must be a folder that can be written, got '{folder}': {error.strerror}") from error
+
+
+def check_file(name: str, path: Path) -> None:
+    """Check that a file can be written. Its folder need not exist yet; nothing is left there.
+
+    Args:
+        name: parameter, for the message.
+        path: the file.
+
+    Raises:
+        ValueError: the path is a folder, or its folder cannot be created or written, or its disk is full.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        _probe(path.parent)
+    except OSError as error:
+        raise ValueError(f"{name} must be a file that can be written, got '{path}': {error.strerror}") from error
 
 
 def beside(folder: Path, name: str) -> Path:
@@ -54,6 +71,12 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def _probe(folder: Path) -> None:
+    """Raise an OSError if no file can be written to a folder, or its nearest parent that exists."""
+    with tempfile.TemporaryFile(dir=_first_existing(folder)) as file:
+        file.write(bytes(_PROBE_BYTES))
 
 
 def _first_existing(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Methods of a user's own: the example of CONTRIBUTING.md, chains of any length, and methods of the former form."""
+"""Methods of a user's own: the example of its page, chains of any length, and methods of the former form."""
 
 import re
 import warnings
@@ -36,9 +36,9 @@ def same(one, other):
 # ---- one score
 
 
-def test_the_example_of_contributing():
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text[text.index("## A method\n") :], re.DOTALL)[:1]
+def test_the_example_of_the_page():
+    text = (Path(__file__).parents[2] / "docs" / "bring-your-own-method.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:1]
     names = {"__name__": __name__}
     exec(code, names)
     distinct = names["Distinct"]
