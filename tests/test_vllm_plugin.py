@@ -180,6 +180,9 @@ def test_relevance_of_frames_of_tokens():
         ("uniformframes + kvtp", "a chain of methods"),
         ("kvtp:relevance=attention", "relevance must come with each request"),
         ("kvtp:renumber=True", "renumber must be False"),
+        ("temporalmerge:proportional=True", "proportional must be False"),
+        ("kvtp:pruner=tome(proportional=True)", "proportional must be False"),
+        ("anchors", "proportional must be False"),
         ("kvtp:pruner=topk(importance=predictor)", "must not want the predictor's patches"),
     ],
 )

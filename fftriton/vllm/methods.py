@@ -43,6 +43,8 @@ def refusal(method: Method) -> str | None:
     name = type(method).__name__
     if isinstance(method, Chain):
         return f"a chain of methods cannot run inside vLLM, which lays out the prompt beforehand: {_INSTEAD}"
+    if method.proportional:
+        return f"{name}: proportional must be False inside vLLM, whose attention knows no sizes"
     if method.count(4, 9) is None:
         return (
             f"{name} cannot run inside vLLM, which gives all layers the same tokens, and counts them before it sees "
