@@ -37,10 +37,11 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevisi
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
-    """Architecture, folder, Hugging Face's model, video, and its grid of tokens."""
+    """Architecture, folder, Hugging Face's model, video, its grid of tokens, and how many more follow it."""
     if request.param == "qwen2_vl":
         video = read_video(NEEDLE.parent / "clips" / "needle.mp4", 16).frames
-        return "Qwen2VLForConditionalGeneration", NEEDLE, HuggingFace(NEEDLE), np.asarray(video), (16, 16)
+        return "Qwen2VLForConditionalGeneration", NEEDLE, HuggingFace(NEEDLE), np.asarray(video), (16, 16), 0
+    grid, further = ((12, 16), 1) if request.param == "llava_onevision" else ((6, 20), 0)
     write, architecture = {
         "qwen2_5_vl": (write_qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration"),
         "qwen3_vl": (write_qwen3_vl, "Qwen3VLForConditionalGeneration"),
@@ -48,7 +49,7 @@ def family(request, tmp_path_factory):
         "llava_onevision": (write_llava_onevision, "LlavaOnevisionForConditionalGeneration"),
     }[request.param]
     folder = write(tmp_path_factory.mktemp("model"))
-    return architecture, folder, HuggingFace(folder), make_frames(12, 128, 160, 0), (6, 20)
+    return architecture, folder, HuggingFace(folder), make_frames(12, 128, 160, 0), grid, further
 
 
 @contextmanager
@@ -82,9 +83,9 @@ def assert_equal(out, request, method, reference, count=16):
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("text", METHODS)
 def test_a_prompt_cold_and_from_the_cache(family, text, chunk):
-    architecture, folder, reference, video, (frames, patches) = family
+    architecture, folder, reference, video, (frames, patches), further = family
     method = parse(text, 0.3)
-    count = method.count(frames, patches)
+    count = method.count(frames, patches) + further
     relevance = [np.linspace(-2, 3, frames).tolist()] if "kvtp" in text else None
     with engine(architecture, folder, method, max_num_batched_tokens=chunk) as llm:
         for begin in (START, START + "<sys>" * (-(4 + count) % BLOCK)):  # the second video ends with a block
@@ -106,7 +107,7 @@ def llm_token(llm, kind):
 
 @pytest.mark.parametrize("text", ["temporalmerge", "kvtp"])
 def test_several_videos_and_images(family, text):
-    architecture, folder, reference, video, (frames, _) = family
+    architecture, folder, reference, video, (frames, _), _ = family
     method = parse(text, 0.3)
     longer = make_frames(len(video), *video.shape[1:3], seed=5)
     picture = make_frames(1, *video.shape[1:3], seed=9)[0]
@@ -130,7 +131,7 @@ def test_several_videos_and_images(family, text):
 
 @pytest.mark.parametrize("relevance", [True, False])
 def test_two_questions_about_one_video_do_not_share_its_tokens(family, relevance):
-    architecture, folder, reference, video, (frames, _) = family
+    architecture, folder, reference, video, (frames, _), _ = family
     method = parse("kvtp:temperature=0.2", 0.2)
     rising = np.linspace(-2, 3, frames).tolist()
     requests = [
