@@ -153,7 +153,8 @@ def check_left(
 
 def versions(tokens: VideoTokens) -> list[int] | None:
     """How often each tensor has been written to, or None in inference mode, which does not count."""
-    parts = [tokens.hidden, tokens.position, tokens.patch, *tokens.companions, *tokens.additions]
+    sizes = () if tokens.sizes is None else (tokens.sizes,)
+    parts = [tokens.hidden, tokens.position, tokens.patch, *tokens.companions, *tokens.additions, *sizes]
     return None if any(part.is_inference() for part in parts) else [part._version for part in parts]
 
 

@@ -506,5 +506,5 @@ def test_a_model_that_is_called_from_within():
 
 def test_tokens_have_the_fields_that_are_checked():
     """A field that joins them has to be looked at, too."""
-    known = {"hidden", "position", "patch", "num_video", "companions", "additions"}
+    known = {"hidden", "position", "patch", "num_video", "companions", "additions", "sizes"}
     assert set(VideoTokens.__dataclass_fields__) - known == {"attention", "first_layers", "merge", "_links"}

@@ -415,6 +415,24 @@ def test_impossible_sizes_are_an_error(sizes, proportional, message):
         model(**inputs)
 
 
+class Doubling(SizedState):
+    def before_attention(self, layer, tokens):
+        if layer:
+            tokens.sizes.mul_(2)
+        return super().before_attention(layer, tokens)
+
+
+def test_sizes_that_are_written_to_are_an_error(monkeypatch):
+    monkeypatch.setattr(Sized, "begin", lambda method, prompt: Doubling(method, prompt))
+    model, inputs, layout = qwen2()
+    with (
+        torch.no_grad(),
+        fftriton.reduce(model, Sized(lambda n: torch.ones(1, n)), layout),
+        pytest.raises(RuntimeError, match="before_attention of layer 1: must not write to the tensors it is given"),
+    ):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("kind", [fftriton.FrameFusion, fftriton.TemporalMerge, fftriton.FlashVID, fftriton.VisionZip])
 def test_proportional_is_a_bool(kind):
     with pytest.raises(TypeError, match="proportional must be True or False, got 1"):
