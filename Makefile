@@ -147,7 +147,7 @@ test-dist-%:
 	rm -rf build/dist-$*
 	$(PYTHON) -m venv build/dist-$*
 	build/dist-$*/bin/pip install -qq $(CONSTRAINTS) $(wildcard $(DIST))
-	cd build/dist-$* && bin/fftriton doctor && bin/fftriton run --compare --out fftriton-out
+	cd build/dist-$* && bin/fftriton doctor && bin/fftriton run --compare --out fftriton-out --report fftriton-out/report.html
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info fftriton-out

@@ -1,5 +1,7 @@
 """Anchors: the rule, against one written out with loops, and what holds for any video."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fftriton import Anchors, VideoLayout
-from fftriton.methods import Prompt, VideoTokens
+from fftriton.methods import Prompt, VideoTokens, anchors
 
 TEXT = 3
 
@@ -103,3 +105,23 @@ def test_bad_parameters_are_named():
         Anchors(0.3, share=1.5)
     with pytest.raises(TypeError, match="proportional must be True or False"):
         Anchors(0.3, proportional=1)
+
+
+def test_patches_are_taken_a_few_at_a_time(monkeypatch):
+    tokens, prompt = prompt_of((6, 10))
+    whole = Anchors(0.4).shorten(tokens, prompt)
+    monkeypatch.setattr(anchors, "_ELEMENTS", 3 * 6 * 8)
+    some = Anchors(0.4).shorten(tokens, prompt)
+    assert torch.equal(some.position, whole.position)
+    assert torch.equal(some.sizes, whole.sizes)
+
+
+def test_the_sizes_of_an_earlier_step_are_kept():
+    tokens, prompt = prompt_of((6, 10))
+    sizes = torch.where(tokens.patch >= 0, 2.0, 1.0)
+    left = Anchors(0.4).shorten(replace(tokens, sizes=sizes), prompt)
+    alone = Anchors(0.4).shorten(tokens, prompt)
+    video = left.patch >= 0
+    assert left.sizes[video].sum() == pytest.approx(120, rel=1e-5)
+    torch.testing.assert_close(left.sizes[video], 2 * alone.sizes[video])
+    assert (left.sizes[~video] == 1).all()

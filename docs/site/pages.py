@@ -17,7 +17,6 @@ from mkdocs.structure.files import File, Files
 
 import fftriton
 import fftriton_kernels
-from fftriton.methods import names
 from fftriton.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +31,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         for pages in section.values():
             if isinstance(pages, list) and "METHODS" in pages:
                 at = pages.index("METHODS")
-                pages[at : at + 1] = [{class_of(name).__name__: f"docs/methods/{name}.md"} for name in names()]
+                pages[at : at + 1] = [{class_of(name).__name__: f"docs/methods/{name}.md"} for name in METHODS]
     return config
 
 
@@ -46,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             written |= {str(target.relative_to(ROOT)): target for target in linked(ROOT / path)}
     for path, source in written.items():
         own.append(File.generated(config, path, abs_src_path=str(source)))
-    for name in names():
+    for name in METHODS:
         own.append(File.generated(config, f"docs/methods/{name}.md", content=method_page(name)))
     for package in (fftriton, fftriton_kernels):
         own.append(File.generated(config, f"docs/api/{package.__name__}.md", content=api_page(package)))
@@ -102,7 +101,7 @@ def method_page(name: str) -> str:
 
 def api_page(package: Any) -> str:
     """The docstrings of all public names of a package, but for those that have pages of their own."""
-    own = {class_of(name) for name in names()}
+    own = {class_of(name) for name in METHODS}
     parts = [f"# {package.__name__}\n\n{package.__doc__.splitlines()[0]}\n"]
     for name in sorted(package.__all__, key=str.lower):
         value = getattr(package, name)

@@ -148,12 +148,13 @@ class DecoderHooks:
             if isinstance(call.forward, Prefill):
                 call.forward.check_depth(len(self._decoder.layers))
             check_growth(call.layers, call.expected, self._method)
-            self._layers.close()  # before a GPU is waited for: it has enough to do meanwhile
+            self._layers.retire()  # before a GPU is waited for: it has enough to do meanwhile
             if isinstance(call.forward, Prefill):
                 self._finish(call, call.forward)
         except BaseException:
             self._calls.abandon()
             raise
+        self._layers.close()
         call.forward, call.layers = None, ()
         if call.level == self._level:
             self.leave(call)

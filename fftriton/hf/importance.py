@@ -129,7 +129,7 @@ class AttentionTap:
         return seen
 
     def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        log_sizes, width = self._local.log_sizes, value.shape[-1]
+        log_sizes, width, listening = self._local.log_sizes, value.shape[-1], self.listening
         self.stop()
         self.weigh(None)
         if log_sizes is not None:
@@ -140,10 +140,11 @@ class AttentionTap:
         norms = _RowNorms(query, kwargs.get("scaling"))
         is_sdpa = attention_name(module.config) == "sdpa"  # others may be made of what a dispatch mode disturbs
         is_known = torch.version.hip is None  # AMD's kernels have returned it to another base
-        with norms if is_sdpa and is_known and not torch.compiler.is_compiling() else nullcontext():
+        with norms if listening and is_sdpa and is_known and not torch.compiler.is_compiling() else nullcontext():
             out = attention_function(module)(module, query, key, value, *args, **kwargs)
-        group = head_group(module, query.shape[1])
-        self._local.seen = Attention(query, key, kwargs.get("scaling"), group, norms.lse)
+        if listening:
+            group = head_group(module, query.shape[1])
+            self._local.seen = Attention(query, key, kwargs.get("scaling"), group, norms.lse)
         return out if log_sizes is None else (out[0][..., :width], *out[1:])
 
 

@@ -130,9 +130,9 @@ def check_left(
         f"must keep the {text} rows that are no video, but says that of the {rows} rows that it leaves "
         f"{after.num_video} are video",
     )
-    given, left = before.position[0].contiguous(), after.position[0].contiguous()
+    given, left = before.position[0].contiguous(), after.position[0].clone()  # the method may use its tensor again
     origin = torch.searchsorted(given, left).clamp_(max=before.length - 1)
-    position, patch, left_patch, num_video = given[origin], before.patch[0], after.patch[0], after.num_video
+    position, patch, left_patch, num_video = given[origin], before.patch[0], after.patch[0].clone(), after.num_video
     invariants.expect(lambda: (left.diff() > 0).all(), rule("position must ascend, and hold no row twice"))
     invariants.expect(lambda: (position == left).all(), rule("position must hold places of rows that it was given"))
     invariants.expect(

@@ -45,11 +45,17 @@ class LayerHooks:
         self._lock = threading.Condition()
         self._masked, self._reduced = _Shared(self._before), _Shared(self._around)
         self._heard = _Shared(self._around_attention)
+        self._all = (self._masked, self._heard, self._reduced)
 
     def install(self, undo: Undo) -> None:
         """Prepare to listen to attention; what takes everything back is appended to `undo`."""
         self._tap.install()
-        undo += [self._tap.remove, self._masked.clear, self._heard.clear, self._reduced.clear]
+        undo += [self._tap.remove, self._clear]
+
+    def _clear(self) -> None:
+        with self._lock:
+            for shared in self._all:
+                shared.clear()
 
     def open(self, forward: Continuation) -> None:
         """Start a forward of this thread. Without a video, only masks and sizes need hooks."""
@@ -67,24 +73,30 @@ class LayerHooks:
         if index == len(self._decoder.layers):
             return
         with self._lock:
-            for shared in (self._masked, self._heard, self._reduced):
+            for shared in self._all:
                 shared.reach(index)
+
+    def retire(self) -> None:
+        """Take the hooks away, unless another thread needs them: this one's layers have run, though it may yet wait."""
+        with self._lock:
+            for shared in self._all:
+                shared.retire()
 
     def close(self) -> Continuation | None:
         """End this thread's forward. If it was the only one, the layers are as before."""
-        forward, self._forward.open = self._forward.open, None
+        forward = self._forward.open
         if forward is None:
             return None
-        self._tap.stop()  # a KeyboardInterrupt may have left it open: torch runs no hook after one
-        self._tap.take()
-        self._tap.weigh(None)
-        with self._lock:
-            self._masked.leave()
-            if forward.hears:
-                self._heard.leave()
-            if isinstance(forward, Prefill):
-                self._reduced.leave()
-            self._lock.notify_all()
+        try:
+            self._tap.stop()  # a KeyboardInterrupt may have left it open: torch runs no hook after one
+            self._tap.take()
+            self._tap.weigh(None)
+            with self._lock:
+                for shared in self._all:
+                    shared.leave()
+                self._lock.notify_all()
+        finally:
+            self._forward.open = None
         return forward
 
     def wait_for_others(self) -> None:
@@ -174,11 +186,14 @@ class LayerHooks:
         arguments = given | {name: value for name, value in own.items() if name in given}
         arguments |= {"attention_mask": causal_mask(config, hidden, None, 0), "position_embeddings": rotary or None}
         arguments.pop("hidden_states", None)
-        self._reach(last)
-        forward, self._forward.open = self._forward.open, None  # the hooks of the layers do nothing meanwhile
-        before = layers[last].self_attn.register_forward_pre_hook(lambda *_: self._tap.listen())
-        after = layers[last].self_attn.register_forward_hook(_stop)
+        for index in range(last + 1):
+            self._reach(index)
+        forward = self._forward.open
+        handles: list[RemovableHandle] = []
         try:
+            self._forward.open = None  # the hooks of the layers do nothing meanwhile
+            handles.append(layers[last].self_attn.register_forward_pre_hook(lambda *_: self._tap.listen()))
+            handles.append(layers[last].self_attn.register_forward_hook(_stop))
             with torch.no_grad():
                 for index, layer in enumerate(layers):
                     self._tap.weigh(log_sizes)
@@ -189,8 +204,8 @@ class LayerHooks:
         except _Heard:
             pass
         finally:
-            before.remove()
-            after.remove()
+            for handle in handles:
+                handle.remove()
             self._tap.stop()
             self._tap.weigh(None)
             self._forward.open = forward
@@ -263,26 +278,47 @@ class _Shared:
         self._undo: dict[int, Undo] = {}
 
     def enter(self) -> None:
-        self._users.append(threading.current_thread())
+        if not self._users:
+            self._take_away()  # what a KeyboardInterrupt has left
+        if threading.current_thread() not in self._users:
+            self._users.append(threading.current_thread())
 
     def reach(self, index: int) -> None:
-        if self._users and index not in self._undo:
-            self._undo[index] = []
-            self._make(index, self._undo[index])
+        if not self._users or index in self._undo:
+            return
+        undo: Undo = []
+        try:
+            self._make(index, undo)
+        except BaseException:
+            _undo_all(undo)
+            raise
+        self._undo[index] = undo
+
+    def retire(self) -> None:
+        """Take it away, unless another thread needs it."""
+        if not self.has_others():
+            self._take_away()
 
     def leave(self) -> None:
-        self._users.remove(threading.current_thread())
+        self._users = [user for user in self._users if user is not threading.current_thread()]
         if not self._users:
-            self.clear()
+            self._take_away()
 
     def clear(self) -> None:
         """Take it away, whoever still needs it."""
         self._users.clear()
-        for undo in self._undo.values():
-            while undo:
-                undo.pop()()
-        self._undo.clear()
+        self._take_away()
+
+    def _take_away(self) -> None:
+        for index in list(self._undo):
+            _undo_all(self._undo[index])
+            del self._undo[index]
 
     def has_others(self) -> bool:
         """Whether another thread, one that is alive, needs it."""
         return any(user.is_alive() and user is not threading.current_thread() for user in self._users)
+
+
+def _undo_all(undo: Undo) -> None:
+    while undo:
+        undo.pop()()

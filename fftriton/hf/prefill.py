@@ -331,7 +331,10 @@ class Prefill(Continuation):
             )
         for sample, tokens in zip(self.samples, after, strict=True):
             sample.tokens = tokens.at(hidden.new_empty(0), None)  # a layer's input is not held while it runs
-        if all(left.hidden is given.hidden for left, given in zip(after, before, strict=True)):
+        same = (
+            left.hidden is given.hidden and left.sizes is given.sizes for left, given in zip(after, before, strict=True)
+        )
+        if all(same):
             return hidden
         if self.record is None:
             return self._pack([tokens.hidden for tokens in after])

@@ -15,6 +15,7 @@ from .frames import FrameContext, FrameRows
 
 _GOLDEN = 0.6180339887498949  # turns by it spread evenly, however many there are
 _ANCHOR, _OUTLIER = 4.0, 8.0  # above every novelty, which is at most 2
+_ELEMENTS = 2**24  # of hidden states that are sorted at a time
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Anchors(ScoringMethod):
     medians. Ties go to the earlier token.
 
     Questions about time need tokens of every frame, and a softmax that has lost the mass of the background answers
-    others wrongly: hence the anchors and their sizes. On the needle task, where answers are outliers, 10 % answer as
-    well as all tokens.
+    others wrongly: hence the anchors and their sizes. The needle task, where answers are outliers, suits this rule.
 
     Args:
         budget: video tokens to keep, as a fraction of the prompt's, in (0, 1].
@@ -70,10 +70,13 @@ class Anchors(ScoringMethod):
         if not self.proportional:
             return left
         row = torch.searchsorted(tokens.position[0].contiguous(), left.position[0].contiguous())
-        is_anchor = ((scores[:, row] >= _ANCHOR) & (scores[:, row] < _OUTLIER)).float()
-        number = is_anchor.sum()
-        size = (tokens.num_video - (kept - number)) / number.clamp_min(1)
-        return replace(left, sizes=torch.where(is_anchor > 0, size, 1.0))
+        is_anchor = (scores[:, row] >= _ANCHOR) & (scores[:, row] < _OUTLIER)
+        whole, own = (torch.ones_like(part.position, dtype=torch.float32) for part in (tokens, left))
+        if tokens.sizes is not None and left.sizes is not None:
+            whole, own = tokens.sizes, left.sizes
+        others = own.masked_fill(is_anchor | (left.patch < 0), 0.0).sum()  # of the outliers
+        size = (whole.masked_fill(tokens.patch < 0, 0.0).sum() - others) / is_anchor.sum().clamp_min(1)
+        return replace(left, sizes=torch.where(is_anchor, size, own))
 
     def _choose(self, novelty: Tensor, frames: FrameRows, kept: int) -> tuple[Tensor, Tensor]:
         """[F, P] bool each: the outliers, and the anchors."""
@@ -90,7 +93,14 @@ class Anchors(ScoringMethod):
 
 def _novelty(video: FrameContext) -> Tensor:
     """[F, P] fp32 in [0, 2]: 1 - the cosine of each token with the median over time of its patch; 2 if not finite."""
-    hidden, present = video.hidden.float(), video.present
+    frames, _, width = video.hidden.shape
+    some = max(1, _ELEMENTS // (frames * width))  # patches at a time, for sorting copies them
+    parts = zip(video.hidden.split(some, 1), video.present.split(some, 1), strict=True)
+    return torch.cat([_novelty_of(hidden.float(), present) for hidden, present in parts], 1)
+
+
+def _novelty_of(hidden: Tensor, present: Tensor) -> Tensor:
+    """The same for some patches, hidden [F, p, D] fp32 and present [F, p] bool."""
     ordered = hidden.masked_fill(~present[..., None], torch.inf).sort(dim=0).values  # holes last
     middle = ((present.sum(0) - 1).clamp_min(0) // 2)[None, :, None].expand(1, -1, hidden.shape[-1])
     cosine = F.cosine_similarity(hidden, ordered.gather(0, middle), dim=-1)

@@ -13,8 +13,9 @@ from models import QWEN_FAMILIES, Listening, behind, cache_of, qwen2, snapshot, 
 from transformers import DynamicCache
 
 import fftriton
+from fftriton.hf import importance
 from fftriton.hf.sizes import with_sizes
-from fftriton.methods import KVTP, Chain, Method
+from fftriton.methods import KVTP, Chain, Method, OwnAttention
 from fftriton.methods.base import Prompt, start
 from fftriton.methods.tome import ToMe
 
@@ -413,6 +414,43 @@ def test_impossible_sizes_are_an_error(sizes, proportional, message):
         pytest.raises((RuntimeError, TypeError), match=message),
     ):
         model(**inputs)
+
+
+class SizesAlone(SizedState):
+    """Leaves all rows: as they are, or taken together anew."""
+
+    anew = False
+
+    def before_attention(self, layer, tokens):
+        if layer:
+            return []
+        left = tokens.keep(torch.arange(tokens.length)[None], tokens.num_video) if self.anew else tokens
+        return replace(left, sizes=self.method.sizes(left.length))
+
+
+@torch.no_grad()
+def test_a_method_may_set_sizes_and_nothing_else(monkeypatch):
+    model, inputs, layout = qwen2()
+    dense, logits = model(**inputs).logits, []
+    monkeypatch.setattr(Sized, "begin", lambda method, prompt: SizesAlone(method, prompt))
+    for anew in (False, True):
+        monkeypatch.setattr(SizesAlone, "anew", anew)
+        with fftriton.reduce(model, Sized(lambda n: torch.arange(1.0, n + 1)[None]), layout):
+            logits.append(model(**inputs).logits)
+    assert torch.equal(*logits)
+    assert (logits[0] - dense).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_attention_ahead_of_the_first_layer_has_the_sizes_in_every_layer(monkeypatch):
+    model, inputs, layout = qwen2()
+    calls, layers = [], len(model.model.layers)
+    monkeypatch.setattr(importance, "with_sizes", lambda *given: calls.append(1) or with_sizes(*given))
+    method = fftriton.TemporalMerge(0.5, proportional=True) + fftriton.KVTP(0.3, OwnAttention(2, layers - 1))
+    with fftriton.reduce(model, method, layout):
+        model(**inputs)
+    assert layers > 3
+    assert len(calls) == layers + layers
 
 
 class Doubling(SizedState):

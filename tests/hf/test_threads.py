@@ -12,6 +12,8 @@ from by_hand import SPECIAL, Scripted
 from models import behind, cache_of, snapshot, tiny_qwen2, tiny_qwen2_vl, video_embeddings, video_prompt
 
 import fftriton
+from fftriton.hf.invariants import Invariants
+from fftriton.hf.layers import _Shared
 
 METHODS = [fftriton.FrameFusion(0.4, 0.9), fftriton.FastV(0.6), Scripted(), fftriton.StreamingLLM(0.4, sinks=2)]
 ARGUMENTS = {"do_sample": False, "suppress_tokens": SPECIAL, "return_dict_in_generate": True, "output_logits": True}
@@ -156,6 +158,41 @@ def test_leaving_the_block_waits_for_the_others():
 
 
 @torch.no_grad()
+def test_leaving_the_block_waits_for_one_that_waits_for_its_gpu(monkeypatch):
+    """Its layers have run; what it holds is only checked then."""
+    model, inputs = tiny_qwen2_vl(), prompts()[0]
+    inside, go_on = threading.Event(), threading.Event()
+    before, read, result = snapshot(model), Invariants.read, []
+
+    def pause(invariants):
+        inside.set()
+        go_on.wait(30)
+        read(invariants)
+
+    reduction = fftriton.apply(model, METHODS[1])
+    monkeypatch.setattr(Invariants, "read", pause)
+
+    def run():
+        with torch.no_grad():
+            cache = cache_of(model(**inputs, use_cache=True))
+        result.append(([layer.keys.shape[2] for layer in cache.layers], reduction.report))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    inside.wait(30)
+    leaving = threading.Thread(target=reduction.remove)
+    leaving.start()
+    leaving.join(0.3)
+    assert leaving.is_alive()
+    go_on.set()
+    thread.join()
+    leaving.join()
+    rows, report = result[0]
+    assert rows == report.tokens_per_layer
+    assert snapshot(model) == before
+
+
+@torch.no_grad()
 def test_a_report_is_of_ones_own_thread():
     model = tiny_qwen2_vl()
     with fftriton.reduce(model, METHODS[0]) as reduction:
@@ -191,3 +228,35 @@ def test_compiled_code_is_for_one_thread():
         go_on.set()
         first.result()
     torch._dynamo.reset()
+
+
+def test_hooks_that_an_interrupt_has_cut_short_come_back():
+    made, interrupted = [], []
+
+    def make(index, undo):
+        made.append(index)
+        undo.append(lambda: None)
+        if interrupted == [index]:
+            undo.append(interrupted.clear)
+            raise KeyboardInterrupt
+        undo.append(stop)
+
+    def stop():
+        if interrupted == ["leave"]:
+            interrupted.clear()
+            raise KeyboardInterrupt
+
+    shared = _Shared(make)
+    for index in (0, 1):
+        shared.enter()
+        shared.reach(0)
+        interrupted.append(index + 1 if index == 0 else "leave")
+        with pytest.raises(KeyboardInterrupt):
+            shared.reach(1) if index == 0 else shared.leave()
+        shared.leave()
+    shared.enter()
+    for index in (0, 1):
+        shared.reach(index)
+    shared.leave()
+    assert made == [0, 1, 0, 0, 1]
+    assert not shared.has_others()
