@@ -119,6 +119,16 @@ def test_training_draws_no_held_out_digit(monkeypatch):
     assert asked == {False}
 
 
+def assert_plain(packed, model, processor, samples, texts):
+    """The logits are those of each question alone."""
+    for row, questions in enumerate(texts):
+        for column, text in enumerate(questions):
+            inputs = processor(samples[row].video, text)
+            if RESUME_AFTER == "time":
+                inputs.pop("mm_token_type_ids")
+            torch.testing.assert_close(packed[row, column], model(**inputs).logits[0, -1], rtol=0, atol=1e-4)
+
+
 def test_packed_questions_get_the_logits_of_plain_ones(shipped):
     samples = [generate_sample("easy", 3, index, num_frames=8) for index in range(6)]
     videos = np.stack([sample.frames for sample in samples[:2]])
@@ -128,13 +138,7 @@ def test_packed_questions_get_the_logits_of_plain_ones(shipped):
     processor = load_processor(MODEL)
     with torch.no_grad():
         packed = train.question_logits(shipped, batch)
-        for row, sample in enumerate(samples[:2]):
-            for column, text in enumerate(texts[row]):
-                inputs = processor(sample.video, text)
-                if RESUME_AFTER == "time":
-                    inputs.pop("mm_token_type_ids")
-                plain = shipped(**inputs).logits[0, -1]
-                torch.testing.assert_close(packed[row, column], plain, rtol=0, atol=1e-4)
+        assert_plain(packed, shipped, processor, samples, texts)
 
 
 def test_packed_relations_get_the_logits_of_plain_ones(tmp_path):
@@ -147,12 +151,7 @@ def test_packed_relations_get_the_logits_of_plain_ones(tmp_path):
     batch = batches.pack(videos, texts, [["1", "yes"]] * 2, RESUME_AFTER)
     with torch.no_grad():
         packed = train.question_logits(model, batch)
-        for row, sample in enumerate(samples[:2]):
-            for column, text in enumerate(texts[row]):
-                inputs = processor(sample.video, text)
-                if RESUME_AFTER == "time":
-                    inputs.pop("mm_token_type_ids")
-                torch.testing.assert_close(packed[row, column], model(**inputs).logits[0, -1], rtol=0, atol=1e-4)
+        assert_plain(packed, model, processor, samples, texts)
 
 
 def test_the_harder_course_starts_with_the_shipped_weights_and_asks_relations(tmp_path, shipped):

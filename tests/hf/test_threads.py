@@ -127,6 +127,20 @@ def test_one_that_fails_leaves_the_others_alone():
     assert all(same(result, alone) if index % 2 == 0 else result is None for index, result in enumerate(got))
 
 
+def removal_waits(reduction, run, inside, go_on):
+    """Take the reduction away while another thread is `inside` of `run`, where it stays until it may `go_on`."""
+    thread = threading.Thread(target=run)
+    thread.start()
+    inside.wait(30)
+    leaving = threading.Thread(target=reduction.remove)
+    leaving.start()
+    leaving.join(0.3)
+    assert leaving.is_alive()
+    go_on.set()
+    thread.join()
+    leaving.join()
+
+
 @torch.no_grad()
 def test_leaving_the_block_waits_for_the_others():
     model, inputs = tiny_qwen2_vl(), prompts()[0]
@@ -141,18 +155,8 @@ def test_leaving_the_block_waits_for_the_others():
         expected = model(**inputs).logits
     reduction = fftriton.apply(model, METHODS[1])
     hook = model.model.language_model.layers[2].register_forward_hook(pause)
-    with torch.no_grad():
-        thread = threading.Thread(target=lambda: result.append(torch.no_grad()(model)(**inputs).logits))
-        thread.start()
-        inside.wait(30)
-        leaving = threading.Thread(target=reduction.remove)
-        leaving.start()
-        leaving.join(0.3)
-        assert leaving.is_alive()
-        go_on.set()
-        thread.join()
-        leaving.join()
-        hook.remove()
+    removal_waits(reduction, lambda: result.append(torch.no_grad()(model)(**inputs).logits), inside, go_on)
+    hook.remove()
     assert torch.equal(result[0], expected)
     assert snapshot(model) == before
 
@@ -180,16 +184,7 @@ def test_leaving_the_block_waits_for_one_that_waits_for_its_gpu(monkeypatch):
             cache = cache_of(model(**inputs, use_cache=True))
         result.append([layer.keys.shape[2] for layer in cache.layers])
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    inside.wait(30)
-    leaving = threading.Thread(target=reduction.remove)
-    leaving.start()
-    leaving.join(0.3)
-    assert leaving.is_alive()
-    go_on.set()
-    thread.join()
-    leaving.join()
+    removal_waits(reduction, run, inside, go_on)
     assert result == [expected]
     assert snapshot(model) == before
 
