@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -105,6 +106,7 @@ class Calls:
     def __init__(self, layers: LayerHooks, method: Method) -> None:
         self._layers, self._method = layers, method
         self._thread = _Thread()
+        self._opened: dict[int, Call] = {}  # of all threads, by id
 
     @property
     def current(self) -> Call | None:
@@ -135,9 +137,24 @@ class Calls:
         call.outer, self._thread.call = before, call
         return call
 
+    def open(self, call: Call, forward: Continuation) -> None:
+        """A call of this thread needs hooks of the layers."""
+        call.forward = forward
+        self._opened[id(call)] = call
+        self._layers.open(forward)
+
+    def wait_for_others(self) -> None:
+        """Return as soon as no other thread is in a call that needed hooks, up to what follows the decoder."""
+        while any(call.thread != threading.get_ident() and call.is_running() for call in list(self._opened.values())):
+            time.sleep(0.01)
+
+    def _forget(self, call: Call) -> None:
+        self._thread.call = call.outer
+        self._opened.pop(id(call), None)
+
     def end(self, call: Call) -> None:
         """A call of this thread went through."""
-        self._thread.call = call.outer
+        self._forget(call)
         if call.snapshot is not None:
             call.snapshot.release()
 
@@ -147,7 +164,7 @@ class Calls:
         call = self._thread.call
         if call is None:
             return
-        self._thread.call = call.outer
+        self._forget(call)
         if call.snapshot is not None:
             call.snapshot.restore()
 

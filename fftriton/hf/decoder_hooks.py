@@ -101,10 +101,10 @@ class DecoderHooks:
             if not layer.reduced and length > 1:
                 layer.valid = past_valid
         if kind is Kind.PROMPT:
-            call.forward = self._prefill(call, given, valid, arguments)
+            forward: Continuation = self._prefill(call, given, valid, arguments)
         else:
-            call.forward = Continuation(given.source, valid, given.layers)
-        self._layers.open(call.forward)
+            forward = Continuation(given.source, valid, given.layers)
+        self._calls.open(call, forward)
 
     def _prefill(self, call: Call, given: DecoderInput, valid: Any, arguments: dict[str, Any]) -> Prefill:
         """The forward of a prompt with a video."""

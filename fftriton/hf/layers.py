@@ -42,7 +42,7 @@ class LayerHooks:
     def __init__(self, decoder: Any, forward: Forward) -> None:
         self._decoder, self._forward = decoder, forward
         self._tap = AttentionTap()
-        self._lock = threading.Condition()
+        self._lock = threading.RLock()
         self._masked, self._reduced = _Shared(self._before), _Shared(self._around)
         self._heard = _Shared(self._around_attention)
         self._all = (self._masked, self._heard, self._reduced)
@@ -94,16 +94,9 @@ class LayerHooks:
             with self._lock:
                 for shared in self._all:
                     shared.leave()
-                self._lock.notify_all()
         finally:
             self._forward.open = None
         return forward
-
-    def wait_for_others(self) -> None:
-        """Return as soon as no other thread that is alive has a forward open."""
-        with self._lock:
-            while self._masked.has_others():
-                self._lock.wait(0.05)
 
     def _before(self, index: int, undo: Undo) -> None:
         hook = Hook(partial(self._before_layer, index))

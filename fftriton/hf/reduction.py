@@ -156,7 +156,7 @@ class Reduction(AbstractContextManager["Reduction"]):
 
     def _take_out(self) -> None:
         self._calls.abandon_all()
-        self._layers.wait_for_others()
+        self._calls.wait_for_others()
         while self._undo:
             self._undo.pop()()
         self._permit.active = False

@@ -190,6 +190,30 @@ def test_leaving_the_block_waits_for_one_that_waits_for_its_gpu(monkeypatch):
 
 
 @torch.no_grad()
+def test_leaving_the_block_waits_for_what_follows_the_decoder():
+    """Only then is the call noted as gone through: its report is there, and its KV cache can be continued."""
+    model, inputs = tiny_qwen2_vl(), prompts()[0]
+    inside, go_on, result = threading.Event(), threading.Event(), []
+
+    def pause(*_):
+        inside.set()
+        go_on.wait(30)
+
+    reduction = fftriton.apply(model, METHODS[1])
+    hook = model.lm_head.register_forward_hook(pause)
+
+    def run():
+        with torch.no_grad():
+            cache = cache_of(model(**inputs, use_cache=True))
+        result.append((cache.get_seq_length(), reduction.report.num_tokens))
+
+    removal_waits(reduction, run, inside, go_on)
+    hook.remove()
+    length = inputs["input_ids"].shape[1]
+    assert result == [(length, length)]
+
+
+@torch.no_grad()
 def test_a_report_is_of_ones_own_thread():
     model = tiny_qwen2_vl()
     with fftriton.reduce(model, METHODS[0]) as reduction:
