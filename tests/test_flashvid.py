@@ -16,6 +16,7 @@ from fftriton.methods.clusters import density_peaks
 from fftriton.methods.diversity import most_diverse
 from fftriton.methods.flashvid import _shares
 from fftriton.methods.frames import FrameRows
+from fftriton.methods.segments import segment_starts
 
 RECORDED = load_file(Path(__file__).parent / "golden" / "methods" / "flashvid.safetensors")
 FRAMES, PATCHES = RECORDED["x"].shape[:2]
@@ -106,14 +107,13 @@ def test_a_video_is_cut_where_its_frames_differ_most(seed):
     for threshold, least in ((-1.0, 1), (-1.0, 4), (0.8, 1), (0.8, 8), (0.8, 20)):
         cuts = {0} | {i + 1 for i in range(8) if cosine[i] < threshold}
         cuts |= {int(i) + 1 for i in cosine.argsort()[: least - 1]}
-        method = FlashVID(segment_threshold=threshold, min_segments=least)
-        starts = method._starts(next(frames.contexts(tokens)))
+        starts = segment_starts(next(frames.contexts(tokens)), threshold, least)
         assert starts.nonzero()[:, 0].tolist() == sorted(cuts)
 
 
 def test_the_recorded_video_is_cut_as_by_the_authors():
     tokens, frames, _ = recorded()
-    starts = FlashVID(min_segments=3)._starts(next(frames.contexts(tokens)))
+    starts = segment_starts(next(frames.contexts(tokens)), 0.9, 3)
     lengths = F.pad(starts.nonzero()[:, 0], (0, 1), value=FRAMES).diff()
     assert lengths.tolist() == RECORDED["segments"].tolist()
 

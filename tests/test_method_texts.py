@@ -272,6 +272,7 @@ FIRST = st.one_of(
     st.builds(fftriton.EVS, FRACTION),
     st.builds(fftriton.Anchors, FRACTION, FRACTION, st.booleans()),
     st.builds(fftriton.FlashVID, FRACTION, st.floats(0, 1), st.floats(-1, 1), st.floats(-1, 1), COUNT),
+    st.builds(fftriton.FastVID, FRACTION, st.floats(0, 1), st.floats(-1, 1), COUNT, COUNT, st.floats(0, 1)),
     st.builds(fftriton.VisionZip, FRACTION, st.sampled_from(["distinctness", "norm"]), st.floats(0, 1)),
     st.builds(KVTP, FRACTION, st.none(), PRUNER, FRACTION | st.just(math.inf), COUNT, st.booleans()),
     st.builds(Loudest, FRACTION, st.floats(allow_nan=False), TEXT, st.lists(COUNT, max_size=3).map(tuple)),

@@ -22,6 +22,7 @@ METHODS = [
     fftriton.DyCoke,
     fftriton.VisionZip,
     fftriton.FlashVID,
+    fftriton.FastVID,
 ]
 
 
@@ -179,7 +180,8 @@ def test_tokens_follow_their_hidden_states_to_another_device():
 @pytest.mark.parametrize(
     "text",
     ["keep-all", "uniformframes", "randomtokens", "temporalmerge", "kvtp", "kvtp:min_tokens=3", "kvtp:min_tokens=0",
-     "kvtp:pruner=tome", "evs", "vidcom2", "dycoke", "visionzip", "flashvid", "kvtp:pruner=visionzip:min_tokens=2"],
+     "kvtp:pruner=tome", "evs", "vidcom2", "dycoke", "visionzip", "flashvid", "fastvid",
+     "kvtp:pruner=visionzip:min_tokens=2"],
 )  # fmt: skip
 def test_the_count_is_what_is_left(text, budget):
     for frames, patches in [(1, 1), (1, 9), (2, 2), (7, 5), (16, 16)]:

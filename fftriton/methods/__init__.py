@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .dycoke import DyCoke
     from .evs import EVS
     from .fastv import FastV
+    from .fastvid import FastVID
     from .flashvid import FlashVID
     from .framefusion import FrameFusion
     from .frames import FrameContext, FrameRows
@@ -45,6 +46,7 @@ _MODULES = {
     "dycoke": ("DyCoke",),
     "evs": ("EVS",),
     "fastv": ("FastV",),
+    "fastvid": ("FastVID",),
     "flashvid": ("FlashVID",),
     "frames": ("FrameContext", "FrameRows"),
     "framefusion": ("FrameFusion",),
@@ -78,6 +80,7 @@ __all__ = [
     "Chain",
     "DyCoke",
     "FastV",
+    "FastVID",
     "FlashVID",
     "FrameContext",
     "FrameFusion",

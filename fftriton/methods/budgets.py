@@ -11,6 +11,7 @@ from ..checks import check_budget, check_count, check_positive
 _WIDEST_GAP = 50.0  # between the logits of neighbours in rank: e^-50 of any budget is no token
 _LOGIT_UNIT = 2.0**-40  # logits are summed as integers: exact, and the same on every device
 _TOKEN_UNIT = 2.0**-24  # shares of a token that differ by less count as equal
+_SMALLEST_WEIGHT = 1e-12  # whose logarithm is finite
 
 
 def frame_budgets(
@@ -59,6 +60,23 @@ def frame_budgets(
     least, room = least.gather(1, order), (capacity - least).gather(1, order)
     counts = least + _share(_logits(ordered, temperature), room, total - least.sum(1))
     return counts.gather(1, _inverse(order)).reshape(scores.shape)
+
+
+def shared_out(number: int, of: int, weight: Tensor, room: Tensor) -> Tensor:
+    """Share `number` tokens among frames in proportion to their weight, as far as they have room.
+
+    Args:
+        number: of tokens, from 0 to `of`.
+        of: the sum of the room, which the host knows beforehand.
+        weight: [F], at least 0. Frames of weight 0 get tokens only if the others are full, in equal parts.
+        room: [F] int64, the most tokens that each frame takes.
+
+    Returns:
+        [F] int64, the sum of which is `number`.
+    """
+    if number == 0:
+        return torch.zeros_like(room)
+    return frame_budgets(weight.double().clamp_min(_SMALLEST_WEIGHT).log(), room, number / of, 1.0, min_tokens=0)
 
 
 def _logits(scores: Tensor, temperature: float) -> Tensor:

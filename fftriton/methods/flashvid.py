@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fftriton_kernels import NO_LINK, merge_roots, topk_keep
+from fftriton_kernels import NO_LINK, merge_roots
 
 from ..checks import check_bool, check_budget, check_count, check_real
 from .base import Prompt, Steps, VideoTokens
 from .before_layers import BeforeLayers
-from .budgets import frame_budgets
+from .budgets import shared_out
 from .clusters import density_peaks
 from .diversity import most_diverse
-from .frames import FrameContext, FrameRows
+from .frames import FrameRows
 from .importances import Importance, check_importance, importance_of
-
-_SMALLEST_SHARE = 1e-12  # of a frame of which nothing is left, whose logarithm must be finite
+from .nearest import nearest_in
+from .segments import segment_starts
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,9 @@ class FlashVID(BeforeLayers):
         frames, total = FrameRows.of_prompt(prompt, tokens), self.num_kept(tokens)
         stay = round(self.diverse * total)
         chosen = self._choose(tokens, frames, stay)
-        starts = torch.cat([self._starts(context) for context in frames.contexts(tokens)])
+        starts = torch.cat(
+            [segment_starts(video, self.segment_threshold, self.min_segments) for video in frames.contexts(tokens)]
+        )
         similarity, partner = _best_before(tokens, frames, frames.present & ~chosen, starts)
         excess = tokens.num_video - total
         roots = merge_roots(similarity, partner, self.similarity_threshold, max_merges=excess)
@@ -104,21 +104,9 @@ class FlashVID(BeforeLayers):
         """[F, P] bool: the tokens that stay as they are."""
         if number == 0:
             return torch.zeros_like(frames.present)
-        even = torch.zeros(len(frames.rows), device=frames.rows.device)
-        counts = frame_budgets(even, frames.sizes, number / tokens.num_video, math.inf, 0)
+        counts = shared_out(number, tokens.num_video, torch.ones_like(frames.sizes), frames.sizes)
         weight = None if self.importance is None else importance_of("FlashVID", self.importance, tokens, frames)
         return most_diverse(tokens, frames, counts, weight)
-
-    def _starts(self, video: FrameContext) -> Tensor:
-        """[F] bool: whether a segment of the video starts with a frame."""
-        hidden, sizes = video.tokens.hidden, video.frames.sizes
-        parts = video.frames.parts(hidden.shape[-1])
-        sums = torch.cat([(part.take(hidden).float() * part.present[..., None]).sum(1) for part in parts])
-        means = sums / sizes.clamp_min(1)[:, None]
-        similarity = F.cosine_similarity(means[1:], means[:-1], dim=-1)
-        starts = similarity < self.segment_threshold
-        lowest = topk_keep(-similarity[None], min(self.min_segments - 1, len(similarity)))[0]
-        return F.pad(starts.index_fill(0, lowest, True), (1, 0), value=True)
 
 
 def _best_before(tokens: VideoTokens, frames: FrameRows, free: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,19 +114,11 @@ def _best_before(tokens: VideoTokens, frames: FrameRows, free: Tensor, starts: T
 
     free [F, P] bool: the tokens that may join another one, or be joined. starts [F] bool: frames that follow no other.
     """
-    width, before = tokens.hidden.shape[-1], FrameRows(frames.rows.roll(1, 0))
-    allowed = free.roll(1, 0) & ~starts[:, None]
-    found, start = [], 0
-    for part, earlier in zip(frames.parts(width), before.parts(width), strict=True):
-        own = slice(start, start := start + len(part.rows))
-        x, y = (F.normalize(one.take(tokens.hidden).float(), dim=-1) for one in (part, earlier))
-        cosine = torch.bmm(x, y.mT).nan_to_num(NO_LINK).masked_fill(~allowed[own, None], NO_LINK)
-        found.append(cosine.max(-1))
-    similarity = torch.cat([values for values, _ in found]).where(free, NO_LINK)
-    partner = before.rows.gather(1, torch.cat([column for _, column in found]))
+    before = torch.arange(len(starts), device=starts.device).roll(1)
+    similarity, partner = nearest_in(tokens, frames, before, free[before] & ~starts[:, None])
     nowhere = torch.full_like(tokens.position, -1)
     unlike = torch.full_like(nowhere, NO_LINK, dtype=torch.float32)
-    return frames.spread(similarity, unlike), frames.spread(partner, nowhere)
+    return frames.spread(similarity.where(free, NO_LINK), unlike), frames.spread(partner, nowhere)
 
 
 def _shares(left: Tensor, sizes: Tensor, starts: Tensor, number: int, of: int) -> Tensor:
@@ -151,12 +131,10 @@ def _shares(left: Tensor, sizes: Tensor, starts: Tensor, number: int, of: int) -
         sizes: [F] int64, the number of tokens of each frame.
         starts: [F] bool, the frames that a segment starts with.
     """
-    if number == 0:
-        return torch.zeros_like(left)
     segment = starts.cumsum(0) - 1
     of_segment = [torch.zeros_like(sizes).index_add_(0, segment, one)[segment] for one in (sizes, left)]
     share = left * of_segment[0] / of_segment[1].clamp_min(1)
-    return frame_budgets(share.clamp_min(_SMALLEST_SHARE).log(), left, number / of, temperature=1.0, min_tokens=0)
+    return shared_out(number, of, share, left)
 
 
 def _is_root(roots: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ METHODS = {
     "dycoke": "fftriton.methods.dycoke:DyCoke",
     "visionzip": "fftriton.methods.visionzip:VisionZip",
     "flashvid": "fftriton.methods.flashvid:FlashVID",
+    "fastvid": "fftriton.methods.fastvid:FastVID",
     "anchors": "fftriton.methods.anchors:Anchors",
     "randomtokens": "fftriton.methods.random_tokens:RandomTokens",
 }

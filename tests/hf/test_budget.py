@@ -109,9 +109,10 @@ def test_methods_before_the_first_layer_meet_their_budget_exactly(budget, method
 
 
 @pytest.mark.parametrize("budget", [0.001, *BUDGETS])
-def test_flashvid_meets_its_budget_exactly(budget):
+@pytest.mark.parametrize("method", [fftriton.FlashVID, fftriton.FastVID])
+def test_methods_of_segments_meet_their_budget_exactly(budget, method):
     for kind in ("static", "mixed", "unrelated"):
-        report = run(fftriton.FlashVID(budget), 6, kind)
+        report = run(method(budget), 6, kind)
         assert report.vision_tokens_per_layer == [max(1, round(96 * budget))] * 6
 
 
@@ -130,7 +131,7 @@ def test_methods_that_keep_a_token_of_each_frame(budget, method):
 def test_methods_that_look_at_frames_meet_their_budget_on_every_family(family):
     model, inputs = family.model(), family.inputs()
     sizes = {"proportional": all(hasattr(layer, "self_attn") for layer in model.get_decoder().layers)}
-    methods = [fftriton.EVS, fftriton.VidCom2, fftriton.DyCoke, fftriton.VisionZip, fftriton.FlashVID]
+    methods = [fftriton.EVS, fftriton.VidCom2, fftriton.DyCoke, fftriton.VisionZip, fftriton.FlashVID, fftriton.FastVID]
     for method in [make(0.6) for make in methods] + [fftriton.Anchors(0.6, **sizes)]:
         with fftriton.reduce(model, method) as reduction:
             logits = model(**inputs).logits

@@ -29,7 +29,7 @@ BLOCK = 32
 CHUNKS = (32, 64, 4096)
 METHODS = (
     "temporalmerge", "uniformframes", "randomtokens:seed=3", "kvtp", "kvtp:pruner=prumerge", "evs", "vidcom2", "dycoke",
-    "visionzip", "flashvid",
+    "visionzip", "flashvid", "fastvid",
 )  # fmt: skip
 QUESTIONS = ("Which digit is on the red box?", "Where is the red box?")
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision")
