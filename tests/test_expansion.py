@@ -62,9 +62,10 @@ def test_what_cannot_be_found():
 
 
 def test_videos_of_a_row_that_is_cut():
-    video = Block(7, (Section(0, 2, 3), Section(6, 1, 1)))
+    video = Block(7, (Section(0, 2, 3, columns=3), Section(6, 1, 1)))
     row = ExpandedRow([2, 1], [video])
-    assert [positions.tolist() for positions in row.videos()] == [[[2, 3, 4], [5, 6, 7]], [[8]]]
-    assert [positions.tolist() for positions in row.videos(7)] == [[[2, 3, 4], [5, 6, -1]]]
-    assert [positions.tolist() for positions in row.videos(5)] == [[[2, 3, 4]]]
+    assert [positions.tolist() for positions, _ in row.videos()] == [[[2, 3, 4], [5, 6, 7]], [[8]]]
+    assert [columns for _, columns in row.videos()] == [3, None]
+    assert [positions.tolist() for positions, _ in row.videos(7)] == [[[2, 3, 4], [5, 6, -1]]]
+    assert [positions.tolist() for positions, _ in row.videos(5)] == [[[2, 3, 4]]]
     assert list(row.videos(2)) == []

@@ -264,6 +264,7 @@ LAST = st.one_of(
         st.sampled_from([("merge", "prune"), ("merge",), ("prune",), ("prune", "merge")]), COUNT, st.booleans(),
     ),
     st.builds(fftriton.StreamingLLM, FRACTION, COUNT),
+    st.builds(fftriton.STSimDiff, FRACTION, st.floats(-1, 1), st.floats(-1, 1), st.none() | COUNT),
 )  # fmt: skip
 FIRST = st.one_of(
     st.builds(RandomTokens, FRACTION, SEED),
@@ -281,7 +282,7 @@ FIRST = st.one_of(
 
 def chain(methods):
     ordered = sorted(methods, key=lambda method: -method.budget)
-    if len({type(method) for method in ordered[:-1]} & {FastV, FrameFusion, fftriton.StreamingLLM}):
+    if len({type(method) for method in ordered[:-1]} & {FastV, FrameFusion, fftriton.StreamingLLM, fftriton.STSimDiff}):
         return ordered[0]
     return Chain(ordered)
 

@@ -23,6 +23,7 @@ METHODS = [
     fftriton.VisionZip,
     fftriton.FlashVID,
     fftriton.FastVID,
+    fftriton.STSimDiff,
 ]
 
 
@@ -195,6 +196,8 @@ def test_the_count_is_what_is_left(text, budget):
         assert method.count(frames, patches) == left.num_video == int((left.patch >= 0).sum())
 
 
-@pytest.mark.parametrize("text", ["framefusion", "fastv", "streamingllm", "temporalmerge + fastv:layer=1"])
+@pytest.mark.parametrize(
+    "text", ["framefusion", "fastv", "st-simdiff", "streamingllm", "temporalmerge + fastv:layer=1"]
+)
 def test_a_method_inside_of_the_decoder_has_no_count(text):
     assert parse(text, 0.3).count(4, 9) is None

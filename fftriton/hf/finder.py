@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -237,7 +238,7 @@ class LayoutFinder:
             if found and self._listed is None:  # those that are listed may belong to an earlier turn
                 self._on_prompt()
             self._prompt.videos = [
-                PlacedVideo(VideoLayout(layout.positions, layout.sample * expand_size + copy), number)
+                PlacedVideo(replace(layout, sample=layout.sample * expand_size + copy, length=None), number)
                 for layout, number in _numbered(found)
                 for copy in range(expand_size)
             ]
@@ -342,7 +343,7 @@ def _moved(layout: VideoLayout, by: int) -> VideoLayout:
     if by == 0:
         return layout
     positions = layout.positions
-    return VideoLayout(positions.where(positions < 0, positions + by), layout.sample)
+    return replace(layout, positions=positions.where(positions < 0, positions + by), length=None)
 
 
 def _owner_of(model: Any, encoder: str) -> Any:

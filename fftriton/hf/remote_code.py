@@ -330,8 +330,8 @@ def _place(
             raise ValueError(_ELSEWHERE.format(f"another order of text and videos in sample {sample}"))
         where = where.cpu()
         layouts += [
-            VideoLayout(where[positions].where(positions >= 0, -1), sample, embeddings.shape[1])
-            for positions in row.videos(length)
+            VideoLayout(where[positions].where(positions >= 0, -1), sample, embeddings.shape[1], columns)
+            for positions, columns in row.videos(length)
         ]
     return layouts
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def without_padding(layout: VideoLayout, places: Tensor) -> VideoLayout:
     """The layout of a padded prompt, counted among the `places` [n] int64 that are not padding."""
     positions, places = layout.positions, places.to(layout.positions.device)
     numbers = torch.searchsorted(places, positions.clamp(min=0).contiguous())
-    return VideoLayout(positions.where(positions < 0, numbers), layout.sample)
+    return replace(layout, positions=positions.where(positions < 0, numbers), length=None)
 
 
 def answer_length(targets: Tensor, shift: int) -> int:

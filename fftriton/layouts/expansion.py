@@ -22,12 +22,14 @@ class Section:
         start: offset of the first patch from the block's first token.
         frames, patches: number of frames, and of tokens per frame.
         gap: number of other tokens between the last patch of a frame and the first of the next.
+        columns: as in a VideoLayout.
     """
 
     start: int
     frames: int
     patches: int
     gap: int = 0
+    columns: int | None = None
 
     def positions(self, first: int) -> Tensor:
         """[F, P] int64, in a block whose first token is at position `first`."""
@@ -75,8 +77,11 @@ class ExpandedRow:
         ends = [0, *(start + _known(block) for start, block in zip(self.starts, self.blocks, strict=True))]
         return torch.cat([end + torch.arange(length) for end, length in zip(ends, self.text, strict=True)])
 
-    def videos(self, length: int | None = None) -> Iterator[Tensor]:
-        """[F, P] int64 positions of each video. If the row is cut to `length` tokens, -1 for those that are gone."""
+    def videos(self, length: int | None = None) -> Iterator[tuple[Tensor, int | None]]:
+        """[F, P] int64 positions of each video, and its columns.
+
+        If the row is cut to `length` tokens, positions are -1 for those that are gone.
+        """
         for start, block in zip(self.starts, self.blocks, strict=True):
             for section in block.sections:
                 positions = section.positions(start)
@@ -84,7 +89,7 @@ class ExpandedRow:
                     positions = positions[positions[:, 0] < length]
                     positions = positions.where(positions < length, -1)
                 if len(positions):
-                    yield positions
+                    yield positions, section.columns
 
     def resolved(self, text: Tensor, rows: Tensor) -> ExpandedRow:
         """The row with all sizes known: the places of the text tell the unknown ones.

@@ -47,7 +47,11 @@ def _grid_layout(model: Any, arguments: Mapping[str, Any], token: int) -> list[V
     shapes = [(int(t), int(h) * int(w) // merge**2) for t, h, w in grids.tolist()]
     source = f"video_grid_thw {grids.tolist()} with spatial_merge_size {merge}"
     runs = _deal_out(model, arguments, token, [frames * patches for frames, patches in shapes], source)
-    return [VideoLayout(run.view(shape), sample) for shape, (sample, run) in zip(shapes, runs, strict=False)]
+    columns = [int(w) // merge for _, _, w in grids.tolist()]
+    return [
+        VideoLayout(run.view(shape), sample, columns=width)
+        for shape, width, (sample, run) in zip(shapes, columns, runs, strict=False)
+    ]
 
 
 def llava_onevision_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -55,16 +59,18 @@ def llava_onevision_layout(model: Any, arguments: Mapping[str, Any]) -> list[Vid
     pixels = _encoder_argument(arguments, "pixel_values_videos")  # [videos, frames, 3, height, width]
     if pixels is None:
         return []
-    shape = (pixels.shape[1], math.ceil(_vision_side(model.config) / 2) ** 2)
+    side = math.ceil(_vision_side(model.config) / 2)
+    shape = (pixels.shape[1], side**2)
     tokens = math.prod(shape)
     source = f"pixel_values_videos of shape {list(pixels.shape)}"
     runs = _deal_out(model, arguments, model.config.video_token_id, [tokens + 1] * len(pixels), source)
-    return [VideoLayout(run[:tokens].view(shape), sample) for sample, run in runs]
+    return [VideoLayout(run[:tokens].view(shape), sample, columns=side) for sample, run in runs]
 
 
 def llava_next_video_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
     """Layouts of LLaVA-NeXT-Video: frames of (g // spatial_pool_stride)^2 tokens, one after another."""
-    return _frames_layout(model, arguments, (_vision_side(model.config) // model.config.spatial_pool_stride) ** 2)
+    side = _vision_side(model.config) // model.config.spatial_pool_stride
+    return _frames_layout(model, arguments, side**2, side)
 
 
 def video_llava_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -72,14 +78,16 @@ def video_llava_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLa
     return _frames_layout(model, arguments, 1 + _vision_side(model.config) ** 2)
 
 
-def _frames_layout(model: Any, arguments: Mapping[str, Any], patches: int) -> list[VideoLayout]:
+def _frames_layout(
+    model: Any, arguments: Mapping[str, Any], patches: int, columns: int | None = None
+) -> list[VideoLayout]:
     pixels = _encoder_argument(arguments, "pixel_values_videos")  # [videos, frames, 3, height, width]
     if pixels is None:
         return []
     shape = (pixels.shape[1], patches)
     source = f"pixel_values_videos of shape {list(pixels.shape)}"
     runs = _deal_out(model, arguments, model.config.video_token_id, [math.prod(shape)] * len(pixels), source)
-    return [VideoLayout(run.view(shape), sample) for sample, run in runs]
+    return [VideoLayout(run.view(shape), sample, columns=columns) for sample, run in runs]
 
 
 def internvl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -89,7 +97,11 @@ def internvl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayou
     one is an image.
     """
     found = find_tokens(model, arguments, model.config.image_token_id)
-    return [] if found is None else frames_of_runs(found, model.config.image_seq_length)
+    if found is None:
+        return []
+    patches, vision = model.config.image_seq_length, model.config.vision_config
+    columns = int(vision.image_size[1] // vision.patch_size[1] * model.config.downsample_ratio)
+    return frames_of_runs(found, patches, columns if columns > 0 and patches % columns == 0 else None)
 
 
 def kimi_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -100,13 +112,17 @@ def kimi_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
     grids = _encoder_argument(arguments, "video_grid_thw")
     if grids is None:
         return []
-    merge = math.prod(model.config.vision_config.merge_kernel_size)
+    kernel = model.config.vision_config.merge_kernel_size
+    merge = math.prod(kernel)
     sides = [(h, w) for _, h, w in grids.tolist()]
-    source = f"video_grid_thw {grids.tolist()} with merge_kernel_size {model.config.vision_config.merge_kernel_size}"
+    source = f"video_grid_thw {grids.tolist()} with merge_kernel_size {kernel}"
     sizes = [h * w // merge for h, w in sides]
     chunks = zip(sides, _deal_out(model, arguments, model.config.video_token_id, sizes, source), strict=False)
     videos = itertools.groupby(chunks, key=lambda chunk: (chunk[0], chunk[1][0]))
-    return [VideoLayout(torch.stack([run for _, (_, run) in same]), sample) for (_, sample), same in videos]
+    return [
+        VideoLayout(torch.stack([run for _, (_, run) in same]), sample, columns=width // kernel[1])
+        for ((_, width), sample), same in videos
+    ]
 
 
 def smolvlm_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout]:
@@ -120,6 +136,7 @@ def smolvlm_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout
     if found is None:
         return []
     length = _vision_side(config) ** 2 // config.scale_factor**2
+    columns = _vision_side(config) // config.scale_factor
     layouts = []
     for sample, is_token in enumerate(found):
         prompt, runs = _ids_or_embeddings(arguments)[sample].cpu(), is_token.nonzero()[:, 0]
@@ -136,7 +153,7 @@ def smolvlm_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayout
             else:
                 videos.append([])
             opener = before
-        layouts += [VideoLayout(torch.stack(frames), sample) for frames in videos if len(frames) > 1]
+        layouts += [VideoLayout(torch.stack(frames), sample, columns=columns) for frames in videos if len(frames) > 1]
     return layouts
 
 
@@ -157,10 +174,11 @@ def video_llama_3_layout(model: Any, arguments: Mapping[str, Any]) -> list[Video
     masks = there.split(sizes)
     source = f"video_grid_thw {grids.tolist()} with video_compression_mask"
     runs = _deal_out(model, arguments, model.config.video_token_id, [int(mask.sum()) for mask in masks], source)
+    columns = [int(w) // merge for (_, _, w), merge in zip(grids.tolist(), merges, strict=True)]
     layouts = []
-    for shape, mask, (sample, run) in zip(shapes, masks, runs, strict=False):
+    for shape, width, mask, (sample, run) in zip(shapes, columns, masks, runs, strict=False):
         positions = torch.full(mask.shape, -1).masked_scatter(mask, run)
-        layouts.append(VideoLayout(positions.view(shape), sample))
+        layouts.append(VideoLayout(positions.view(shape), sample, columns=width))
     return layouts
 
 

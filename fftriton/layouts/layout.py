@@ -21,16 +21,18 @@ class VideoLayout:
             patch without a token). Positions must ascend when read frame by frame; no stride is assumed.
         sample: row of the batch that contains the video.
         length: number of tokens of the prompt, with its padding, if the layout is for no other; None for any.
+        columns: number of patches in each row of a frame, which divides P; None if patches form no grid that is known.
 
     Raises:
         TypeError: positions is not an int64 tensor.
         ValueError: positions does not have shape [F, P], has only holes, has values below -1, or does not ascend; or
-            sample is negative, or length is not above the last position.
+            sample is negative, length is not above the last position, or columns does not divide P.
     """
 
     positions: Tensor
     sample: int = 0
     length: int | None = None
+    columns: int | None = None
 
     def __post_init__(self) -> None:
         positions = self.positions
@@ -55,6 +57,12 @@ class VideoLayout:
             )
         if self.length is not None:
             check_count("VideoLayout", "length", self.length, int(tokens[-1]) + 1)
+        if self.columns is not None:
+            check_count("VideoLayout", "columns", self.columns, 1)
+            if positions.shape[1] % self.columns:
+                raise ValueError(
+                    f"VideoLayout: columns must divide the {positions.shape[1]} patches of a frame, got {self.columns}"
+                )
 
     @property
     def tokens(self) -> Tensor:

@@ -99,7 +99,8 @@ def llava_block(frames: int, side: int, newlines: str, merge_type: str) -> Block
         newlines = "no_token"
     patches = side * side + {"grid": side, "frame": 1}.get(newlines, 0)
     behind = int(newlines == "one_token" and "unpad" in merge_type)
-    return Block(frames * patches + behind, (Section(0, frames, patches),))
+    columns = {"grid": side + 1, "frame": None}.get(newlines, side)
+    return Block(frames * patches + behind, (Section(0, frames, patches, columns=columns),))
 
 
 def nvila(
@@ -165,11 +166,11 @@ def nvila_block(
         if rows * columns > 1 and (side * side != patches or side % rows or side % columns):
             raise ValueError(f"nvila: patches must form a square that {rows} x {columns} divide, got {patches}")
         own = patches // (rows * columns)
-        whole = before + own + after
+        whole, width = before + own + after, side // columns if side * side == patches else None
         section = (
             Section(size, frames // time, whole)
             if separators
-            else Section(size + before, frames // time, own, before + after)
+            else Section(size + before, frames // time, own, before + after, width)
         )
         sections.append(section)
         size += frames // time * whole + last
@@ -238,13 +239,16 @@ def internvl_chat(input_ids: Tensor, *, context_token: int, patches: int = 256) 
     return layouts
 
 
-def frames_of_runs(found: Tensor, patches: int) -> list[VideoLayout]:
-    """A layout for each row of found [B, N] bool that has two or more runs of exactly `patches` tokens."""
+def frames_of_runs(found: Tensor, patches: int, columns: int | None = None) -> list[VideoLayout]:
+    """A layout for each row of found [B, N] bool that has two or more runs of exactly `patches` tokens.
+
+    columns: as in a VideoLayout.
+    """
     layouts = []
     for sample, row in enumerate(found):
         frames = [run for run in runs_of(row) if len(run) == patches]
         if len(frames) > 1:
-            layouts.append(VideoLayout(torch.stack(frames), sample))
+            layouts.append(VideoLayout(torch.stack(frames), sample, columns=columns))
     return layouts
 
 
@@ -323,7 +327,7 @@ def _expanded(
     length = max(row.length for row in rows)
     shifts = [length - row.length if padding_side == "left" else 0 for row in rows]
     return [
-        VideoLayout(positions + shift, sample, length)
+        VideoLayout(positions + shift, sample, length, columns)
         for sample, (row, shift) in enumerate(zip(rows, shifts, strict=True))
-        for positions in row.videos()
+        for positions, columns in row.videos()
     ]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .random_tokens import RandomTokens
     from .registry import names
     from .settings import load_settings
+    from .st_simdiff import STSimDiff
     from .streaming_llm import StreamingLLM
     from .temporal_merge import TemporalMerge
     from .text import from_dict, parse, split_methods, to_dict, to_text
@@ -57,6 +58,7 @@ _MODULES = {
     "random_tokens": ("RandomTokens",),
     "registry": ("names",),
     "settings": ("load_settings",),
+    "st_simdiff": ("STSimDiff",),
     "streaming_llm": ("StreamingLLM",),
     "temporal_merge": ("TemporalMerge",),
     "text": ("from_dict", "parse", "split_methods", "to_dict", "to_text"),
@@ -94,6 +96,7 @@ __all__ = [
     "Pruner",
     "RandomPruner",
     "RandomTokens",
+    "STSimDiff",
     "ScoringMethod",
     "Steps",
     "StreamingLLM",

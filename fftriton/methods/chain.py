@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..layouts.layout import VideoLayout
 from .base import FrameScores, Method, MethodState, Prompt, Steps, VideoTokens, Window, list_steps, start, wrong_kind
 from .before_layers import BeforeLayers
 
@@ -179,6 +178,6 @@ def _prompt_of(tokens: VideoTokens, prompt: Prompt) -> Prompt:
     for video, layout in enumerate(prompt.layouts):
         positions = layout.positions.where(torch.isin(layout.positions, left), -1)
         if bool((positions >= 0).any()):
-            layouts.append(VideoLayout(positions, layout.sample))
+            layouts.append(replace(layout, positions=positions, length=None))
             numbers.append(prompt.number_of(video))
     return replace(prompt, layouts=layouts, video_numbers=numbers)

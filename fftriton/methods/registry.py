@@ -30,6 +30,7 @@ METHODS = {
     "visionzip": "fftriton.methods.visionzip:VisionZip",
     "flashvid": "fftriton.methods.flashvid:FlashVID",
     "fastvid": "fftriton.methods.fastvid:FastVID",
+    "st-simdiff": "fftriton.methods.st_simdiff:STSimDiff",
     "anchors": "fftriton.methods.anchors:Anchors",
     "randomtokens": "fftriton.methods.random_tokens:RandomTokens",
 }

@@ -101,7 +101,7 @@ FRAME_METHODS = [
     fftriton.TemporalMerge(0.7) + fftriton.UniformFrames(0.5), fftriton.KVTP(0.5), fftriton.RandomTokens(0.5),
     fftriton.EVS(0.4), fftriton.VidCom2(0.4), fftriton.DyCoke(0.4), fftriton.VisionZip(0.4), fftriton.Anchors(0.4),
     fftriton.FlashVID(0.4, similarity_threshold=0.3, min_segments=1), fftriton.FastVID(0.4, min_segments=2, stride=2),
-    fftriton.KVTP(0.4, "attention", "visionzip"),
+    fftriton.KVTP(0.4, "attention", "visionzip"), fftriton.STSimDiff(0.4, 0.1, -1.0),
 ]  # fmt: skip
 
 

@@ -37,6 +37,14 @@ def test_framefusion_meets_its_budget(budget, layers, kind):
     assert_met(run(fftriton.FrameFusion(budget), layers, kind), budget)
 
 
+@pytest.mark.parametrize("kind", ["static", "mixed", "unrelated"])
+@pytest.mark.parametrize("layers", [1, 2, 6])
+@pytest.mark.filterwarnings("ignore:fftriton. the budget", "ignore:STSimDiff. the layout")
+def test_st_simdiff_meets_its_budget(layers, kind):
+    for budget in BUDGETS:
+        assert_met(run(fftriton.STSimDiff(budget), layers, kind), budget)
+
+
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.9, 1.0])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 @pytest.mark.filterwarnings("ignore:fftriton. the budget")

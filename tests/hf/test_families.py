@@ -2,12 +2,13 @@
 
 import copy
 import inspect
+from dataclasses import dataclass
 
 import pytest
 import torch
 from attention_backends import BACKENDS, attention
 from by_hand import check_by_hand, decoder_of, generate, see_prompt
-from families import EXPERTS_OF_FAMILIES, FAMILIES, qwen3_5
+from families import EXPERTS_OF_FAMILIES, FAMILIES, collate, qwen3_5
 from models import Listening, seeded
 from newer_families import NEWER_FAMILIES
 
@@ -86,6 +87,37 @@ def test_frames_of_two_sizes_in_one_video():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_layouts_know_how_many_patches_stand_in_a_row_of_a_frame(name):
+    layouts = RULES[name](ALL[name].model(), ALL[name].inputs())
+    if name == "video_llava" or "minicpm" in name:  # a class token, slices
+        assert {layout.columns for layout in layouts} == {None}
+        return
+    assert {layout.positions.shape[1] // layout.columns for layout in layouts} == {2}
+
+
+@torch.no_grad()
+def test_rows_of_a_frame_stay_known_in_chains_padded_batches_and_beams():
+    family, columns = FAMILIES["qwen2_vl"], []
+
+    @dataclass(frozen=True)
+    class Spy(fftriton.Method):
+        budget: float = 0.6
+
+        def begin(self, prompt):
+            columns.append([layout.columns for layout in prompt.layouts])
+            return super().begin(prompt)
+
+    with fftriton.reduce(family.model(), fftriton.UniformFrames(0.6) + Spy()):
+        family.model()(**family.inputs())
+    samples = [family.inputs(), family.inputs((4,), image=False)]
+    with fftriton.reduce(family.model(), Spy()):
+        family.model()(**collate(samples, "left"))
+        family.model().generate(**family.inputs(), max_new_tokens=2, num_beams=2, do_sample=False)
+    assert columns == [[3, 2], [3, 2], [3], [3, 2], [3, 2]]
+
+
+@torch.no_grad()
 def test_patches_that_are_compressed_away_are_holes():
     model, inputs = FAMILIES["video_llama_3"].model(), FAMILIES["video_llama_3"].inputs()
     with fftriton.reduce(model, fftriton.KeepAll()) as reduction:
@@ -141,8 +173,9 @@ def test_attention_is_what_eager_computes(family, queries):
 @pytest.mark.feature("budgets")
 @EVERY_FAMILY
 @pytest.mark.parametrize(
-    "method", [fftriton.FrameFusion(0.5), fftriton.FastV(0.6, layer=1)], ids=["framefusion", "fastv"]
+    "method", [fftriton.FrameFusion(0.5), fftriton.FastV(0.6, layer=1), fftriton.STSimDiff(0.6, 0.2)], ids=str
 )
+@pytest.mark.filterwarnings("ignore:STSimDiff. the layout")
 @torch.no_grad()
 def test_methods_meet_their_budgets(family, method):
     model, inputs = family.model(), family.inputs()

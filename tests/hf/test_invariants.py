@@ -225,7 +225,7 @@ def test_verify():
         fftriton.TemporalMerge(0.4) + fftriton.FastV(0.3, layer=1), fftriton.UniformFrames(0.4),
         fftriton.StreamingLLM(0.4), fftriton.KVTP(0.3, pruner="tome"), fftriton.KVTP(0.3, pruner="prumerge"),
         fftriton.EVS(0.4), fftriton.VidCom2(0.4), fftriton.DyCoke(0.4), fftriton.VisionZip(0.4),
-        fftriton.FlashVID(0.4), fftriton.FastVID(0.4),
+        fftriton.FlashVID(0.4), fftriton.FastVID(0.4), fftriton.STSimDiff(0.4, 0.3),
     ):  # fmt: skip
         with fftriton.reduce(model, method) as reduction:
             expected = model(**inputs).logits
