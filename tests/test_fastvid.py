@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import fftriton
 from fftriton import FastVID, VideoLayout
 from fftriton.methods.base import Prompt, list_steps
-from fftriton.methods.fastvid import _anchor_weights
+from fftriton.methods.fastvid import _anchor_weights, _groups
 from fftriton.methods.frames import FrameRows
 
 RECORDED = load_file(Path(__file__).parent / "golden" / "methods" / "fastvid.safetensors")
@@ -120,6 +120,24 @@ def test_rows_that_are_zero_or_not_finite():
         left = shorten(FastVID(0.5), tokens, layouts)
         assert left.num_video == round(0.5 * tokens.num_video)
         assert int(left.hidden.isfinite().all(-1).logical_not().sum()) <= 1
+
+
+def test_nothing_joins_an_anchor_that_it_cannot_be_compared_with():
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.2], [1.0, -0.3], [math.nan, 0.0]])[None]
+    tokens, frames = sequence(x)
+    left = shorten(FastVID(0.25, 1.0), tokens, [VideoLayout(frames.rows)])
+    assert left.position.tolist() == [[0]]
+    torch.testing.assert_close(left.hidden[0, 0], 0.6 * x[0, 0] + 0.4 * x[0, :3].mean(0))
+
+
+def test_frames_with_anchors_of_all_segments_take_turns_together():
+    tokens, frames = sequence(RECORDED["x"])
+    segment = torch.arange(4).repeat_interleave(RECORDED["segments"])
+    anchors = torch.zeros_like(frames.present)
+    anchors[[1, 2, 6, 10, 14], :3] = True
+    turns = list(_groups(tokens, frames, frames.present, anchors, segment))
+    assert [number for number, _ in turns] == [12, 3]
+    assert [sorted(roots.unique().tolist())[::3] for _, roots in turns] == [[20, 40, 120, 200], [-1, 282]]
 
 
 def test_one_token_and_a_full_budget():

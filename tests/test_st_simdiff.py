@@ -89,11 +89,25 @@ def by_hand(tokens, layouts, budget, threshold, difference):
 def test_the_first_step_by_hand(seed):
     tokens, layouts = ragged(seed)
     layouts, changed = with_columns(layouts), 0
-    for budget, threshold, difference in itertools.product((0.2, 0.5, 0.8), (0.3, 0.6), (-1.0, 0.4)):
+    for budget, threshold, difference in itertools.product((0.2, 0.5, 0.8), (0.3, 0.6), (-1.0, 0.4, 0.8)):
         _, left = begin(STSimDiff(budget, threshold, difference), tokens, layouts)
         assert left.position[0].tolist() == by_hand(tokens, layouts, budget, threshold, difference)
         changed += left.length < tokens.length
     assert changed > 6
+
+
+def test_no_community_has_its_turn_after_one_that_would_exceed_the_budget():
+    """Five communities of three, then one of nine events, which asks for too many, then one that would still fit."""
+    group = torch.tensor([0, 1, 2, 3, 4, 6]).repeat_interleave(3).tolist() + [5] * 9
+    noise = torch.randn(27, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.stack([10 * F.one_hot(torch.tensor(one), 16) + 0.02 * one**2 * noise[i] for i, one in enumerate(group)])
+    layout = VideoLayout(torch.cat([torch.arange(27), torch.full((9,), -1)]).view(2, 18), columns=18)
+    tokens, _ = sequence(x[:, None])
+    tokens = replace(tokens, patch=torch.arange(27)[None] % 18)
+    _, left = begin(STSimDiff(0.5), tokens, [layout])
+    kept = left.position[0].tolist()
+    assert kept == by_hand(tokens, [layout], 0.5, 0.8, 0.2)
+    assert torch.bincount(torch.tensor(group)[kept]).tolist() == [1, 1, 1, 1, 1, 9, 3]
 
 
 def test_a_static_video_needs_no_second_step():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fftriton_kernels import NO_LINK, merge_mean
+from fftriton_kernels import NO_LINK, merge_mean, topk_keep
 
 from ..checks import check_budget, check_count, check_real
 from .base import Prompt, Steps, VideoTokens
@@ -18,7 +18,7 @@ from .budgets import shared_out
 from .clusters import peak_scores
 from .frames import FrameRows
 from .importances import Importance, check_importance, importance_of
-from .nearest import nearest_in
+from .nearest import nearest
 from .pruners import best_columns, positions_of
 from .segments import segment_starts
 
@@ -128,14 +128,13 @@ def _groups(
     before = has.cumsum(0) - has.long()
     place = (before - before[torch.searchsorted(segment, segment)]).where(has, -1)  # among those of its segment
     on_host = list(zip(*torch.stack([place, anchors.sum(1)]).tolist(), strict=True))
+    column, _ = topk_keep(anchors.float(), anchors.sum(1), capacity=max(1, *(count for _, count in on_host)))
+    rows = frames.rows.gather(1, column.clamp_min(0)).where(column >= 0, -1)  # [F, K]: of the anchors
     for turn in range(max(at for at, _ in on_host) + 1):
         own = place == turn
         aim = torch.full_like(segment, -1).scatter_reduce_(0, segment, frame.where(own, -1), "amax")[segment]
-        there = aim.clamp_min(0)
-        similarity, row = nearest_in(tokens, frames, there, anchors[there] & (aim >= 0)[:, None])
+        similarity, row = nearest(tokens, frames, rows[aim.clamp_min(0)].where((aim >= 0)[:, None], -1))
         row = row.where(free & (similarity > NO_LINK), -1)
         row = torch.where(anchors & own[:, None], frames.rows, row)
-        yield (
-            sum(count for at, count in on_host if at == turn),
-            frames.spread(row, torch.full_like(tokens.position, -1)),
-        )
+        number = sum(count for at, count in on_host if at == turn)
+        yield number, frames.spread(row, torch.full_like(tokens.position, -1))

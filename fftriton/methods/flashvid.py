@@ -17,7 +17,7 @@ from .clusters import density_peaks
 from .diversity import most_diverse
 from .frames import FrameRows
 from .importances import Importance, check_importance, importance_of
-from .nearest import nearest_in
+from .nearest import nearest
 from .segments import segment_starts
 
 
@@ -115,7 +115,8 @@ def _best_before(tokens: VideoTokens, frames: FrameRows, free: Tensor, starts: T
     free [F, P] bool: the tokens that may join another one, or be joined. starts [F] bool: frames that follow no other.
     """
     before = torch.arange(len(starts), device=starts.device).roll(1)
-    similarity, partner = nearest_in(tokens, frames, before, free[before] & ~starts[:, None])
+    candidates = frames.rows[before].where(free[before] & ~starts[:, None], -1)
+    similarity, partner = nearest(tokens, frames, candidates)
     nowhere = torch.full_like(tokens.position, -1)
     unlike = torch.full_like(nowhere, NO_LINK, dtype=torch.float32)
     return frames.spread(similarity.where(free, NO_LINK), unlike), frames.spread(partner, nowhere)

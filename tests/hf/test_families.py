@@ -96,6 +96,7 @@ def test_layouts_know_how_many_patches_stand_in_a_row_of_a_frame(name):
     assert {layout.positions.shape[1] // layout.columns for layout in layouts} == {2}
 
 
+@pytest.mark.filterwarnings("ignore:fftriton. the budget")
 @torch.no_grad()
 def test_rows_of_a_frame_stay_known_in_chains_padded_batches_and_beams():
     family, columns = FAMILIES["qwen2_vl"], []
