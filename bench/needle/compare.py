@@ -125,7 +125,7 @@ def run(console: Console, split: str, methods: Sequence[str], budgets: Sequence[
 
 
 def merged(old: Iterable[Line], new: Iterable[Line]) -> list[Line]:
-    """Old lines, replaced and followed by new ones, in the order of the splits, of the methods and of falling budgets."""
+    """Old lines, replaced and followed by new ones, by split, method and falling budget."""
     lines = {line.key: line for line in (*old, *new)}
     methods = list(dict.fromkeys((*METHODS, *(method for _, method, _ in lines))))
     order = {split: number for number, split in enumerate((*SPLITS, *HARDER_SPLITS))}
@@ -144,7 +144,7 @@ def shares(lines: Iterable[Line], budget: float) -> dict[str, dict[str, float]]:
 
 
 def best_methods(lines: Iterable[Line], count: int = BEST) -> list[str]:
-    """The methods with the highest mean share over all splits and both of the first budgets, FrameFusion beside them."""
+    """FrameFusion, and the methods with the highest mean share over all splits and both of the first budgets."""
     lines = list(lines)
     of_budget = [shares(lines, budget) for budget in FIRST]
     means = {
@@ -156,7 +156,7 @@ def best_methods(lines: Iterable[Line], count: int = BEST) -> list[str]:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """Markdown: for each method, the share of the dense accuracy that is left at 30 and 10 %, on average and at worst."""
+    """Markdown: the share of the dense accuracy that each method leaves at 30 and 10 %, on average and at worst."""
     of_budget = {budget: shares(lines, budget) for budget in FIRST}
     splits = list(dict.fromkeys(line.split for line in lines))
 
@@ -221,8 +221,8 @@ def page(lines: Sequence[Line]) -> str:
     commits = ", ".join(dict.fromkeys(line.commit for line in lines))
     about = (
         f"{first.samples} held-out samples a split, seed {first.seed}; {first.device}, {first.threads} thread, torch "
-        f"{first.torch}, transformers {first.transformers}, commit {commits}, {max(line.date for line in lines)}. Made by "
-        f"`python -m bench.needle.compare`, with {NAME}.csv beside this page."
+        f"{first.torch}, transformers {first.transformers}, commit {commits}, {max(line.date for line in lines)}. Made "
+        f"by `python -m bench.needle.compare`, with {NAME}.csv beside this page."
     )
     return "\n\n".join(
         (
