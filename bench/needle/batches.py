@@ -24,7 +24,6 @@ NO_COLOUR = len(COLOURS)
 
 _PREFIX = [IDS[token] for token in (BOS, SYSTEM, SYSTEM, VISION_START)]
 _KIND_SHARES = {"what": 0.2, "when": 0.3, "where": 0.1, "how many": 0.15, "which colour": 0.25}
-_HARDER_KINDS = ("what", *("when",) * 2, *("after",) * 3, *("same",) * 6)  # asked about each video, in this order
 _TWO_DIGITS = 0.8  # share of videos whose boxes show two digits at most, so that many pairs are the same
 _SCENE = 4  # frames of one scene in an alignment batch
 _PIXELS = QwenPixels(
@@ -198,7 +197,19 @@ class QuestionBatches(Dataset):
 
 
 class HarderBatches(QuestionBatches):
-    """Packed questions about what needles show and how they are related; each of twelve kinds at the same place."""
+    """Packed questions of `kinds` about what needles show and how they are related, in this order about each video."""
+
+    def __init__(
+        self,
+        seed: int,
+        phase: int,
+        recipes: tuple[Recipe, ...],
+        lengths: tuple[Length, ...],
+        kinds: tuple[str, ...],
+        resume_after: tuple[str, ...],
+    ):
+        super().__init__(seed, phase, recipes, lengths, len(kinds), resume_after)
+        self._kinds = kinds
 
     def _draw(self, num_frames: int, rng: np.random.Generator) -> Asked:
         recipe = self._recipes[rng.integers(len(self._recipes))]
@@ -207,7 +218,7 @@ class HarderBatches(QuestionBatches):
             digits = rng.permutation(10)[:2]
             needles = [replace(needle, digit=int(digits[rng.integers(2)])) for needle in needles]
         video = draw_video(recipe, num_frames, needles, False, rng)
-        asked = [ask(kind, _about(kind, needles, rng), num_frames) for kind in _HARDER_KINDS]
+        asked = [ask(kind, _about(kind, needles, rng), num_frames) for kind in self._kinds]
         return Asked(video, asked, {needle.colour: needle.digit for needle in needles})
 
 

@@ -77,6 +77,7 @@ class Phase:
         betas: of AdamW.
         warm_up: steps until the rate is reached.
         hold: share of the steps before it falls, as a cosine, to 2 %.
+        stop: the step to end at, of a phase that is planned for more; 0 for its last.
         sees: whether the vision tower learns; else the decoder does, and the embeddings always.
     """
 
@@ -89,7 +90,13 @@ class Phase:
     betas: tuple[float, float] = (0.9, 0.98)
     warm_up: int = 100
     hold: float = 0.0
+    stop: int = 0
     sees: bool = False
+
+    @property
+    def last(self) -> int:
+        """The step that it ends with."""
+        return self.stop or self.steps
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step."""
@@ -216,10 +223,19 @@ class Course:
     vocabulary: Mapping[str, int] = field(default_factory=lambda: IDS)
 
 
-def relating(styles: tuple[Style, ...], lengths: tuple[Length, ...], recipes: tuple[Recipe, ...] = ()) -> Callable:
+COMPARING = ("what", *("when",) * 2, *("after",) * 3, *("same",) * 6)
+ORDERING = ("what", *("when",) * 4, *("after",) * 5, *("same",) * 2)
+
+
+def relating(
+    styles: tuple[Style, ...],
+    lengths: tuple[Length, ...],
+    recipes: tuple[Recipe, ...] = (),
+    kinds: tuple[str, ...] = COMPARING,
+) -> Callable:
     """Makes the batches of a phase that asks how needles are related, in textured scenes beside these recipes."""
     busy = Recipe(needles=(3, 4), styles=styles, speed=(0.0, 3.0), flashes=(0, 12), kinds=HARDER_KINDS)
-    return lambda seed, phase: HarderBatches(seed, phase, (busy, *recipes), lengths, 12, ("space", "time"))
+    return lambda seed, phase: HarderBatches(seed, phase, (busy, *recipes), lengths, kinds, ("space", "time"))
 
 
 HARDER_PHASES = (
@@ -244,7 +260,7 @@ HARDER_PHASES = (
         hold=1.0,
     ),
     Phase(
-        "Relate anywhere",
+        "Compare anywhere",
         1500,
         relating(
             (covered, small, brief),
@@ -252,6 +268,20 @@ HARDER_PHASES = (
             (HARDER_RECIPES["brief"],),
         ),
         answer_in_steps,
+        stop=500,
+    ),
+    Phase(
+        "Relate anywhere",
+        1200,
+        relating(
+            (covered, small, brief),
+            (Length(16, 8, 0.6), Length(64, 2, 0.2), Length(128, 1, 0.2)),
+            (HARDER_RECIPES["brief"],),
+            ORDERING,
+        ),
+        answer_in_steps,
+        warm_up=20,
+        hold=0.3,
     ),
 )
 
@@ -341,7 +371,7 @@ class Trainer:
             losses.append(loss.item())
             rights.append(right.float().mean().item())
             self._on_step(self.phase, self._step, losses[-1], rights[-1])
-            if self._step % self._checkpoint_every == 0 or self._step == phase.steps:
+            if self._step % self._checkpoint_every == 0 or self._step == phase.last:
                 self._add_row(phase, fmean(losses), fmean(rights))
                 losses, rights = [], []
                 self._save(optimizer)
@@ -356,7 +386,7 @@ class Trainer:
 
     def _batches(self, phase: Phase) -> DataLoader:
         data = phase.data(self._seed, self.phase)
-        steps = range(self._step, phase.steps)
+        steps = range(self._step, phase.last)
         return DataLoader(data, batch_size=None, sampler=steps, num_workers=self._workers)
 
     def _add_row(self, phase: Phase, loss: float, right: float) -> None:
@@ -478,14 +508,14 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     with _bars(Console()) as progress:
-        bars = [progress.add_task(phase.name, total=phase.steps, note="") for phase in chosen.phases]
+        bars = [progress.add_task(phase.name, total=phase.last, note="") for phase in chosen.phases]
 
         def on_step(phase: int, step: int, loss: float, right: float) -> None:
             progress.update(bars[phase], completed=step, note=f"loss {loss:.3f}, right {right:.0%}")
 
         trainer = Trainer(out, chosen.phases, seed, device, workers, on_step=on_step, make=chosen.make, bf16=bf16)
         for bar, phase in zip(bars[: trainer.phase], chosen.phases, strict=False):
-            progress.update(bar, completed=phase.steps)
+            progress.update(bar, completed=phase.last)
         trainer.run()
         save_model(trainer.model, out / "model", chosen.vocabulary)
         rows = []
