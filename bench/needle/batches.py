@@ -24,7 +24,6 @@ NO_COLOUR = len(COLOURS)
 
 _PREFIX = [IDS[token] for token in (BOS, SYSTEM, SYSTEM, VISION_START)]
 _KIND_SHARES = {"what": 0.2, "when": 0.3, "where": 0.1, "how many": 0.15, "which colour": 0.25}
-_TWO_DIGITS = 0.8  # share of videos whose boxes show two digits at most, so that many pairs are the same
 _SCENE = 4  # frames of one scene in an alignment batch
 _PIXELS = QwenPixels(
     patch_size=PATCH,
@@ -197,7 +196,13 @@ class QuestionBatches(Dataset):
 
 
 class HarderBatches(QuestionBatches):
-    """Packed questions of `kinds` about what needles show and how they are related, in this order about each video."""
+    """Packed questions about what needles show and how they are related.
+
+    Args:
+        seed, phase, recipes, lengths, resume_after: as for QuestionBatches.
+        kinds: of the questions about each video, in this order.
+        two_digits: share of the videos whose boxes show two digits at most, so that many pairs are the same.
+    """
 
     def __init__(
         self,
@@ -207,26 +212,33 @@ class HarderBatches(QuestionBatches):
         lengths: tuple[Length, ...],
         kinds: tuple[str, ...],
         resume_after: tuple[str, ...],
+        two_digits: float,
     ):
         super().__init__(seed, phase, recipes, lengths, len(kinds), resume_after)
-        self._kinds = kinds
+        self._kinds, self._two_digits = kinds, two_digits
 
     def _draw(self, num_frames: int, rng: np.random.Generator) -> Asked:
         recipe = self._recipes[rng.integers(len(self._recipes))]
         needles = draw(recipe, num_frames, rng)
-        if rng.random() < _TWO_DIGITS:
+        if rng.random() < self._two_digits:
             digits = rng.permutation(10)[:2]
             needles = [replace(needle, digit=int(digits[rng.integers(2)])) for needle in needles]
         video = draw_video(recipe, num_frames, needles, False, rng)
-        asked = [ask(kind, _about(kind, needles, rng), num_frames) for kind in self._kinds]
+        asked = [ask(kind, _about(kind, needles, rng, bool(self._two_digits)), num_frames) for kind in self._kinds]
         return Asked(video, asked, {needle.colour: needle.digit for needle in needles})
 
 
-def _about(kind: str, needles: list[Needle], rng: np.random.Generator) -> list[Needle]:
-    """The needles in an order that makes a question of this kind about a random one or two of them."""
+def _about(kind: str, needles: list[Needle], rng: np.random.Generator, any_pair: bool) -> list[Needle]:
+    """The needles in an order that makes a question of this kind about a random one or two of them.
+
+    Unless any pair will do, most questions for the same digit are about the first two, which show it in half of the
+    videos.
+    """
     shuffled = [needles[i] for i in rng.permutation(len(needles))]
     if kind == "after" and shuffled[0] is max(needles, key=lambda needle: needle.appearance.start):
         return shuffled[1:] + shuffled[:1]
+    if kind == "same" and not any_pair and rng.random() < 0.8:
+        return needles if rng.random() < 0.5 else [needles[1], needles[0], *needles[2:]]
     return shuffled
 
 

@@ -223,62 +223,59 @@ class Course:
     vocabulary: Mapping[str, int] = field(default_factory=lambda: IDS)
 
 
+MIXED = ("what", "when", *("after", "same") * 5)
 COMPARING = ("what", *("when",) * 2, *("after",) * 3, *("same",) * 6)
-ORDERING = ("what", *("when",) * 4, *("after",) * 5, *("same",) * 2)
+BALANCED = ("what", *("when",) * 3, *("after",) * 4, *("same",) * 4)
 
 
 def relating(
     styles: tuple[Style, ...],
     lengths: tuple[Length, ...],
     recipes: tuple[Recipe, ...] = (),
-    kinds: tuple[str, ...] = COMPARING,
+    needles: tuple[int, int] = (3, 4),
+    kinds: tuple[str, ...] = MIXED,
+    two_digits: float = 0.0,
 ) -> Callable:
     """Makes the batches of a phase that asks how needles are related, in textured scenes beside these recipes."""
-    busy = Recipe(needles=(3, 4), styles=styles, speed=(0.0, 3.0), flashes=(0, 12), kinds=HARDER_KINDS)
-    return lambda seed, phase: HarderBatches(seed, phase, (busy, *recipes), lengths, kinds, ("space", "time"))
+    busy = Recipe(needles=needles, styles=styles, speed=(0.0, 3.0), flashes=(0, 12), kinds=HARDER_KINDS)
+    ways = ("space", "time")
+    return lambda seed, phase: HarderBatches(seed, phase, (busy, *recipes), lengths, kinds, ways, two_digits)
 
+
+def _seeing(name: str, steps: int, rate: float) -> Phase:
+    """A phase of small needles, too."""
+
+    def data(seed: int, phase: int) -> Dataset:
+        return AlignmentBatches(seed, 64, small=0.6, faint=0.1, phase=phase)
+
+    return Phase(name, steps, data, align, rate=rate, decay=0.02, betas=(0.9, 0.999), warm_up=50, sees=True)
+
+
+_ANYWHERE = ((covered, small, brief), (Length(16, 8, 0.5), Length(64, 2, 0.25), Length(128, 1, 0.25)))
+_IN_8_FRAMES = (Length(8, 12),)
 
 HARDER_PHASES = (
+    _seeing("See small needles, too", 800, 2e-3),
+    Phase("Relate in 8 frames", 600, relating((covered, small), _IN_8_FRAMES), answer, warm_up=50, hold=1.0),
+    _seeing("See small needles better", 1000, 1.5e-3),
+    Phase("Relate 2 or 3", 700, relating((covered,), _IN_8_FRAMES, (), (2, 3)), answer, warm_up=50, hold=1.0),
+    Phase("Relate 3 or 4", 600, relating((covered, small), _IN_8_FRAMES), answer, warm_up=20, hold=1.0),
+    Phase("Relate in 16 frames", 600, relating((covered, small), (Length(16, 8),)), answer, warm_up=20, hold=1.0),
+    Phase("Relate in all", 1500, relating(*_ANYWHERE, (HARDER_RECIPES["brief"],)), answer, stop=100),
+    _seeing("See small needles best", 800, 1e-3),
     Phase(
-        "See small needles, too",
-        2400,
-        lambda seed, phase: AlignmentBatches(seed, 64, small=0.6, faint=0.1, phase=phase),
-        align,
-        rate=2e-3,
-        decay=0.02,
-        betas=(0.9, 0.999),
-        warm_up=50,
-        sees=True,
-    ),
-    Phase(
-        "Relate in 8 frames",
-        400,
-        relating((covered,), (Length(8, 12),)),
+        "Compare in 8 frames",
+        300,
+        relating((covered,), _IN_8_FRAMES, kinds=COMPARING, two_digits=0.8),
         answer_in_steps,
         rate=2e-3,
         warm_up=20,
         hold=1.0,
     ),
     Phase(
-        "Compare anywhere",
-        1500,
-        relating(
-            (covered, small, brief),
-            (Length(16, 8, 0.5), Length(64, 2, 0.25), Length(128, 1, 0.25)),
-            (HARDER_RECIPES["brief"],),
-        ),
-        answer_in_steps,
-        stop=500,
-    ),
-    Phase(
         "Relate anywhere",
         1200,
-        relating(
-            (covered, small, brief),
-            (Length(16, 8, 0.6), Length(64, 2, 0.2), Length(128, 1, 0.2)),
-            (HARDER_RECIPES["brief"],),
-            ORDERING,
-        ),
+        relating(*_ANYWHERE, (HARDER_RECIPES["brief"],), kinds=BALANCED, two_digits=0.5),
         answer_in_steps,
         warm_up=20,
         hold=0.3,
