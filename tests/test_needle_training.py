@@ -131,10 +131,9 @@ def assert_plain(packed, model, processor, samples, texts):
 
 def test_packed_questions_get_the_logits_of_plain_ones(shipped):
     samples = [generate_sample("easy", 3, index, num_frames=8) for index in range(6)]
-    videos = np.stack([sample.frames for sample in samples[:2]])
-    texts = [[sample.question for sample in samples[i::2]] for i in (0, 1)]
-    answers = [[sample.answer for sample in samples[i::2]] for i in (0, 1)]
-    batch = batches.pack(videos, texts, answers, RESUME_AFTER)
+    asked = [[(sample.question, sample.answer) for sample in samples[i::2]] for i in (0, 1)]
+    texts = [[question for question, _ in row] for row in asked]
+    batch = batches.pack([batches.Asked(samples[i].frames, asked[i]) for i in (0, 1)], RESUME_AFTER)
     processor = load_processor(MODEL)
     with torch.no_grad():
         packed = train.question_logits(shipped, batch)
@@ -146,12 +145,30 @@ def test_packed_relations_get_the_logits_of_plain_ones(tmp_path):
     needle_model.save_model(model, tmp_path, HARDER_IDS)
     processor = load_processor(tmp_path)
     samples = [generate_sample("relations", 3, index, num_frames=8) for index in range(8)]
-    videos = np.stack([sample.frames for sample in samples[:2]])
     texts = [[samples[row + 2].question, samples[3].question] for row in (0, 0)]
-    batch = batches.pack(videos, texts, [["1", "yes"]] * 2, RESUME_AFTER)
+    asked = [list(zip(row, ("1", "yes"), strict=True)) for row in texts]
+    batch = batches.pack([batches.Asked(samples[i].frames, asked[i]) for i in (0, 1)], RESUME_AFTER)
     with torch.no_grad():
         packed = train.question_logits(model, batch)
         assert_plain(packed, model, processor, samples, texts)
+
+
+def test_relations_are_learnt_through_the_digits_that_they_name(shipped):
+    model = needle_model.make_harder_model(0).eval()
+    batch = train.relating((covered,), (batches.Length(8, 2),))(0, 1)[0]
+    digits = {HARDER_IDS[digit] for digit in "0123456789"}
+    for row, shown in zip(batch.input_ids[:, batch.named_at], batch.named, strict=True):
+        assert {HARDER_TOKENS[token] for token in row.tolist()} <= {"red", "green", "blue", "yellow"}
+        assert set(shown.tolist()) <= digits
+        of_colour = dict(zip(row.tolist(), shown.tolist(), strict=True))
+        assert [of_colour[token] for token in row.tolist()] == shown.tolist()  # a colour has one digit
+    with torch.no_grad():
+        loss, right = train.answer_in_steps(model, batch)
+        plain, same = train.answer(model, batch)
+        assert torch.equal(right, same)
+        assert loss > plain
+        batch.named = batch.named.roll(1, dims=1)
+        assert train.answer_in_steps(model, batch)[0] != loss
 
 
 def test_the_harder_course_starts_with_the_shipped_weights_and_asks_relations(tmp_path, shipped):

@@ -150,7 +150,7 @@ print(sorted(path.name for path in assets.rglob("*") if path.suffix in (".mp4", 
 """
     printed = assert_runs(code, tmp_path, PYTHONPATH=str(site)).splitlines()
     assert printed[0] == f"{site} {site}"
-    assert printed[1] == "['bunny.mp4', 'model.safetensors', 'needle.mp4']"
+    assert printed[1] == "['bunny.mp4', 'model.safetensors', 'model.safetensors', 'needle.mp4']"
     files = {path.relative_to(ROOT / "fftriton") for path in (ROOT / "fftriton").rglob("*.py")}
     assert {path.relative_to(site / "fftriton") for path in (site / "fftriton").rglob("*.py")} == files
 

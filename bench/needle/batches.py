@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,7 +24,6 @@ NO_COLOUR = len(COLOURS)
 
 _PREFIX = [IDS[token] for token in (BOS, SYSTEM, SYSTEM, VISION_START)]
 _KIND_SHARES = {"what": 0.2, "when": 0.3, "where": 0.1, "how many": 0.15, "which colour": 0.25}
-_HARDER_KINDS = ("what", "when", *("after", "same") * 5)  # asked about each video, in this order
 _SCENE = 4  # frames of one scene in an alignment batch
 _PIXELS = QwenPixels(
     patch_size=PATCH,
@@ -41,7 +40,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return type(self)(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return type(self)(*(getattr(self, one.name).to(device, non_blocking=True) for one in fields(self)))
 
 
 @dataclass
@@ -71,6 +70,8 @@ class Questions(Batch):
         positions: [3, B, T] int64.
         asked_at: [Q] int64, the places in T whose next token is an answer.
         answers: [B, Q] int64.
+        named_at: [K] int64, the places in T where a question names the colour of a box; K may be 0.
+        named: [B, K] int64, the digits on these boxes.
     """
 
     pixels: Tensor
@@ -80,6 +81,8 @@ class Questions(Batch):
     positions: Tensor
     asked_at: Tensor
     answers: Tensor
+    named_at: Tensor
+    named: Tensor
 
 
 class AlignmentBatches(Dataset):
@@ -131,6 +134,22 @@ class Length:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A video and questions about it.
+
+    Attributes:
+        video: [F, H, W, 3] uint8.
+        questions: Q pairs of a question and its answer.
+        shown: the digit on the box of each colour; if given, the questions name colours at the same places in
+            every video of a batch.
+    """
+
+    video: np.ndarray
+    questions: list[tuple[str, str]]
+    shown: dict[str, int] = field(default_factory=dict)
+
+
 class QuestionBatches(Dataset):
     """Packed questions about videos of these recipes and lengths.
 
@@ -161,11 +180,9 @@ class QuestionBatches(Dataset):
         weights = np.array([length.weight for length in self._lengths])
         length = self._lengths[rng.choice(len(weights), p=weights / weights.sum())]
         resume_after = self._resume_after[rng.integers(len(self._resume_after))]
-        drawn = [self._draw(length.num_frames, rng) for _ in range(length.batch)]
-        videos, texts, answers = (list(column) for column in zip(*drawn, strict=True))
-        return pack(np.stack(videos), texts, answers, resume_after)
+        return pack([self._draw(length.num_frames, rng) for _ in range(length.batch)], resume_after)
 
-    def _draw(self, num_frames: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str], list[str]]:
+    def _draw(self, num_frames: int, rng: np.random.Generator) -> Asked:
         """A video, and questions about needles in it."""
         recipe = self._recipes[rng.integers(len(self._recipes))]
         count = int(rng.integers(*recipe.needles, endpoint=True))
@@ -175,54 +192,90 @@ class QuestionBatches(Dataset):
         for kind in rng.choice(list(_KIND_SHARES), self._questions, p=list(_KIND_SHARES.values())):
             about = int(rng.integers(count))
             asked.append(ask(str(kind), needles[about:] + needles[:about], num_frames))
-        return video, [question for question, _ in asked], [answer for _, answer in asked]
+        return Asked(video, asked)
 
 
 class HarderBatches(QuestionBatches):
-    """Packed questions about what needles show and how they are related; each of twelve kinds at the same place."""
+    """Packed questions about what needles show and how they are related.
 
-    def _draw(self, num_frames: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str], list[str]]:
+    Args:
+        seed, phase, recipes, lengths, resume_after: as for QuestionBatches.
+        kinds: of the questions about each video, in this order.
+        two_digits: share of the videos whose boxes show two digits at most, so that many pairs are the same.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        phase: int,
+        recipes: tuple[Recipe, ...],
+        lengths: tuple[Length, ...],
+        kinds: tuple[str, ...],
+        resume_after: tuple[str, ...],
+        two_digits: float,
+    ):
+        super().__init__(seed, phase, recipes, lengths, len(kinds), resume_after)
+        self._kinds, self._two_digits = kinds, two_digits
+
+    def _draw(self, num_frames: int, rng: np.random.Generator) -> Asked:
         recipe = self._recipes[rng.integers(len(self._recipes))]
         needles = draw(recipe, num_frames, rng)
+        if rng.random() < self._two_digits:
+            digits = rng.permutation(10)[:2]
+            needles = [replace(needle, digit=int(digits[rng.integers(2)])) for needle in needles]
         video = draw_video(recipe, num_frames, needles, False, rng)
-        asked = [ask(kind, _about(kind, needles, rng), num_frames) for kind in _HARDER_KINDS]
-        return video, [question for question, _ in asked], [answer for _, answer in asked]
+        asked = [ask(kind, _about(kind, needles, rng, bool(self._two_digits)), num_frames) for kind in self._kinds]
+        return Asked(video, asked, {needle.colour: needle.digit for needle in needles})
 
 
-def _about(kind: str, needles: list[Needle], rng: np.random.Generator) -> list[Needle]:
-    """The needles in an order that makes a question of this kind about a random one or two of them."""
+def _about(kind: str, needles: list[Needle], rng: np.random.Generator, any_pair: bool) -> list[Needle]:
+    """The needles in an order that makes a question of this kind about a random one or two of them.
+
+    Unless any pair will do, most questions for the same digit are about the first two, which show it in half of the
+    videos.
+    """
     shuffled = [needles[i] for i in rng.permutation(len(needles))]
     if kind == "after" and shuffled[0] is max(needles, key=lambda needle: needle.appearance.start):
         return shuffled[1:] + shuffled[:1]
-    if kind == "same" and rng.random() < 0.8:  # the first two show the same digit in half of the videos
+    if kind == "same" and not any_pair and rng.random() < 0.8:
         return needles if rng.random() < 0.5 else [needles[1], needles[0], *needles[2:]]
     return shuffled
 
 
-def pack(videos: np.ndarray, questions: list[list[str]], answers: list[list[str]], resume_after: str) -> Questions:
+def pack(asked: list[Asked], resume_after: str) -> Questions:
     """Pack Q questions about each of B videos behind it; each sees the video and itself.
 
     Args:
-        videos: [B, F, H, W, 3] uint8.
-        questions, answers: B lists of Q; the tokenizer makes as many words of the questions of one place.
+        asked: B videos; the tokenizer makes as many words of the questions of one place.
         resume_after: see QuestionBatches.
     """
+    videos = np.stack([one.video for one in asked])
     batch, num_frames = videos.shape[:2]
-    asked = len(questions[0])
-    tail = [[token for question in row for token in _encode(question)] for row in questions]
-    lengths = [len(_encode(question)) for question in questions[0]]
+    questions = [[_encode(question) for question, _ in one.questions] for one in asked]
+    lengths = [len(question) for question in questions[0]]
+    tail = torch.tensor([[token for question in row for token in question] for row in questions])
     head = _PREFIX + [IDS[VIDEO]] * (num_frames * PATCHES)
-    segment = torch.tensor([-1] * len(head) + [i for i in range(asked) for _ in range(lengths[i])])
+    segment = torch.tensor([-1] * len(head) + [i for i, length in enumerate(lengths) for _ in range(length)])
     visible = (segment[None] == -1) | (segment[None] == segment[:, None])
+    named_at = torch.tensor([i for i, token in enumerate(tail[0].tolist()) if token in _named(asked[0])]).long()
     return Questions(
         pixels=_patchify(videos.reshape(-1, *videos.shape[2:])),
         grid=torch.tensor([[num_frames, GRID, GRID]] * batch),
-        input_ids=torch.tensor([head + row for row in tail]),
+        input_ids=torch.cat([torch.tensor(head).expand(batch, -1), tail], dim=1),
         mask=visible.tril()[None, None],
         positions=_positions(num_frames, lengths, resume_after)[:, None].expand(-1, batch, -1),
         asked_at=len(head) + torch.tensor(lengths).cumsum(0) - 1,
-        answers=torch.tensor([[HARDER_IDS[answer] for answer in row] for row in answers]),
+        answers=torch.tensor([[HARDER_IDS[answer] for _, answer in one.questions] for one in asked]),
+        named_at=len(head) + named_at,
+        named=torch.tensor(
+            [[_named(one)[token] for token in row[named_at].tolist()] for one, row in zip(asked, tail, strict=True)]
+        ).long(),
     )
+
+
+def _named(asked: Asked) -> dict[int, int]:
+    """From the token of a colour to that of the digit on its box."""
+    return {IDS[colour]: IDS[str(digit)] for colour, digit in asked.shown.items()}
 
 
 def _positions(num_frames: int, lengths: list[int], resume_after: str) -> Tensor:

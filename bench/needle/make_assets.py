@@ -41,9 +41,8 @@ from fftriton.needle.vocabulary import (
     VISION_END,
     VISION_START,
 )
+from fftriton.runtime.shipped import ASSETS, HARDER_MODEL, MODEL
 from fftriton.runtime.video import write_video
-
-ASSETS = Path(__file__).resolve().parents[2] / "fftriton" / "assets"
 
 NEEDLE = Needle(digit=3, colour="red", appearance=Appearance(start=9, corners=((16, 32),) * 2, opacity=(1.0, 1.0)))
 NEEDLE_SEED = 1
@@ -153,7 +152,8 @@ def main() -> None:
     parser.add_argument("--bunny", type=Path, help="a copy of Big Buck Bunny; without it bunny.mp4 is left alone")
     parser.add_argument("--out", type=Path, default=ASSETS)
     arguments = parser.parse_args()
-    write_processor(arguments.out / "needle-qwen2vl")
+    write_processor(arguments.out / MODEL.name)
+    write_processor(arguments.out / HARDER_MODEL.name, HARDER_IDS)
     write_clip(arguments.out / "clips" / "needle.mp4", needle_frames())
     if arguments.bunny:
         write_video(arguments.out / "clips" / "bunny.mp4", bunny_clip(arguments.bunny), Fraction(25, 2), crf=24)

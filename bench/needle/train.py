@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2VLForConditionalGeneration
+from transformers.utils import ModelOutput
 
 from bench.needle.batches import (
     NO_DIGIT,
@@ -76,6 +77,7 @@ class Phase:
         betas: of AdamW.
         warm_up: steps until the rate is reached.
         hold: share of the steps before it falls, as a cosine, to 2 %.
+        stop: the step to end at, of a phase that is planned for more; 0 for its last.
         sees: whether the vision tower learns; else the decoder does, and the embeddings always.
     """
 
@@ -88,7 +90,13 @@ class Phase:
     betas: tuple[float, float] = (0.9, 0.98)
     warm_up: int = 100
     hold: float = 0.0
+    stop: int = 0
     sees: bool = False
+
+    @property
+    def last(self) -> int:
+        """The step that it ends with."""
+        return self.stop or self.steps
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step."""
@@ -124,17 +132,43 @@ def answer(model: Qwen2VLForConditionalGeneration, batch: Questions) -> tuple[Te
     return F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten()), logits.argmax(-1) == batch.answers
 
 
+def answer_in_steps(model: Qwen2VLForConditionalGeneration, batch: Questions) -> tuple[Tensor, Tensor]:
+    """`answer`, and on the way what a relation is made of, or comparing digits is hardly learnt at all.
+
+    After half of the layers, the digit of a box where a question names it; after three quarters, both digits at the end
+    of a question that names two boxes.
+    """
+    seen = _see(model, batch, output_hidden_states=True)
+
+    def loss(layers: int, at: Tensor, tokens: Tensor) -> Tensor:
+        hidden = model.model.language_model.norm(seen.hidden_states[layers][:, at])
+        return F.cross_entropy(model.lm_head(hidden).float().flatten(0, 1), tokens.flatten())
+
+    question = torch.searchsorted(batch.asked_at, batch.named_at)
+    of_two = question.bincount()[question] == 2
+    layers = model.config.get_text_config().num_hidden_layers
+    steps = loss(layers // 2, batch.named_at, batch.named)
+    steps = steps + loss(layers * 3 // 4, batch.asked_at[question[of_two]], batch.named[:, of_two])
+    logits = model.lm_head(seen.last_hidden_state[:, batch.asked_at]).float()
+    return steps + F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten()), logits.argmax(-1) == batch.answers
+
+
 def question_logits(model: Qwen2VLForConditionalGeneration, batch: Questions) -> Tensor:
     """For the token after each question: [B, Q, vocabulary] float32."""
-    hidden = model.model(
+    return model.lm_head(_see(model, batch).last_hidden_state[:, batch.asked_at]).float()
+
+
+def _see(model: Qwen2VLForConditionalGeneration, batch: Questions, **kwargs: bool) -> ModelOutput:
+    """What the decoder makes of the videos and the questions behind them."""
+    return model.model(
         input_ids=batch.input_ids,
         attention_mask=batch.mask.expand(len(batch.input_ids), -1, -1, -1),
         position_ids=batch.positions,
         pixel_values_videos=batch.pixels,
         video_grid_thw=batch.grid,
         use_cache=False,
-    ).last_hidden_state
-    return model.lm_head(hidden[:, batch.asked_at]).float()
+        **kwargs,
+    )
 
 
 def asking(recipes: tuple[Recipe, ...], lengths: tuple[Length, ...], resume_after: tuple[str, ...]) -> Callable:
@@ -189,15 +223,23 @@ class Course:
     vocabulary: Mapping[str, int] = field(default_factory=lambda: IDS)
 
 
+MIXED = ("what", "when", *("after", "same") * 5)
+COMPARING = ("what", *("when",) * 2, *("after",) * 3, *("same",) * 6)
+BALANCED = ("what", *("when",) * 3, *("after",) * 4, *("same",) * 4)
+
+
 def relating(
     styles: tuple[Style, ...],
     lengths: tuple[Length, ...],
     recipes: tuple[Recipe, ...] = (),
     needles: tuple[int, int] = (3, 4),
+    kinds: tuple[str, ...] = MIXED,
+    two_digits: float = 0.0,
 ) -> Callable:
     """Makes the batches of a phase that asks how needles are related, in textured scenes beside these recipes."""
     busy = Recipe(needles=needles, styles=styles, speed=(0.0, 3.0), flashes=(0, 12), kinds=HARDER_KINDS)
-    return lambda seed, phase: HarderBatches(seed, phase, (busy, *recipes), lengths, 12, ("space", "time"))
+    ways = ("space", "time")
+    return lambda seed, phase: HarderBatches(seed, phase, (busy, *recipes), lengths, kinds, ways, two_digits)
 
 
 def _seeing(name: str, steps: int, rate: float) -> Phase:
@@ -209,22 +251,34 @@ def _seeing(name: str, steps: int, rate: float) -> Phase:
     return Phase(name, steps, data, align, rate=rate, decay=0.02, betas=(0.9, 0.999), warm_up=50, sees=True)
 
 
+_ANYWHERE = ((covered, small, brief), (Length(16, 8, 0.5), Length(64, 2, 0.25), Length(128, 1, 0.25)))
+_IN_8_FRAMES = (Length(8, 12),)
+
 HARDER_PHASES = (
     _seeing("See small needles, too", 800, 2e-3),
-    Phase("Relate in 8 frames", 600, relating((covered, small), (Length(8, 12),)), answer, warm_up=50, hold=1.0),
+    Phase("Relate in 8 frames", 600, relating((covered, small), _IN_8_FRAMES), answer, warm_up=50, hold=1.0),
     _seeing("See small needles better", 1000, 1.5e-3),
-    Phase("Relate 2 or 3", 700, relating((covered,), (Length(8, 12),), (), (2, 3)), answer, warm_up=50, hold=1.0),
-    Phase("Relate 3 or 4", 600, relating((covered, small), (Length(8, 12),)), answer, warm_up=20, hold=1.0),
+    Phase("Relate 2 or 3", 700, relating((covered,), _IN_8_FRAMES, (), (2, 3)), answer, warm_up=50, hold=1.0),
+    Phase("Relate 3 or 4", 600, relating((covered, small), _IN_8_FRAMES), answer, warm_up=20, hold=1.0),
     Phase("Relate in 16 frames", 600, relating((covered, small), (Length(16, 8),)), answer, warm_up=20, hold=1.0),
+    Phase("Relate in all", 1500, relating(*_ANYWHERE, (HARDER_RECIPES["brief"],)), answer, stop=100),
+    _seeing("See small needles best", 800, 1e-3),
+    Phase(
+        "Compare in 8 frames",
+        300,
+        relating((covered,), _IN_8_FRAMES, kinds=COMPARING, two_digits=0.8),
+        answer_in_steps,
+        rate=2e-3,
+        warm_up=20,
+        hold=1.0,
+    ),
     Phase(
         "Relate anywhere",
-        1500,
-        relating(
-            (covered, small, brief),
-            (Length(16, 8, 0.5), Length(64, 2, 0.25), Length(128, 1, 0.25)),
-            (HARDER_RECIPES["brief"],),
-        ),
-        answer,
+        1200,
+        relating(*_ANYWHERE, (HARDER_RECIPES["brief"],), kinds=BALANCED, two_digits=0.5),
+        answer_in_steps,
+        warm_up=20,
+        hold=0.3,
     ),
 )
 
@@ -314,7 +368,7 @@ class Trainer:
             losses.append(loss.item())
             rights.append(right.float().mean().item())
             self._on_step(self.phase, self._step, losses[-1], rights[-1])
-            if self._step % self._checkpoint_every == 0 or self._step == phase.steps:
+            if self._step % self._checkpoint_every == 0 or self._step == phase.last:
                 self._add_row(phase, fmean(losses), fmean(rights))
                 losses, rights = [], []
                 self._save(optimizer)
@@ -329,7 +383,7 @@ class Trainer:
 
     def _batches(self, phase: Phase) -> DataLoader:
         data = phase.data(self._seed, self.phase)
-        steps = range(self._step, phase.steps)
+        steps = range(self._step, phase.last)
         return DataLoader(data, batch_size=None, sampler=steps, num_workers=self._workers)
 
     def _add_row(self, phase: Phase, loss: float, right: float) -> None:
@@ -451,14 +505,14 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     with _bars(Console()) as progress:
-        bars = [progress.add_task(phase.name, total=phase.steps, note="") for phase in chosen.phases]
+        bars = [progress.add_task(phase.name, total=phase.last, note="") for phase in chosen.phases]
 
         def on_step(phase: int, step: int, loss: float, right: float) -> None:
             progress.update(bars[phase], completed=step, note=f"loss {loss:.3f}, right {right:.0%}")
 
         trainer = Trainer(out, chosen.phases, seed, device, workers, on_step=on_step, make=chosen.make, bf16=bf16)
         for bar, phase in zip(bars[: trainer.phase], chosen.phases, strict=False):
-            progress.update(bar, completed=phase.steps)
+            progress.update(bar, completed=phase.last)
         trainer.run()
         save_model(trainer.model, out / "model", chosen.vocabulary)
         rows = []

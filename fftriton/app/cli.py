@@ -144,7 +144,11 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(help="Number of questions (default: 500, or all of a file).")] = None,
     seed: Annotated[int, typer.Option(help="Selects the samples; training saw none of them.")] = 0,
     split: Annotated[
-        str | None, typer.Option(help="Split of the task; needle: easy (the default), hard, blended, real or long.")
+        str | None,
+        typer.Option(
+            help="Split of the task; needle: easy (the default), hard, blended, real, long, or for another model that "
+            "ships relations, small, brief, moving or longer.",
+        ),
     ] = None,
     frames: Annotated[str, typer.Option(help="Frames per video, separated by commas (default: split's).")] = "",
     model: ModelOptions,

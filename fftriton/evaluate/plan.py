@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeGuard
 
@@ -83,7 +83,7 @@ class Plan:
         samples: number of samples, at least 1: those with the indices 0, 1, ...
         seed: selects the samples, which training never saw.
         num_frames: lengths of the videos, used in turn; empty for the split's own.
-        target: the model.
+        target: the model; without a name, the task's own if it has one.
         out: folder for records and results.
         reference: the method that the others are tested against, at the same budget; one of `methods`. None for the
             one that keeps everything, or else the first.
@@ -105,7 +105,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_count("eval", "samples", self.samples, 1)
-        sample_count(self.make_task(), self.samples)
+        task = self.make_task()
+        sample_count(task, self.samples)
+        if self.target.model is None and (checkpoint := getattr(task, "checkpoint", None)) is not None:
+            object.__setattr__(self, "target", replace(self.target, model=checkpoint))
         check_settings("eval", self.methods, self.budgets)
         if self.reference is not None:
             check_choice("eval", "reference", self.reference, self.methods)

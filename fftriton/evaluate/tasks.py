@@ -59,7 +59,8 @@ class Sample(Protocol):
 class Task(Protocol):
     """Samples and the scoring of their answers. Constructed as `Task(split, seed, num_frames)`.
 
-    A task whose samples are limited defines `__len__`.
+    A task whose samples are limited defines `__len__`. One that wants another model than the shipped one, where the
+    user names none, defines `checkpoint`: the folder of the model or its name on the hub, or None.
 
     Attributes:
         split: the part of the task that the samples come from.

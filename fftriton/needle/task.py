@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checks import check_choice, check_count
 from ..runtime.answers import is_right
 from ..runtime.processing import Processor
+from ..runtime.shipped import HARDER_MODEL
 from .samples import HARDER_SPLITS, SPLITS, Recipe, Sample, generate_sample, recipe_of
 from .vocabulary import COLOURS, DIGITS, UNKNOWN
 
@@ -19,7 +20,7 @@ class NeedleTask:
     """Questions about digits on coloured boxes that appear for a moment; training saw none of the samples.
 
     Args:
-        split: one of SPLITS, or of HARDER_SPLITS for a model that knows their words; None for "easy".
+        split: one of SPLITS or HARDER_SPLITS; None for "easy".
         seed: selects the samples.
         num_frames: lengths of the videos, multiples of 4 (8 in HARDER_SPLITS), used in turn; empty for the split's own.
 
@@ -46,6 +47,11 @@ class NeedleTask:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of question, which take turns."""
         return self._recipe.kinds
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The shipped model that knows the words of the split; None for the one that always is the default."""
+        return str(HARDER_MODEL) if self.split in HARDER_SPLITS else None
 
     @property
     def _recipe(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""Assets that ship in the package: a small trained model and two clips."""
+"""Assets that ship in the package: two small trained models and two clips."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent.parent / "assets"
 MODEL = ASSETS / "needle-qwen2vl"
+HARDER_MODEL = ASSETS / "needle-harder-qwen2vl"
+"""For the harder splits of the needle task."""
 
 DEFAULT_QUESTION = "Describe this video."
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ class Target:
 
     @property
     def is_shipped(self) -> bool:
-        """Whether the model is the small one that ships in the package."""
-        return self.model is None
+        """Whether the model is one of the small ones that ship in the package."""
+        return self.model is None or Path(self.model) == shipped.HARDER_MODEL
 
     @property
     def checkpoint(self) -> str:
@@ -86,7 +87,7 @@ class Target:
     @property
     def name(self) -> str:
         """Name to print."""
-        return shipped.MODEL.name if self.model is None else self.model
+        return Path(self.checkpoint).name if self.is_shipped else self.checkpoint
 
     @property
     def threads(self) -> int:

@@ -1,0 +1,124 @@
+"""The comparison of all methods: what is measured, kept and written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import typer
+
+from bench.needle import compare
+from bench.needle.compare import DENSE, REFERENCE, Line
+from fftriton.methods import names, parse
+from fftriton.methods.text import read
+
+MINE = """
+from dataclasses import dataclass
+import fftriton
+
+@dataclass(frozen=True)
+class Mine(fftriton.UniformFrames):
+    "A user's own method."
+"""
+
+
+def line(split, method, budget, accuracy, **changes):
+    about = Line(
+        split, method, budget, budget, 500, accuracy, 0.5, 0.6, 0.25, 0.3, 12.5, None, 9000, "needle", "cpu",
+        1, "2", "5", "abc", "2026-01-01",
+    )  # fmt: skip
+    return replace(about, **changes)
+
+
+def table_of(values):
+    """Lines of split -> method -> accuracy at 30 and 10 %; keep-all once."""
+    return [
+        line(split, method, budget, accuracy)
+        for split, methods in values.items()
+        for method, accuracies in methods.items()
+        for budget, accuracy in zip((1.0,) if method == DENSE else (0.3, 0.1), accuracies, strict=True)
+    ]
+
+
+LINES = table_of(
+    {
+        "easy": {DENSE: (1.0,), REFERENCE: (0.9, 0.6), "evs": (0.8, 0.7), "fastv": (0.9, None)},
+        "brief": {DENSE: (0.5,), REFERENCE: (0.5, 0.4), "evs": (0.25, 0.1), "fastv": (0.5, None)},
+    }
+)
+
+
+def test_every_method_of_the_package_is_compared():
+    compared = {part.name for text in compare.METHODS for part in read(text)}
+    assert compared == set(names())
+    for text in compare.METHODS:
+        parse(text, 1.0 if text == DENSE else 0.3)
+
+
+def test_a_share_is_of_the_accuracy_with_all_tokens_of_the_same_split():
+    assert compare.shares(LINES, 0.3)["evs"] == {"easy": 0.8, "brief": 0.5}
+    assert compare.shares(LINES, 0.1)["evs"] == {"easy": 0.7, "brief": pytest.approx(0.2)}
+    assert "fastv" not in compare.shares(LINES, 0.1)
+
+
+def test_the_best_are_those_that_reach_both_budgets():
+    assert compare.best_methods(LINES) == [REFERENCE, "evs"]
+    assert compare.best_methods(LINES, count=0) == [REFERENCE]
+
+
+def test_new_lines_replace_old_ones_and_the_others_stay():
+    new = [line("easy", "evs", 0.1, 0.99), line("easy", "evs", 0.05, 0.5)]
+    lines = compare.merged(LINES, new)
+    assert len(lines) == len(LINES) + 1
+    own = [one for one in lines if (one.split, one.method) == ("easy", "evs")]
+    assert [(one.budget, one.accuracy) for one in own] == [(0.3, 0.8), (0.1, 0.99), (0.05, 0.5)]
+    assert [one.split for one in lines] == ["easy"] * 8 + ["brief"] * 7
+
+
+def test_the_summary_has_the_mean_and_the_worst_split():
+    rows = compare.summary(LINES).splitlines()
+    assert rows[2:] == [
+        "| `framefusion` | 95.0 | 90.0 (easy) | 70.0 | 60.0 (easy) |",
+        "| `evs` | 65.0 | 50.0 (brief) | 45.0 | 20.0 (brief) |",
+        "| `fastv` | 95.0 | 90.0 (easy) |  |  |",
+    ]
+
+
+def test_the_file_reads_back(tmp_path):
+    lines = [*LINES, line("easy", "fastv", 0.2, None, note="too few layers", p_value=None)]
+    compare.write_csv(lines, tmp_path / "lines.csv")
+    assert compare.read_lines(tmp_path / "lines.csv") == lines
+    assert compare.read_lines(tmp_path / "none.csv") == []
+
+
+def test_a_method_of_ones_own_is_compared_by_one_option(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    out, records = tmp_path / "out", tmp_path / "records"
+
+    def run():
+        compare.main("evs", ["my_module:Mine"], "easy", samples=4, out=out, records=records)
+        return compare.read_lines(out / "needle-comparison.csv")
+
+    lines = run()
+    assert {one.method for one in lines} == {DENSE, REFERENCE, "evs", "my_module:Mine"}
+    budgets = [one.budget for one in lines if one.method == "my_module:Mine"]
+    assert budgets == list(compare.THEN)
+    dense = next(one for one in lines if one.method == DENSE)
+    assert dense.accuracy >= 0.75
+    assert dense.samples == 4
+    against = [one.p_value for one in lines if one.method == "evs"]
+    assert None not in against
+    answers = (records / "easy" / "records-0.jsonl").read_bytes()
+    assert run() == lines  # from the records
+    assert (records / "easy" / "records-0.jsonl").read_bytes() == answers
+    page = (out / "needle-comparison.md").read_text()
+    assert "| `my_module:Mine` |" in page
+    assert "## easy, 4 samples" in page
+    assert (out / "needle-comparison.png").stat().st_size > 10_000
+
+
+def test_an_unknown_split_is_refused_before_any_work(tmp_path):
+    with pytest.raises(typer.BadParameter, match=r"splits must be among easy, .*, longer, got 'soft'"):
+        compare.main(splits="easy,soft", out=tmp_path)
+    assert not list(tmp_path.iterdir())
