@@ -53,6 +53,8 @@ METHODS = (
     "dycoke",
     "visionzip",
     "flashvid",
+    "fastvid",
+    "st-simdiff",
     "anchors",
     "uniformframes",
     "randomtokens",
