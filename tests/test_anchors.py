@@ -44,9 +44,9 @@ def novelty_of(tokens, prompt):
         for column in layout.positions.T:
             places = [int(place) for place in column if place >= 0]
             if places:
-                median = hidden[places].median(0).values  # the lower one of an even number
+                usual = hidden[places].mean(0)
                 for place in places:
-                    found[place] = 1 - F.cosine_similarity(hidden[place], median, dim=0)
+                    found[place] = 1 - F.cosine_similarity(hidden[place], usual, dim=0)
     return found
 
 
@@ -98,6 +98,20 @@ def test_tokens_that_are_not_finite_are_outliers():
     left = Anchors(0.3).shorten(tokens, prompt)
     assert left.sizes[left.position == TEXT + 7].tolist() == [1]  # an anchor would have more
     assert left.sizes.isfinite().all()
+    tokens.hidden[0, TEXT + 7] = tokens.hidden[0, TEXT + 2]  # of the same patch: what else stays does not change
+    usual = Anchors(0.3).shorten(tokens, prompt)
+    assert len(set(left.position[0].tolist()) ^ set(usual.position[0].tolist())) <= 4
+
+
+def test_of_an_image_the_most_unusual_patches_stay():
+    tokens, prompt = prompt_of((1, 40))
+    plain = torch.randn(8, generator=torch.Generator().manual_seed(1))
+    tokens.hidden[0, TEXT:] = plain + 0.1 * tokens.hidden[0, TEXT:].sign()
+    unusual = [TEXT + 5, TEXT + 17, TEXT + 30]
+    tokens.hidden[0, unusual] = -plain
+    left = Anchors(0.3).shorten(tokens, prompt)
+    assert left.sizes[0, torch.isin(left.position[0], torch.tensor(unusual))].tolist() == [1, 1, 1]
+    assert left.num_video == 12
 
 
 def test_bad_parameters_are_named():

@@ -15,20 +15,22 @@ from .frames import FrameContext, FrameRows
 
 _GOLDEN = 0.6180339887498949  # turns by it spread evenly, however many there are
 _ANCHOR, _OUTLIER = 4.0, 8.0  # above every novelty, which is at most 2
-_ELEMENTS = 2**24  # of hidden states that are sorted at a time
+_ELEMENTS = 2**24  # of hidden states in fp32 at a time
 
 
 @dataclass(frozen=True)
 class Anchors(ScoringMethod):
     """Keep outliers, and anchors of the background that are spread over time and count for all that is dropped.
 
-        novelty(t) = 1 - cos(x_t, median over the frames of the patch of t)
+        novelty(t) = 1 - cos(x_t, mean over the frames of the patch of t)
+
+    In a video of one frame, as an image is, the mean is over the frame.
 
     Of k = round(budget * n) tokens, a = round(share * k / frames) of each frame are anchors, at least one and the same
     number of each as far as k allows. The others are the outliers: the tokens of the highest novelty. The anchors of a
     frame stand at even distances among its other tokens, from a start that turns from frame to frame. Each of them has
     the size (n - outliers) / anchors. No attention is read, and the videos of a sample share everything but the
-    medians. Ties go to the earlier token.
+    means. Ties go to the earlier token.
 
     Questions about time need tokens of every frame, and a softmax that has lost the mass of the background answers
     others wrongly: hence the anchors and their sizes. The needle task, where answers are outliers, suits this rule.
@@ -92,18 +94,20 @@ class Anchors(ScoringMethod):
 
 
 def _novelty(video: FrameContext) -> Tensor:
-    """[F, P] fp32 in [0, 2]: 1 - the cosine of each token with the median over time of its patch; 2 if not finite."""
+    """[F, P] fp32 in [0, 2]: 1 - the cosine of each token with the mean over time of its patch; 2 if not finite."""
     frames, _, width = video.hidden.shape
-    some = max(1, _ELEMENTS // (frames * width))  # patches at a time, for sorting copies them
+    if frames == 1:
+        return _novelty_of(video.hidden[0, :, None].float(), video.present[0, :, None])[None, :, 0]
+    some = max(1, _ELEMENTS // (frames * width))  # patches
     parts = zip(video.hidden.split(some, 1), video.present.split(some, 1), strict=True)
     return torch.cat([_novelty_of(hidden.float(), present) for hidden, present in parts], 1)
 
 
 def _novelty_of(hidden: Tensor, present: Tensor) -> Tensor:
     """The same for some patches, hidden [F, p, D] fp32 and present [F, p] bool."""
-    ordered = hidden.masked_fill(~present[..., None], torch.inf).sort(dim=0).values  # holes last
-    middle = ((present.sum(0) - 1).clamp_min(0) // 2)[None, :, None].expand(1, -1, hidden.shape[-1])
-    cosine = F.cosine_similarity(hidden, ordered.gather(0, middle), dim=-1)
+    counts = (present & hidden.isfinite().all(-1))[..., None]
+    usual = hidden.masked_fill(~counts, 0.0).sum(0, keepdim=True)  # as good as the mean: only its direction counts
+    cosine = F.cosine_similarity(hidden, usual, dim=-1)
     return (1 - cosine).nan_to_num(nan=2.0).clamp(0.0, 2.0)
 
 
