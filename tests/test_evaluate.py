@@ -27,7 +27,7 @@ from fftriton.evaluate.rows import Row, depth_cells
 from fftriton.hf.flops import prefill_flops
 from fftriton.needle import generate_sample
 from fftriton.needle.task import NeedleTask
-from fftriton.runtime.shipped import NEEDLE
+from fftriton.runtime.shipped import HARDER_MODEL, NEEDLE
 from fftriton.runtime.target import Target
 
 pytest.importorskip("av")  # reads videos
@@ -201,6 +201,14 @@ def test_parameters_of_methods():
     draws = [Setting("randomtokens", 0.3).method(index).seed for index in (0, 7)]
     assert draws == [0, 7]
     assert Setting("randomtokens:seed=3", 0.3).method(7).seed == 3
+
+
+def test_the_harder_splits_are_answered_by_the_model_that_ships_for_them():
+    harder = Plan(split="relations").target
+    assert (harder.model, harder.name, harder.is_shipped) == (str(HARDER_MODEL), "needle-harder-qwen2vl", True)
+    assert Plan(split="hard").target == Target()
+    assert Plan(split="relations", target=Target("my/model", dtype="float32")).target.model == "my/model"
+    assert Plan(split="relations", target=Target(dtype="float16")).target.dtype == "float16"
 
 
 # ---- answers

@@ -14,14 +14,14 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from bench.needle import batches, train
 from bench.needle import model as needle_model
-from fftriton.needle import KINDS, generate_sample
+from fftriton.needle import HARDER_SPLITS, KINDS, generate_sample
 from fftriton.needle.digits import digit_images
 from fftriton.needle.needles import covered, small
 from fftriton.needle.samples import HARDER_KINDS
 from fftriton.needle.scenes import real_scenes
 from fftriton.needle.vocabulary import HARDER_IDS, HARDER_TOKENS
 from fftriton.runtime.processing import load_processor
-from fftriton.runtime.shipped import BUNNY, MODEL
+from fftriton.runtime.shipped import BUNNY, HARDER_MODEL, MODEL
 
 pytest.importorskip("av")  # reads videos
 
@@ -31,6 +31,11 @@ RESUME_AFTER = "time" if transformers.__version__ < "5" else "space"
 @pytest.fixture(scope="module")
 def shipped():
     return Qwen2VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def harder():
+    return Qwen2VLForConditionalGeneration.from_pretrained(HARDER_MODEL, dtype=torch.float32).eval()
 
 
 def tiny_phases():
@@ -234,11 +239,23 @@ def test_the_command_trains_saves_and_measures(tmp_path, monkeypatch):
     assert clips == [(BUNNY.path, BUNNY.path)] * 5
 
 
+def assert_reaches(share, model, checkpoint, samples):
+    """The model answers so many right that a lower share is unlikely."""
+    answers = train.answers(model, load_processor(checkpoint), samples)
+    right = sum(text == sample.answer for text, sample in zip(answers, samples, strict=True))
+    at_most = sum(comb(len(samples), k) * share**k * (1 - share) ** (len(samples) - k) for k in range(right + 1))
+    assert at_most > 0.01, f"{right} of {len(samples)} right, which a model of {share:.0%} is very unlikely to give"
+
+
 @pytest.mark.parametrize("seed", [0, 12345])
 def test_shipped_model_reaches_95_percent_on_held_out_samples(shipped, seed):
     samples = [generate_sample("easy", seed, index) for index in range(40)]
-    answers = train.answers(shipped, load_processor(MODEL), samples)
-    right = sum(text == sample.answer for text, sample in zip(answers, samples, strict=True))
-    at_most = sum(comb(len(samples), k) * 0.95**k * 0.05 ** (len(samples) - k) for k in range(right + 1))
-    assert at_most > 0.01, f"{right} of {len(samples)} right, which a model of 95 % is very unlikely to give"
+    assert_reaches(0.95, shipped, MODEL, samples)
     assert {sample.kind for sample in samples} == set(KINDS)
+
+
+@pytest.mark.parametrize("split", HARDER_SPLITS)
+def test_the_harder_model_reaches_90_percent_on_held_out_samples(harder, split):
+    samples = [generate_sample(split, 12345, index) for index in range(12 if split == "longer" else 40)]
+    assert_reaches(0.9, harder, HARDER_MODEL, samples)
+    assert {sample.kind for sample in samples} == set(HARDER_KINDS)

@@ -88,4 +88,5 @@ def methods(budget: float, frames: int) -> dict[str, fftriton.Method]:
         "fastv": fftriton.FastV(budget),
         "kvtp": fftriton.KVTP(budget, relevance=lambda _: relevance),
         "temporalmerge": fftriton.TemporalMerge(budget),
+        "anchors": fftriton.Anchors(budget),
     }
