@@ -45,7 +45,6 @@ from fftriton.evaluate.calibration import Results
 from fftriton.evaluate.relevance import sample_relevance
 from fftriton.evaluate.tasks import GROUP
 from fftriton.needle import generate_sample
-from fftriton.needle.samples import write_clip
 from fftriton.runtime.processing import load_processor
 from fftriton.runtime.shipped import MODEL, NEEDLE
 from fftriton.runtime.video import write_video
@@ -56,6 +55,7 @@ VIDEO = re.compile(r"(?<![\w/.$])[\w/-]+\.mp4")
 SECONDS = {"clips/0001.mp4": 48}  # of a video, which has a label for every 8
 LONG = 72  # of others: a page asks about what comes after a minute
 SHORTER = {  # how a command differs from what stands in a document: it asks or measures less
+    "fftriton calibrate": ["--budgets", "0.5,0.2"],
     "fftriton eval": ["--samples", "1"],
     "fftriton run --compare --report": ["--question", NEEDLE.question],  # about one of the two shipped clips
     "fftriton run --method": ["--question", NEEDLE.question],
@@ -229,7 +229,7 @@ def write_requests(path: Path) -> None:
     lines = []
     for index in range(5):
         sample = generate_sample("easy", 1, index)
-        write_clip(Path(f"{index}.mp4"), sample.frames)
+        write_video(Path(f"{index}.mp4"), sample.frames, 4, crf=18)
         lines.append(json.dumps({"video": f"{index}.mp4", "question": sample.question}) + "\n")
     path.write_text("".join(lines))
 
