@@ -1,114 +1,116 @@
 """Every code block of the documents runs, or says what it needs.
 
-The Python blocks of a document run in their order, in one namespace. Names that a document leaves to its reader are in
-`GIVEN`, and checkpoints of a model hub are replaced by what is here. Commands are not run: a test checks that they
-exist, with the options and files that they name. A block that needs what cannot be had here has a comment right before
-it:
+The blocks of a document run in their order, in one folder and one namespace: Python, and commands as in a shell. A
+block with a title is a file, and so is there from the start. The videos that a document names are a clip of the needle
+task, its checkpoints of a model hub are the model that ships, and `GIVEN` has what else it leaves to its reader.
 
-    <!-- needs: a model hub -->
+Commands that measure do so on little (`SHORTER`). A block that needs what cannot be had here, or that takes long and
+runs at night, has a comment right before it:
+
+    <!-- needs: a GPU -->
+    <!-- takes: a minute -->
 """
 
 from __future__ import annotations
 
-import ast
-import importlib
-import importlib.util
+import importlib.metadata
 import inspect
+import json
 import re
-import runpy
-import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
 from checkpoints import needs_torchvision
+from command_checks import check_make, check_pip
+from documents import DOCUMENTS, ROOT, Block, blocks, blocks_of, commands
 from remote_models import PLACEHOLDER, llava_qwen
 from remote_prompts import pixels
+from shell import run, substituted
 from transformers import Qwen2VLForConditionalGeneration
 
 import fftriton
+import fftriton.app.doctor
+import fftriton.app.run
 from bench.kvtp.needle import WORDS
 from bench.kvtp.small import small_siglip
+from fftriton.app.calibrate_output import results_table
 from fftriton.app.cli import app
+from fftriton.evaluate.calibration import Results
+from fftriton.evaluate.relevance import sample_relevance
+from fftriton.evaluate.tasks import GROUP
 from fftriton.needle import generate_sample
 from fftriton.runtime.processing import load_processor
-from fftriton.runtime.shipped import MODEL
+from fftriton.runtime.shipped import MODEL, NEEDLE
+from fftriton.runtime.video import write_video
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [
-    "README.md", "kernels/README.md", "CONTRIBUTING.md",
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
-]  # fmt: skip
-MARKER = re.compile(r"<!-- needs: .+ -->")
-COMMAND = re.compile(r"`((?:make|fftriton|python|pip) [^`]+)`")
-SHIPPED = {"Qwen/Qwen2-VL-7B-Instruct": MODEL}
+HUB = "Qwen/Qwen2-VL-7B-Instruct"
 PREDICTOR = "google/siglip-so400m-patch14-384"  # here a small one with random weights
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of code.
-
-    Args:
-        document: where it stands.
-        line: its first one, from 1.
-        language: of a fence; "" for an indented block.
-        text: what it holds.
-        marked: whether a comment before it says what it needs.
-    """
-
-    document: str
-    line: int
-    language: str
-    text: str
-    marked: bool
-
-    def __str__(self) -> str:
-        return f"{self.document}:{self.line}"
-
-
-def blocks(document: str, text: str) -> Iterator[Block]:
-    """Fenced and indented blocks, in their order."""
-    lines, number, before = text.splitlines(), 0, ""
-    while number < len(lines):
-        line = lines[number]
-        fence = re.match(r"(`{3,}|~{3,})\s*(\w*)", line)
-        if fence:
-            end = next((n for n in range(number + 1, len(lines)) if lines[n].startswith(fence[1])), len(lines))
-            body, first, after = lines[number + 1 : end], number + 2, end + 1
-        elif line.startswith("    ") and (number == 0 or not lines[number - 1].strip()):
-            end = number
-            while end < len(lines) and (lines[end].startswith("    ") or not lines[end].strip()):
-                end += 1
-            body, first, after = [part.removeprefix("    ") for part in lines[number:end]], number + 1, end
-        else:
-            before, number = line.strip() or before, number + 1
-            continue
-        marked = MARKER.fullmatch(before) is not None
-        yield Block(document, first, fence[2] if fence else "", "\n".join(body).strip("\n") + "\n", marked)
-        before, number = "", after
-
-
-def every_block() -> list[Block]:
-    return [block for name in DOCUMENTS for block in blocks(name, (ROOT / name).read_text(encoding="utf-8"))]
+VIDEO = re.compile(r"(?<![\w/.$])[\w/-]+\.mp4")
+SECONDS = {"clips/0001.mp4": 48}  # of a video, which has a label for every 8
+LONG = 72  # of others: a page asks about what comes after a minute
+SHORTER = {  # how a command differs from what stands in a document: it asks or measures less
+    "fftriton calibrate": ["--budgets", "0.5,0.2"],
+    "fftriton eval": ["--samples", "1"],
+    "fftriton run --compare --report": ["--question", NEEDLE.question],  # about one of the two shipped clips
+    "fftriton run --method": ["--question", NEEDLE.question],
+    "fftriton run --config": ["--max-frames", "8"],
+    "python -m bench.prefill --": [
+        "--shape",
+        "toy",
+        "--frames",
+        "16,24,32",
+        "--batch",
+        "1",
+        "--patches",
+        "4",
+        "--layers",
+        "4",
+        "--turns",
+        "1",
+        "--steps",
+        "1",
+        "--dtype",
+        "float32",
+    ],
+    "python -m bench.needle.show": ["--count", "2"],
+}
+ELSEWHERE = {"docs/sparsekv.md": "tests/test_sparsekv_page.py"}  # whose commands run there, on data in the right format
 
 
 def own_prompt() -> dict[str, Any]:
     """What a page calls the reader's own: a model, a video, a question and the inputs made of these."""
-    sample = generate_sample("easy", seed=0, index=0)
-    inputs = load_processor(MODEL)(sample.video, sample.question)
+    sample, processor = generate_sample("easy", seed=0, index=0), load_processor(MODEL)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(MODEL)
+    inputs = processor(sample.video, sample.question)
     known = inspect.signature(Qwen2VLForConditionalGeneration.forward).parameters
+    inputs = {name: value for name, value in inputs.items() if name in known}
     return {
         "fftriton": fftriton,
-        "model": Qwen2VLForConditionalGeneration.from_pretrained(MODEL),
-        "inputs": {name: value for name, value in inputs.items() if name in known},
+        "model": model,
+        "inputs": inputs,
+        "inputs_with_images": as_image(inputs, model.config),
         "frames": sample.frames,
         "question": sample.question,
     }
+
+
+def as_image(inputs: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The prompt with the first frame of its video, as a picture."""
+    grid = inputs["video_grid_thw"].clone()
+    grid[:, 0] = 1
+    patches = int(grid.prod())
+    ids = inputs["input_ids"][0]
+    (places,) = torch.nonzero(ids == config.video_token_id, as_tuple=True)
+    stays = torch.ones_like(ids, dtype=torch.bool)
+    stays[places[patches // config.vision_config.spatial_merge_size**2 :]] = False
+    ids = torch.where(ids == config.video_token_id, config.image_token_id, ids)[stays][None]
+    return {"input_ids": ids, "pixel_values": inputs["pixel_values_videos"][:patches], "image_grid_thw": grid}
 
 
 def remote_prompt() -> dict[str, Any]:
@@ -117,10 +119,29 @@ def remote_prompt() -> dict[str, Any]:
     return {"fftriton": fftriton, "model": llava_qwen(), "input_ids": ids, "video": pixels(8, 5)}
 
 
+def client() -> dict[str, Any]:
+    """A client of a server that looks at what it is asked, and the question."""
+
+    def create(model: str, messages: list[Any], extra_body: dict[str, Any]) -> None:
+        json.dumps([model, messages, extra_body])  # it can be sent
+        asked.append(extra_body)
+
+    asked: list[Any] = []
+    chat = SimpleNamespace(completions=SimpleNamespace(create=create))
+    sample = generate_sample("easy", seed=0, index=0)
+    return {
+        "client": SimpleNamespace(chat=chat), "asked": asked, "model": HUB, "messages": [],
+        "frames": sample.frames, "question": sample.question,
+    }  # fmt: skip
+
+
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/bring-your-own-model.md": remote_prompt,
     "docs/bring-your-own-method.md": own_prompt,
+    "docs/calibrate.md": own_prompt,
+    "docs/choosing-a-budget.md": lambda: {"fftriton": fftriton},
     "docs/methods.md": own_prompt,
+    "docs/serving.md": client,
     "docs/troubleshooting.md": own_prompt,
 }
 
@@ -128,38 +149,106 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 @pytest.mark.parametrize(
     "document", [pytest.param(name, marks=needs_torchvision) if name == "README.md" else name for name in DOCUMENTS]
 )
-def test_python_runs(document, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # some write files
-    python = [block for block in every_block() if block.document == document and block.language == "python"]
-    checkpoints = dict(SHIPPED)
-    if any(PREDICTOR in block.text for block in python):
-        checkpoints[PREDICTOR] = tmp_path / "predictor"
-        small_siglip(WORDS, side=64, patch=16, width=16, depth=1).save_pretrained(checkpoints[PREDICTOR])
+def test_a_document_runs(document, tmp_path, monkeypatch):
+    visit(document, tmp_path, monkeypatch, at_night=False)
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if any(block.takes for block in blocks_of(name))])
+def test_a_document_runs_with_what_takes_long(document, tmp_path, monkeypatch):
+    visit(document, tmp_path, monkeypatch, at_night=True)
+
+
+def visit(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch, at_night: bool) -> None:
+    """Do what a document says, from top to bottom."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(fftriton.app.run, "_REPEATS", 1)  # of what `fftriton run` times
+    monkeypatch.setattr(fftriton.app.doctor, "_trouble", lambda module: "")  # slow, and shown in tests/test_doctor.py
+    found = blocks_of(document)
+    names = {HUB: str(MODEL), "Qwen/Qwen2.5-VL-7B-Instruct": str(MODEL), PREDICTOR: "siglip", "/your/project": "."}
+    lay_out(found, names)
     namespace = {"__name__": "document"} | GIVEN.get(document, dict)()
-    for block in python:
-        if block.marked:
-            continue
-        text = block.text
-        for name, folder in checkpoints.items():
-            text = text.replace(f'"{name}"', repr(str(folder)))
-        source = "\n" * (block.line - 1) + text  # errors name the line
-        code = compile(source, str(ROOT / document), "exec", dont_inherit=True)
-        exec(code, namespace)
+    try:
+        for block in found:
+            if not block.needs and (at_night or not block.takes):
+                follow(block, names, namespace)
+    finally:
+        sample_relevance.cache_clear()
+
+
+def follow(block: Block, names: Mapping[str, str], namespace: dict[str, Any]) -> None:
+    """Run a block of Python or of commands; of others, see that they are what they seem to be."""
+    if block.language == "python":
+        source = "\n" * (block.line - 1) + substituted(block.text, names)  # errors name the line
+        exec(compile(source, str(ROOT / block.document), "exec", dont_inherit=True), namespace)
+    elif block.is_shell and block.document not in ELSEWHERE:
+        for command in commands(block.text):
+            follow_command(command, names)
+    else:
+        assert block.title or block.language in ("text", "toml") or block.document in ELSEWHERE, block
+
+
+def follow_command(command: str, names: Mapping[str, str]) -> None:
+    """Run a command; those that install or test are what the tests themselves were started with."""
+    program, *arguments = command.split("#")[0].split()
+    if program == "make":
+        check_make(arguments)
+        workflows = [*(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / ".ci" / "run"]
+        lines = [line.strip().removeprefix("- run: ") for path in workflows for line in path.read_text().splitlines()]
+        assert " ".join([program, *arguments]) in lines, f"no workflow runs {command}"
+    elif program == "pip":
+        check_pip([argument.strip("'") for argument in arguments])
+    else:
+        run(command, names, SHORTER)
+
+
+def lay_out(found: list[Block], names: Mapping[str, str]) -> None:
+    """Put into the current folder what the blocks of a document name."""
+    for name in ("bench", "fftriton", "kernels"):  # commands are given from the root of a checkout
+        Path(name).symlink_to(ROOT / name)
+    texts = "".join(block.text for block in found if block.language != "python" and not block.needs)
+    if PREDICTOR in "".join(block.text for block in found) or "predictor" in texts:
+        siglip = small_siglip(WORDS, side=64, patch=16, width=16, depth=1)
+        for folder in ("siglip", "predictor", "needle/predictor"):
+            siglip.save_pretrained(folder)
+    asked, sample = VIDEO.findall(texts), generate_sample("easy", 0, 0)
+    for video in set(asked):
+        Path(video).parent.mkdir(parents=True, exist_ok=True)
+        frames = np.repeat(sample.frames, 5, axis=0)[: SECONDS.get(video, LONG)]
+        write_video(Path(video), frames, 1, crf=30)
+    if "requests.jsonl" in texts:
+        write_requests(Path("requests.jsonl"))
+    for block in found:
+        if block.title:
+            text = substituted(block.text, names)
+            Path(block.title).write_text(text.replace("revision: main\n", ""))  # a folder has none
+
+
+def write_requests(path: Path) -> None:
+    """Several, about different videos: an answer to one may be found among a few random tokens by chance."""
+    lines = []
+    for index in range(5):
+        sample = generate_sample("easy", 1, index)
+        write_video(Path(f"{index}.mp4"), sample.frames, 4, crf=18)
+        lines.append(json.dumps({"video": f"{index}.mp4", "question": sample.question}) + "\n")
+    path.write_text("".join(lines))
 
 
 @needs_torchvision
 def test_the_first_snippet_of_the_readme_answers(capsys):
     """As it stands, but for the model: Hugging Face's own processor makes the inputs."""
-    text = next(blocks("README.md", (ROOT / "README.md").read_text(encoding="utf-8"))).text
-    (name,) = SHIPPED
-    assert text.count(f'"{name}"') == 1
-    exec(compile(text.replace(f'"{name}"', repr(str(MODEL))), "README.md", "exec"), {"__name__": "document"})
+    text = blocks_of("README.md")[0].text
+    assert text.count(f'"{HUB}"') == 1
+    exec(compile(text.replace(f'"{HUB}"', repr(str(MODEL))), "README.md", "exec"), {"__name__": "document"})
     answer, figures = capsys.readouterr().out.splitlines()
     assert answer.startswith("['3 ")
     assert re.fullmatch(r"0\.30\d+ \[77(, 77){7}\]", figures)
 
 
-@pytest.mark.parametrize("block", [block for block in every_block() if block.language == "yaml"], ids=str)
+ALL = [block for document in DOCUMENTS for block in blocks_of(document)]
+
+
+@pytest.mark.parametrize("block", [block for block in ALL if block.language == "yaml"], ids=str)
 def test_files_of_options_are_read(block, tmp_path):
     (tmp_path / "options.yaml").write_text(block.text)
     group = typer.main.get_command(app)
@@ -167,128 +256,32 @@ def test_files_of_options_are_read(block, tmp_path):
         parent = group.context_class(group, info_name="fftriton")
         needed = ["requests.jsonl"] if name in ("batch", "calibrate") else []
         values = command.make_context(name, [*needed, "--config", str(tmp_path / "options.yaml")], parent=parent).params
-        assert values.get("model", "none") == ("none" if name == "doctor" else "Qwen/Qwen2-VL-7B-Instruct")
+        assert values.get("model", "none") == ("none" if name == "doctor" else HUB)
 
 
-@pytest.mark.parametrize(
-    "block", [block for block in every_block() if block.language not in ("python", "toml", "yaml")], ids=str
-)
-def test_commands_exist(block):
-    if not block.marked and not is_listing(block.text):
-        for command in commands(block.text):
-            check(command)
+@pytest.mark.parametrize("block", [block for block in ALL if block.language == "toml"], ids=str)
+def test_entry_points_lead_somewhere(block, tmp_path, monkeypatch):
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    (found,) = tomllib.loads(block.text)["project"]["entry-points"].items()
+    for source in (other for other in blocks_of(block.document) if other.title.endswith(".py")):
+        (tmp_path / source.title).write_text(source.text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert found[0] == GROUP
+    for name, value in found[1].items():
+        task = importlib.metadata.EntryPoint(name, value, found[0]).load()()
+        assert task.score(task.sample(0), task.sample(0).answer)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_in_the_text_exist(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for block in blocks(document, text):
-        text = text.replace(block.text, "")
-    for command in COMMAND.findall(text):
-        if "..." not in command:
-            check(" ".join(command.split()))
-
-
-def commands(text: str) -> list[str]:
-    """The commands of a block, one per line. A prompt, and the output after it, do not count."""
-    lines = text.replace("\\\n", " ").splitlines()
-    if any(line.startswith("$ ") for line in lines):
-        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    return [line for line in lines if line.strip()]
-
-
-def is_listing(text: str) -> bool:
-    """Whether a block lists files and folders that exist, one a line."""
-    names = [line.split()[0].rstrip(",") for line in text.splitlines() if line.strip()]
-    return all((ROOT / name).exists() for name in names) and not all(name in CHECKS for name in names)
-
-
-def check(command: str) -> None:
-    """Raise unless all that a command names is there."""
-    words = shlex.split(command, comments=True)
-    variables = {}
-    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-        name, _, variables[name] = words.pop(0).partition("=")
-    program, arguments = words[0], words[1:]
-    if program == "python" and arguments[0].startswith("bench/"):
-        found = "." in variables.get("PYTHONPATH", "").split(":")
-        assert found, f"{command}: a bench needs the root on its path; python -m bench... has it there"
-    if program not in CHECKS:
-        pytest.fail(f"{command}: run it in a test, or say what it needs in a comment before it: <!-- needs: ... -->")
-    CHECKS[program](arguments)
-
-
-def check_make(arguments: list[str]) -> None:
-    """Targets and variables of the Makefile."""
-    makefile = (ROOT / "Makefile").read_text()
-    targets = {name for names in re.findall(r"^([\w. %-]+):(?!=)", makefile, re.MULTILINE) for name in names.split()}
-    for argument in arguments:
-        variable, is_variable, _ = argument.partition("=")
-        if is_variable:
-            assert f"$({variable})" in makefile, f"make has no variable {variable}"
-        else:
-            found = any(re.fullmatch(re.escape(target).replace("%", ".+"), argument) for target in targets)
-            assert found, f"make has no target {argument}"
-
-
-def check_fftriton(arguments: list[str]) -> None:
-    """A subcommand and its options, or an option of the program."""
-    name, *options = arguments
-    program = typer.main.get_command(app)
-    parse(program, arguments) if name.startswith("-") else parse(program.commands[name], options)
-
-
-def check_python(arguments: list[str]) -> None:
-    """A module with its options, if it is one of the benches, or a file."""
-    if arguments[0] != "-m":
-        assert (ROOT / arguments[0]).is_file(), f"there is no file {arguments[0]}"
-        return
-    module, options = arguments[1], arguments[2:]
-    found = importlib.util.find_spec(module)
-    assert found is not None, f"there is no module {module}"
-    module += ".__main__" if found.submodule_search_locations is not None else ""
-    if not module.startswith("bench."):
-        return
-    main = importlib.import_module(module).main
-    if "typer.run(main)" in (ROOT / Path(*module.split("."))).with_suffix(".py").read_text():
-        alone = typer.Typer()
-        alone.command()(main)
-        parse(typer.main.get_command(alone), options)
-    else:
-        known = string_constants(ROOT / Path(*module.split(".")).with_suffix(".py"))
-        assert {option for option in options if option.startswith("--")} <= known
-
-
-def check_pip(arguments: list[str]) -> None:
-    """Extras of setup.py."""
-    settings: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", settings.update)
-        runpy.run_path(str(ROOT / "setup.py"))
-    assert arguments[0] == "install"
-    for target in arguments[1:]:
-        extra = re.fullmatch(r"(?:\.|fftriton)\[(.+)\]", target)
-        assert target in (".", "fftriton") or (extra and extra[1] in settings["extras_require"]), target
-
-
-CHECKS = {"make": check_make, "fftriton": check_fftriton, "python": check_python, "pip": check_pip}
-
-
-def parse(command: Any, arguments: list[str]) -> None:
-    """Raise if a command of typer does not know an option."""
-    value = "VALUE"  # of an option that is named in a text without one
-    command.make_parser(command.context_class(command)).parse_args([*arguments, value])
-
-
-def string_constants(path: Path) -> set[str]:
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+def test_a_table_that_is_shown_is_one_that_is_printed():
+    (block,) = [block for block in ALL if block.language == "text"]
+    headings = [str(column.header) for column in results_table(Results([], [], None, "", 0.98, 0, 0)).columns]
+    assert block.text.splitlines()[0].split() == " ".join(headings).split()
 
 
 PAGE = """\
 Text, `make test`.
 
-```python
+```python title="a.py"
 a = 1
 ```
 
@@ -299,6 +292,8 @@ a = 1
 
 * a list
 
+<!-- takes: an hour -->
+
     $ make lint
     passed
 """
@@ -306,42 +301,26 @@ a = 1
 
 def test_blocks_are_found():
     found = list(blocks("page.md", PAGE))
-    assert [(block.line, block.language, block.marked) for block in found] == [
-        (4, "python", False), (9, "", True), (14, "", False),
+    assert [(block.line, block.language, block.title, block.needs, block.takes) for block in found] == [
+        (4, "python", "a.py", "", ""), (9, "", "", "a GPU", ""), (16, "", "", "", "an hour"),
     ]  # fmt: skip
     assert [commands(block.text) for block in found[1:]] == [["make nothing      --more"], ["make lint"]]
 
 
 @pytest.mark.parametrize(
-    "command",
+    "text",
     [
-        "make nothing", "make test NO_SUCH=1", "fftriton run --no-such-option", "python bench/gpu.py --toy",
-        "fftriton --no-such-option",
-        "PYTHONPATH=. python bench/nothing.py",
-        "python -m bench.kernels.run --no-such-option", "python -m bench.gpu --no-such-option",
-        "python -m bench.nothing", "pip install .[nothing]", "curl https://example.org",
+        "fftriton run --no-such-option", "fftriton run --video nothing.mp4", "fftriton batch nothing.jsonl",
+        "python kernels/nothing.py", "python -m bench.nothing", "cp nothing somewhere", "curl https://example.org",
+        "make nothing", "make bench-save", "pip install .[nothing]", "PYTHONPATH=kernels python nothing.py",
     ],
 )  # fmt: skip
-def test_what_does_not_exist_is_found(command):
+def test_a_command_that_fails_is_noticed(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises((Exception, pytest.fail.Exception)):
-        check(command)
+        follow(Block("page.md", 1, "sh", text), {}, {})
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "fftriton --version", "make test-transformers-5.23",
-        "make fuzz MINUTES=10", "fftriton run --compare --out out  # of a clip",
-        "PYTHONPATH=kernels python -m bench.kernels.run --device cpu", "python -m bench.gpu --toy",
-        "PYTHONPATH=kernels:. python bench/gpu.py --toy",
-        "python kernels/examples/tome.py", "pip install .[eval]",
-    ],
-)  # fmt: skip
-def test_what_exists_is_found(command):
-    check(command)
-
-
-def test_a_listing_is_no_command():
-    assert is_listing("fftriton   the library\nbench, tests\n")
-    assert not is_listing("fftriton run\n")
-    assert not is_listing("fftriton\nnothing\n")
+def test_a_block_of_unknown_kind_is_noticed():
+    with pytest.raises(AssertionError):
+        follow(Block("page.md", 1, "json", "{}"), {}, {})

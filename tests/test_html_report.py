@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 from report_pages import MERGES_AND_PRUNES, write_run_report
+from transformers import Qwen2VLForConditionalGeneration
 from typer.testing import CliRunner
 
+import fftriton
 from fftriton import VideoLayout
 from fftriton.app.cli import app
 from fftriton.app.report.strip import make_strip, states_at_threshold, states_of
 from fftriton.evaluate.observing import Observed
-from fftriton.runtime.shipped import NEEDLE
+from fftriton.runtime.processing import load_processor
+from fftriton.runtime.shipped import MODEL, NEEDLE
 from fftriton.runtime.target import Target
-from fftriton.runtime.video import Video, write_video
+from fftriton.runtime.video import Video, read_video, write_video
 
 MEBIBYTES = 5
 HOSTILE = 'Is <b>this</b> </script><script>alert(1)</script> [red]bold[/red] & "quoted"?'
@@ -54,6 +57,11 @@ class Page(HTMLParser):
 def made(tmp_path_factory):
     page, (result,) = write_run_report(tmp_path_factory.mktemp("run"), "--method", MERGES_AND_PRUNES)
     return page, result
+
+
+def data_of(path: Path) -> dict:
+    """What the first strip of a page gives its script."""
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', path.read_text(encoding="utf-8"))[1])
 
 
 def decoded(script: dict) -> list[list[int]]:
@@ -107,8 +115,7 @@ def test_a_page_needs_nothing_beside_it(made):
 
 def test_the_script_gets_what_the_report_recorded(made):
     path, result = made
-    data = re.search(r'<script type="application/json">(.*?)</script>', path.read_text(encoding="utf-8"))[1]
-    script = json.loads(data)
+    script = data_of(path)
     report = result.reduced.report
     positions = report.layouts[0].positions.flatten()
     states = decoded(script)
@@ -224,6 +231,31 @@ def test_inspect_and_calibrate_write_pages(tmp_path):
     assert "Use framefusion at a budget of 0.5" in page.text
     (row,) = re.findall(r"framefusion 0.5 100 \S+ [\d.]+ [\d.]+ \S+ take this", page.text)
     assert row
+    inputs = load_processor(MODEL)(read_video(NEEDLE.path, num_frames=16), NEEDLE.question)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(MODEL)
+    with fftriton.reduce(model, fftriton.FrameFusion(0.5)) as reduction:
+        model.generate(**{name: value for name, value in inputs.items() if name != "mm_token_type_ids"})
+    states = [state.reshape(-1).tolist() for state in states_of(reduction.report)]
+    assert decoded(data_of(tmp_path / "c.html")) == states
+    assert states[-1] != list(range(len(states[-1])))  # some are merged
+    assert (tmp_path / "c.html").stat().st_size < MEBIBYTES * 2**20
+
+
+def test_a_calibration_whose_example_fails_says_so(tmp_path):
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(json.dumps({"video": str(NEEDLE.path), "question": NEEDLE.question}) + "\n")
+    arguments = ["calibrate", requests, "--methods", "framefusion", "--budgets", "0.5", "--out", tmp_path / "c"]
+    page = tmp_path / "c.html"
+
+    def broken(*_: object) -> None:
+        raise ValueError("no <memory>")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fftriton.app.calibrate.make_example", broken)
+        done = CliRunner().invoke(app, [*map(str, arguments), "--report", str(page)])
+    assert done.exit_code == 0, done.output
+    assert f"cannot be shown: {NEEDLE.path}: no <memory>" in Page(page).text
+    assert not Page(page).all("ol")
 
 
 @pytest.mark.parametrize("command", [["run"], ["inspect"], ["calibrate", "requests.jsonl"]], ids=lambda given: given[0])

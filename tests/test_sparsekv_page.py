@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import re
-import runpy
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from documents import blocks_of, commands
 from scripted_endpoint import chat, endpoint
+from shell import run
 
 from bench.kvtp.needle import WORDS
 from bench.kvtp.small import small_siglip
@@ -25,28 +23,8 @@ from fftriton.runtime.video import write_video
 pytest.importorskip("av")
 parquet = pytest.importorskip("pyarrow.parquet", reason="reads .parquet files: pip install 'fftriton[labels]'")
 
-PAGE = Path(__file__).parents[1] / "docs" / "sparsekv.md"
+PAGE = "docs/sparsekv.md"
 SECONDS = 72
-
-
-def commands() -> list[str]:
-    """The page's commands, in order; its variables are set by the test."""
-    blocks = re.findall(r"(<!-- needs: .* -->\n)?```sh\n(.*?)```", PAGE.read_text().replace("\\\n", " "), re.DOTALL)
-    return [line for marked, block in blocks if not marked for line in block.splitlines()]
-
-
-def run(command: str, variables: dict[str, str]) -> None:
-    """Run a command as a shell would, but in this process, which has imported torch already."""
-    program, *words = shlex.split(re.sub(r"\$(\w+)", lambda name: shlex.quote(variables[name[1]]), command))
-    module, arguments = (words[1], words[2:]) if program == "python" else ("fftriton", words)
-    assert (program, words[0]) in (("python", "-m"), ("fftriton", "eval")), command
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module, *arguments])
-        for name in (module, f"{module}.__main__"):
-            patch.delitem(sys.modules, name, raising=False)
-        with pytest.raises(SystemExit) as end:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-    assert not end.value.code, command
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -104,10 +82,10 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_data_sets()
     small_siglip(WORDS, side=64, patch=16, width=16, depth=1).save_pretrained("siglip")
-    found = commands()
+    found = [line for block in blocks_of(PAGE) if block.is_shell and not block.needs for line in commands(block.text)]
     assert len(found) == 8
     with endpoint(score) as (url, requests):
-        variables = {"CAPTIONER": str(MODEL), "SCORER": f"m@{url}", "SIGLIP": "siglip", "MODEL": str(MODEL)}
+        variables = {"$CAPTIONER": str(MODEL), "$SCORER": f"m@{url}", "$SIGLIP": "siglip", "$MODEL": str(MODEL)}
         try:
             for command in found:
                 run(command, variables)

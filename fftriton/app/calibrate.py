@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_real, first_line
-from ..evaluate.calibration import Comparison, Race, Results, judge
+from ..evaluate.calibration import Comparison, Race, Results, Row, judge
 from ..evaluate.comparing import BLANK, CONTROLS, DENSE, RANDOM, Comparer, IsRight, Question
 from ..evaluate.file_task import read_label, read_options, with_options
 from ..evaluate.keys import origin_of_answers, record_key
@@ -25,6 +25,7 @@ from ..runtime.processes import this_process, wait_for_all
 from ..runtime.progress import OpenBar
 from ..runtime.sampling import Sampling
 from ..runtime.target import Target
+from .calibrate_example import Example, make_example
 from .clips import Clip, Decoder, Task, ahead, batches, make_tasks, quick_collection, share_pixels
 from .requests import Request
 
@@ -105,14 +106,19 @@ class Found:
         results: the judgement.
         failures: requests without an answer: the video and why.
         origin: what the answers depend on, see `origin_of_answers`.
+        example: the first request that was answered, at the recommended setting; None if it was not asked for, if
+            nothing is recommended, or if it failed.
+        no_example: why it failed.
     """
 
     results: Results
     failures: list[tuple[str, str]]
     origin: dict[str, Any]
+    example: Example | None = None
+    no_example: str = ""
 
 
-def calibrate(plan: Calibration, open_bar: OpenBar) -> Found:
+def calibrate(plan: Calibration, open_bar: OpenBar, with_example: bool = False) -> Found:
     """Compare all settings with the dense model, except for what the plan's folder already has.
 
     Under `accelerate launch` or `torchrun` the processes share the videos; each returns all results.
@@ -120,6 +126,7 @@ def calibrate(plan: Calibration, open_bar: OpenBar) -> Found:
     Args:
         plan: what to calibrate.
         open_bar: opens a progress bar.
+        with_example: whether the main process also runs one request at the recommended setting, for `Found.example`.
 
     Raises:
         ValueError, TypeError: the model cannot be used.
@@ -146,7 +153,13 @@ def calibrate(plan: Calibration, open_bar: OpenBar) -> Found:
                     on_progress(done, total)
                     collect()
     wait_for_all()
-    return runner.found()
+    found = runner.found()
+    if not (with_example and process.is_main and found.results.chosen):
+        return found
+    with target.own_threads(), open_bar("Running one request at the recommended setting") as on_progress:
+        found = runner.with_example(found, found.results.chosen)
+        on_progress(1, 1)
+    return found
 
 
 class _Runner:
@@ -221,6 +234,17 @@ class _Runner:
         )  # fmt: skip
         failures = [(task.request.name, failed[task.key] or "") for task in self.tasks if task.key in failed]
         return Found(results, failures, self.origin)
+
+    def with_example(self, found: Found, chosen: Row) -> Found:
+        """The results with the first request that was answered, at the recommended setting."""
+        answered = self._folder.read([self._keys[DENSE]])
+        good = {index for (_, index), record in answered.items() if record.error is None}
+        task = next(task for task in self.tasks if task.key in good)
+        try:
+            example = make_example(self._model, self.decoder, task, Setting(chosen.method, chosen.budget))
+        except Exception as error:  # an earlier run compared it; memory may be short now
+            return replace(found, no_example=f"{task.request.name}: {first_line(error)}")
+        return replace(found, example=example)
 
     def _missing(self, task: Task) -> dict[Setting, str]:
         """The settings that have to be run on a request, with their keys; none if the request failed."""

@@ -325,7 +325,7 @@ def calibrate(
         )
         check_out(out)
         with make_progress(messages, rate=True) as progress:
-            found = run_calibration(plan, Bars(progress).open)
+            found = run_calibration(plan, Bars(progress).open, with_example=report is not None)
         if not this_process().is_main:
             return
         files = write_results(plan, found)

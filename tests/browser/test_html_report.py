@@ -258,12 +258,11 @@ def test_the_pages_of_inspect_and_calibrate(visit, tmp_path):
             assert not page.faults
             if SCREENSHOTS:
                 page.screenshot(path=Path(SCREENSHOTS) / f"{name}-{scheme}-{size['width']}.png", full_page=True)
-    page = visit(tmp_path / "inspect.html")
-    slide(page, "Layer", "Home")
-    slide(page, "Frame", "Home")
-    assert set(shown(page)) == {"kept"}
-    slide(page, "Frame", "End")
-    assert "merged" in shown(page)
+        slide(page, "Layer", "Home")
+        slide(page, "Frame", "Home")
+        assert set(shown(page)) == {"kept"}
+        slide(page, "Frame", "End")
+        assert "merged" in shown(page)
 
 
 def clip_as_requests(folder: Path) -> Path:

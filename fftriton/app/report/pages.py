@@ -44,6 +44,8 @@ def write_run_page(path: Path, options: Options, results: Sequence[Result]) -> N
 def write_calibration_page(path: Path, plan: Calibration, found: Found, files: Sequence[Path]) -> None:
     """Write the page of `fftriton calibrate`: which setting keeps the answers, and how all compare.
 
+    The frames are those of `found.example`.
+
     Args:
         path: the page.
         plan: what was calibrated.
@@ -56,10 +58,12 @@ def write_calibration_page(path: Path, plan: Calibration, found: Found, files: S
         if file.name == "pareto.png"
     ]
     requests = [request for request, _ in plan.labelled()]
+    example = found.example
+    strip = None if example is None else make_strip(example.job, states_of(example.report))
     _write(
         path, "calibrate.html", "A setting that keeps the answers", describe_calibration(plan),
         found=found, notes=list(notes(found)), table=_plain(results_table(found.results)), plots=plots,
-        requests=[(request.name, request.question) for request in requests],
+        strip_of_example=strip, requests=[(request.name, request.question) for request in requests],
     )  # fmt: skip
 
 
