@@ -20,7 +20,12 @@ import fftriton_kernels
 from fftriton.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[2]
-MEASURED = ROOT / "bench" / "results" / "needle-easy.csv"
+MEASURED = ROOT / "bench" / "results" / "needle-comparison.csv"
+MEASURED_HOW = (
+    "Percent of answers that are right on each split of the [needle task](../../bench/needle/README.md) (95 % "
+    "interval), and the operations of the prefill relative to all tokens, by the budget: a part of "
+    "[the comparison of all methods](../../bench/results/needle-comparison.md)."
+)
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -80,23 +85,41 @@ def class_of(name: str) -> type:
 def method_page(name: str) -> str:
     """The docstring of a method, and what was measured of it on the needle task."""
     cls = class_of(name)
-    rows = [row for row in csv.DictReader(MEASURED.open(encoding="utf-8")) if row["method"] == name and row["accuracy"]]
-    measured = ""
-    if rows:
-        lines = [
-            f"| {float(row['budget']):.0%} | {100 * float(row['accuracy']):.1f} "
-            f"({100 * float(row['accuracy_low']):.1f}-{100 * float(row['accuracy_high']):.1f}) "
-            f"| {100 * float(row['relative_flops']):.0f} % |"
-            for row in rows
+    with MEASURED.open(encoding="utf-8", newline="") as file:
+        rows = [
+            row for row in csv.DictReader(file) if row["method"].partition(":")[0] == name and "+" not in row["method"]
         ]
-        origin = f"{rows[0]['samples']} samples of the easy split, {rows[0]['model']}, commit {rows[0]['commit']}"
-        measured = (
-            f"\n## Measured\n\nOn the [needle task](../../bench/needle/README.md), {origin}: percent of answers that "
-            "are right (95 % interval), and the multiply-accumulates of the prefill relative to all tokens.\n\n"
-            "| budget | right | operations |\n|---|---|---|\n" + "\n".join(lines) + f"\n\n    {rows[0]['command']}\n"
-        )
+    measured = "".join(measured_table(text, rows) for text in dict.fromkeys(row["method"] for row in rows))
+    if measured:
+        measured = f"\n## Measured\n\n{MEASURED_HOW}\n{measured}"
     text = f"`--method {name}`. [All methods](../methods.md) compares them and says what a budget is.\n"
     return f"# {cls.__name__}\n\n{text}\n::: {cls.__module__}.{cls.__name__}\n{measured}"
+
+
+def measured_table(method: str, rows: list[dict[str, str]]) -> str:
+    """What was measured of a method, given as text: a split per line."""
+    own = {(row["split"], float(row["budget"])): row for row in rows if row["method"] == method}
+    budgets = sorted({budget for _, budget in own}, reverse=True)
+    lines = [
+        " | ".join([split, *(measured_cell(own.get((split, budget))) for budget in budgets)])
+        for split in dict.fromkeys(split for split, _ in own)
+    ]
+    heading = " | ".join(["split", *(f"{budget:.0%}" for budget in budgets)])
+    rule = "|".join(["---"] * (1 + len(budgets)))
+    table = "\n".join(f"| {line} |" for line in (heading, *lines)).replace("\n", f"\n|{rule}|\n", 1)
+    return f"\n`{method}`:\n\n{table}\n"
+
+
+def measured_cell(row: dict[str, str] | None) -> str:
+    """Percent right, its interval, and the operations."""
+    if row is None:
+        return ""
+    if not row["accuracy"]:
+        return "cannot"
+    right, low, high, cost = (
+        100 * float(row[name]) for name in ("accuracy", "accuracy_low", "accuracy_high", "relative_flops")
+    )
+    return f"{right:.1f} ({low:.1f}-{high:.1f}), {cost:.0f} %"
 
 
 def api_page(package: Any) -> str:

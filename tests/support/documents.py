@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     "README.md", "kernels/README.md", "CONTRIBUTING.md", "fftriton/assets/needle-qwen2vl/README.md",
+    "fftriton/assets/needle-harder-qwen2vl/README.md",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "bench").rglob("README.md"))),
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 ]  # fmt: skip
