@@ -11,6 +11,7 @@ from bench.needle import compare
 from bench.needle.compare import DENSE, REFERENCE, Line
 from fftriton.methods import names, parse
 from fftriton.methods.text import read
+from fftriton.needle import HARDER_SPLITS, SPLITS
 
 MINE = """
 from dataclasses import dataclass
@@ -122,3 +123,11 @@ def test_an_unknown_split_is_refused_before_any_work(tmp_path):
     with pytest.raises(typer.BadParameter, match=r"splits must be among easy, .*, longer, got 'soft'"):
         compare.main(splits="easy,soft", out=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_documents_show_what_was_measured():
+    lines = compare.read_lines(compare.RESULTS / f"{compare.NAME}.csv")
+    assert (compare.RESULTS / f"{compare.NAME}.md").read_text(encoding="utf-8") == compare.page(lines) + "\n"
+    assert f"{compare.BEGIN}\n\n{compare.summary(lines)}\n\n{compare.END}" in compare.README.read_text(encoding="utf-8")
+    assert {line.split for line in lines} == {*SPLITS, *HARDER_SPLITS}
+    assert {line.method for line in lines} >= set(compare.METHODS)
