@@ -123,7 +123,7 @@ def draw_layers(path: Path, rows: Sequence[Row], title: str) -> None:
         axes.set(xlabel="layer", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _tidy(axes)
-    figure.axes[0].set_ylabel("video tokens in attention, mean")
+    figure.axes[0].set_ylabel("video tokens in attention, mean\n(equal lines are drawn apart)")
     figure.suptitle(title, fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
