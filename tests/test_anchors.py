@@ -50,21 +50,21 @@ def novelty_of(tokens, prompt):
     return found
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.2, 0.35, 0.6])
+@pytest.mark.parametrize("budget", [0.1, 0.2, 0.24, 0.26, 0.35, 0.6])
 @pytest.mark.parametrize("holes", [(), ((0, 1), (2, 3), (2, 4))])
 def test_the_rule(budget, holes):
     tokens, prompt = prompt_of((10, 6), holes=holes)
     left = Anchors(budget).shorten(tokens, prompt)
     video, kept = tokens.num_video, round(budget * tokens.num_video)
-    of_frame = max(1, round(2 * kept / 30))
-    outliers = max(1, kept - 10 * of_frame)
+    of_frame = 2 * kept // 30
+    outliers = kept - 10 * of_frame if of_frame else kept - round(kept / 3)
     found = novelty_of(tokens, prompt)
     expected = set(found.argsort(descending=True, stable=True)[:outliers].tolist())
     is_outlier = torch.tensor([int(place) in expected for place in left.position[0]])
     anchors = left.position[0][~is_outlier & (left.patch[0] >= 0)]
     assert int(is_outlier.sum()) == outliers
     per_frame = [int(torch.isin(anchors, frame).sum()) for frame in prompt.layouts[0].positions]
-    if (kept - outliers) % 10 == 0:
+    if of_frame:
         assert set(per_frame) == {of_frame}
     assert max(per_frame) - min(per_frame) <= 1
     sizes = torch.where(torch.isin(left.position, anchors), (video - outliers) / len(anchors), 1.0)

@@ -26,10 +26,10 @@ class Anchors(ScoringMethod):
 
     In a video of one frame, as an image is, the mean is over the frame.
 
-    Of k = round(budget * n) tokens, a = round(share * k / frames) of each frame are anchors, at least one and the same
-    number of each as far as k allows. The others are the outliers: the tokens of the highest novelty. The anchors of a
-    frame stand at even distances among its other tokens, from a start that turns from frame to frame. Each of them has
-    the size (n - outliers) / anchors. No attention is read, and the videos of a sample share everything but the
+    Of k = round(budget * n) tokens, floor(share * k / frames) of each frame are anchors; where that is none, half of that
+    share is spread over the frames, because what stands out matters more. The others are the outliers: the tokens of the
+    highest novelty. The anchors of a frame stand at even distances among its other tokens, from a start that turns from
+    frame to frame. Each of them has the size (n - outliers) / anchors. No attention is read, and the videos of a sample share everything but the
     means. Ties go to the earlier token.
 
     Questions about time need tokens of every frame, and a softmax that has lost the mass of the background answers
@@ -83,14 +83,15 @@ class Anchors(ScoringMethod):
     def _choose(self, novelty: Tensor, frames: FrameRows, kept: int) -> tuple[Tensor, Tensor]:
         """[F, P] bool each: the outliers, and the anchors."""
         number = len(frames.rows)
-        of_frame = max(1, round(self.share * kept / number)) if self.share else 0
-        outliers = max(1, kept - of_frame * number)
+        wanted = self.share * kept
+        anchors = int(wanted / number) * number or round(wanted / 2)
+        outliers = max(1, kept - anchors)
         ranked = novelty.masked_fill(~frames.present, -1.0).flatten()
         is_outlier = torch.zeros_like(ranked, dtype=torch.bool)
         is_outlier = is_outlier.scatter_(0, ranked.argsort(descending=True, stable=True)[:outliers], True)
         is_outlier = is_outlier.view_as(novelty)
-        wanted = torch.arange(number + 1, device=novelty.device) * (kept - outliers) // number
-        return is_outlier, _evenly(frames.present & ~is_outlier, wanted.diff())
+        until = torch.arange(number + 1, device=novelty.device) * (kept - outliers) // number
+        return is_outlier, _evenly(frames.present & ~is_outlier, until.diff())
 
 
 def _novelty(video: FrameContext) -> Tensor:
