@@ -26,11 +26,11 @@ class Anchors(ScoringMethod):
 
     In a video of one frame, as an image is, the mean is over the frame.
 
-    Of k = round(budget * n) tokens, floor(share * k / frames) of each frame are anchors; where that is none, half of that
-    share is spread over the frames, because what stands out matters more. The others are the outliers: the tokens of the
-    highest novelty. The anchors of a frame stand at even distances among its other tokens, from a start that turns from
-    frame to frame. Each of them has the size (n - outliers) / anchors. No attention is read, and the videos of a sample share everything but the
-    means. Ties go to the earlier token.
+    Of k = round(budget * n) tokens, floor(share * k / frames) of each frame are anchors; where that is none, half of
+    that share is spread over the frames, because what stands out matters more. The others are the outliers: the tokens
+    of the highest novelty. The anchors of a frame stand at even distances among its other tokens, from a start that
+    turns from frame to frame. Each of them has the size (n - outliers) / anchors. No attention is read, and the videos
+    of a sample share everything but the means. Ties go to the earlier token.
 
     Questions about time need tokens of every frame, and a softmax that has lost the mass of the background answers
     others wrongly: hence the anchors and their sizes. The needle task, where answers are outliers, suits this rule.
