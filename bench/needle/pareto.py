@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bench.needle.compare import Line
 
 _COLUMNS = 3
+_LEAST = 0.5  # accuracy that is drawn
 _MARKERS = "osD^vP*X"
 _COLOURS = colormaps["tab10"].colors  # type: ignore[attr-defined]
 
@@ -40,9 +41,9 @@ def draw(lines: Sequence[Line], path: Path, curves: Sequence[str]) -> None:
     for axes in list(panels):
         axes.set_visible(False)
     figure.supxlabel("operations of the prefill, relative to all tokens", fontsize=10)
-    figure.supylabel("right", fontsize=10)
+    figure.supylabel(f"right (methods below {_LEAST:.0%} are in the tables alone)", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     save(figure, path)
 
 
@@ -65,7 +66,7 @@ def _draw_split(axes: Axes, lines: Sequence[Line], curves: Sequence[str]) -> Non
             linewidth=1.4,
             zorder=2,
         )
-    axes.set(xscale="log", xticks=[0.05, 0.1, 0.2, 0.3, 0.5], xlim=(0.035, 0.85))
+    axes.set(xscale="log", xticks=[0.03, 0.05, 0.1, 0.2, 0.3, 0.5], xlim=(0.025, 0.85), ylim=(_LEAST, 1.02))
     axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
