@@ -86,6 +86,12 @@ def test_what_holds_for_any_video(frames, patches, budget, share, two, seed):
     assert torch.equal(again.position, left.position)
 
 
+def test_a_share_that_is_exact_but_for_rounding_pays_for_every_frame():
+    tokens, prompt = prompt_of((29, 8))
+    left = Anchors(100 / 232, share=0.29).shorten(tokens, prompt)  # 0.29 * 100 is a little below 29
+    assert int((left.sizes > 1).sum()) == 29
+
+
 def test_anchors_turn_from_frame_to_frame():
     tokens, prompt = prompt_of((16, 8))
     left = Anchors(0.13, share=1.0).shorten(tokens, prompt)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+import transformers
 import typer
 
 from bench.needle import compare
@@ -129,5 +131,36 @@ def test_the_documents_show_what_was_measured():
     lines = compare.read_lines(compare.RESULTS / f"{compare.NAME}.csv")
     assert (compare.RESULTS / f"{compare.NAME}.md").read_text(encoding="utf-8") == compare.page(lines) + "\n"
     assert f"{compare.BEGIN}\n\n{compare.summary(lines)}\n\n{compare.END}" in compare.README.read_text(encoding="utf-8")
-    assert {line.split for line in lines} == {*SPLITS, *HARDER_SPLITS}
-    assert {line.method for line in lines} >= set(compare.METHODS)
+    budgets = {method: (1.0,) if method == DENSE else compare.FIRST for method in compare.METHODS}
+    every = {(split, m, b) for split in (*SPLITS, *HARDER_SPLITS) for m, own in budgets.items() for b in own}
+    assert every <= {line.key for line in lines}
+    assert (
+        len({(line.samples, line.seed, line.device, line.torch, line.transformers) for line in lines if line.samples})
+        == 1
+    )
+    for split in SPLITS:
+        assert {line.model for line in lines if line.split == split} == {"needle-qwen2vl"}
+    for split in HARDER_SPLITS:
+        assert {line.model for line in lines if line.split == split} == {"needle-harder-qwen2vl"}
+    anchors = [line for line in lines if (line.method, line.budget) == ("anchors", 0.1)]
+    reference = {line.split: line.accuracy for line in lines if (line.method, line.budget) == (REFERENCE, 0.1)}
+    better = [line.split for line in anchors if line.p_value < 0.003 and line.accuracy > reference[line.split]]
+    assert set(better) == {*SPLITS, *HARDER_SPLITS} - {"longer"}  # as bench/needle/README.md has it
+    assert min(compare.shares(lines, 0.1)["anchors"].values()) > 0.98
+
+
+def test_a_method_of_some_splits_alone_is_not_ranked():
+    lines = [*LINES, line("easy", "vidcom2", 0.3, 1.0), line("easy", "vidcom2", 0.1, 1.0)]
+    assert compare.best_methods(lines) == [REFERENCE, "evs"]
+    assert compare.summary(lines).splitlines()[-1] == "| `vidcom2` |  |  |  |  |"
+
+
+@pytest.mark.parametrize(("changes", "named"), [({"samples": 50}, "samples 4"), ({"seed": 1}, "seed 9000")])
+def test_lines_that_cannot_be_compared_are_refused_before_any_work(tmp_path, changes, named):
+    about = {"torch": torch.__version__, "transformers": transformers.__version__}
+    own = line("easy", "evs", 0.3, 0.5, samples=4, **about)
+    cannot = replace(own, budget=0.1, accuracy=None, samples=0)
+    compare.write_csv([cannot, own], tmp_path / "needle-comparison.csv")
+    with pytest.raises(typer.BadParameter, match=f"out must be .* has some with {named}, and this run has"):
+        compare.main("evs", splits="easy", out=tmp_path, records=tmp_path / "records", **{"samples": 4} | changes)
+    assert [path.name for path in tmp_path.iterdir()] == ["needle-comparison.csv"]

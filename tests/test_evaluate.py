@@ -204,11 +204,12 @@ def test_parameters_of_methods():
 
 
 def test_the_harder_splits_are_answered_by_the_model_that_ships_for_them():
-    harder = Plan(split="relations").target
+    harder = Plan(split="relations").answering
     assert (harder.model, harder.name, harder.is_shipped) == (str(HARDER_MODEL), "needle-harder-qwen2vl", True)
-    assert Plan(split="hard").target == Target()
-    assert Plan(split="relations", target=Target("my/model", dtype="float32")).target.model == "my/model"
-    assert Plan(split="relations", target=Target(dtype="float16")).target.dtype == "float16"
+    assert Plan(split="hard").answering == Target()
+    assert replace(Plan(split="relations"), split="easy").answering == Target()
+    assert Plan(split="relations", target=Target("my/model", dtype="float32")).answering.model == "my/model"
+    assert Plan(split="relations", target=Target(dtype="float16")).answering.dtype == "float16"
 
 
 # ---- answers

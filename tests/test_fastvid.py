@@ -1,6 +1,7 @@
 """FastVID, against the authors' code and against loops over segments."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,6 +102,17 @@ def test_the_budget_is_met_exactly_and_text_stays(contextual, dtype):
                 assert bool((left.position.diff() > 0).all())
                 text = tokens.position[tokens.patch < 0]
                 assert torch.equal(left.hidden[left.patch < 0], tokens.hidden[0, text])
+
+
+def test_what_later_layers_add_is_mixed_as_the_tokens_are():
+    tokens, layouts = ragged(3)
+    tokens = replace(tokens, additions=(tokens.hidden * 2 + 1, -tokens.hidden))
+    plain = shorten(FastVID(0.4, min_segments=2), replace(tokens, additions=()), layouts)
+    left = shorten(FastVID(0.4, min_segments=2), tokens, layouts)
+    assert torch.equal(left.hidden, plain.hidden)
+    assert not torch.equal(left.hidden, tokens.hidden[:, left.position[0]])
+    for added, expected in zip(left.additions, (left.hidden * 2 + 1, -left.hidden), strict=True):
+        torch.testing.assert_close(added, expected, rtol=0, atol=1e-5)
 
 
 def test_videos_do_not_see_each_other():

@@ -96,6 +96,15 @@ def test_the_first_step_by_hand(seed):
     assert changed > 6
 
 
+@pytest.mark.parametrize(("budget", "size", "gone"), [(0.4, 25, 15), (0.7, 50, 15), (0.7, 100, 30)])
+def test_a_share_of_a_community_is_rounded_up_but_for_rounding(budget, size, gone):
+    generator = torch.Generator().manual_seed(size)
+    x = torch.ones(1, size, 8) + 0.01 * torch.randn(1, size, 8, generator=generator)  # one community
+    tokens, frames = sequence(x)
+    _, left = begin(STSimDiff(budget, difference_threshold=-1.0), tokens, [VideoLayout(frames.rows, columns=size)])
+    assert tokens.length - left.length == gone
+
+
 def test_no_community_has_its_turn_after_one_that_would_exceed_the_budget():
     """Five communities of three, then one of nine events, which asks for too many, then one that would still fit."""
     group = torch.tensor([0, 1, 2, 3, 4, 6]).repeat_interleave(3).tolist() + [5] * 9

@@ -220,7 +220,7 @@ class HarderBatches(QuestionBatches):
     def _draw(self, num_frames: int, rng: np.random.Generator) -> Asked:
         recipe = self._recipes[rng.integers(len(self._recipes))]
         needles = draw(recipe, num_frames, rng)
-        if rng.random() < self._two_digits:
+        if self._two_digits and rng.random() < self._two_digits:
             digits = rng.permutation(10)[:2]
             needles = [replace(needle, digit=int(digits[rng.integers(2)])) for needle in needles]
         video = draw_video(recipe, num_frames, needles, False, rng)

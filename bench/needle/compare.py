@@ -6,7 +6,8 @@
 All methods run at 30 and 10 %, the best six of them and FrameFusion at 50, 30, 20, 10 and 5 %, all on the same samples;
 p is that of McNemar's exact test against FrameFusion at the same budget. Operations are the multiply-accumulates of the
 prefill and of whatever chooses the tokens, relative to all tokens. Answers are kept in the folder --records, so that an
-interrupted run resumes. Lines of OUT/needle-comparison.csv that a run does not measure stay as they are.
+interrupted run resumes. Lines of OUT/needle-comparison.csv that a run does not measure stay as they are; they must be
+of the same samples, device and releases.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import torch
+import transformers
 import typer
 from rich.console import Console
 
@@ -126,6 +129,17 @@ def run(console: Console, split: str, methods: Sequence[str], budgets: Sequence[
     return lines_of(plan, rows)
 
 
+def check_comparable(path: Path, lines: Iterable[Line], about: dict[str, Any]) -> None:
+    """Raise a BadParameter if the file has lines of other samples, another device or other releases."""
+    for line in lines:
+        for name, value in about.items():
+            if line.accuracy is not None and getattr(line, name) != value:
+                raise typer.BadParameter(
+                    f"out must be a folder without lines that cannot be compared: {path} has some with {name} "
+                    f"{getattr(line, name)}, and this run has {value}"
+                )
+
+
 def merged(old: Iterable[Line], new: Iterable[Line]) -> list[Line]:
     """Old lines, replaced and followed by new ones, by split, method and falling budget."""
     lines = {line.key: line for line in (*old, *new)}
@@ -148,11 +162,11 @@ def shares(lines: Iterable[Line], budget: float) -> dict[str, dict[str, float]]:
 def best_methods(lines: Iterable[Line], count: int = BEST) -> list[str]:
     """FrameFusion, and the methods with the highest mean share over all splits and both of the first budgets."""
     lines = list(lines)
-    of_budget = [shares(lines, budget) for budget in FIRST]
+    splits, of_budget = {line.split for line in lines}, [shares(lines, budget) for budget in FIRST]
     means = {
         method: fmean(value for found in of_budget for value in found[method].values())
         for method in of_budget[0]
-        if all(method in found for found in of_budget) and method != REFERENCE
+        if all(found.get(method, {}).keys() == splits for found in of_budget) and method != REFERENCE
     }
     return [REFERENCE, *sorted(means, key=lambda method: -means[method])[:count]]
 
@@ -174,8 +188,8 @@ def summary(lines: Sequence[Line]) -> str:
         return out
 
     def rank(method: str) -> float:
-        own = of_budget[FIRST[-1]].get(method) or {"": 0.0}
-        return -fmean(own.values())
+        own = of_budget[FIRST[-1]].get(method, {})
+        return -fmean(own.values()) if len(own) == len(splits) else 0.0
 
     methods = sorted(dict.fromkeys(line.method for line in lines if not keeps_all(line.method)), key=rank)
     heading = ["method", *(f"{budget:.0%}: {what}" for budget in FIRST for what in ("mean", "least (split)"))]
@@ -224,7 +238,8 @@ def page(lines: Sequence[Line]) -> str:
     about = (
         f"{first.samples} held-out samples a split, seed {first.seed}; {first.device}, {first.threads} thread, torch "
         f"{first.torch}, transformers {first.transformers}, commit {commits}, {max(line.date for line in lines)}. Made "
-        f"by `python -m bench.needle.compare`, with {NAME}.csv beside this page."
+        f"by `python -m bench.needle.compare --samples {first.samples}`, with {NAME}.csv beside this page; it says "
+        "which commit measured which line."
     )
     return "\n\n".join(
         (
@@ -263,6 +278,9 @@ def main(
         raise typer.BadParameter(f"splits must be among {', '.join((*SPLITS, *HARDER_SPLITS))}, got {unknown[0]!r}")
     chosen = list(dict.fromkeys((DENSE, REFERENCE, *(split_methods(methods) if methods else METHODS), *(also or ()))))
     console, path = Console(width=120), out / f"{NAME}.csv"
+    about = {"samples": samples, "seed": seed, "device": Target(device=device).describe()["device"]}
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    check_comparable(path, read_lines(path), about)
     base = {"samples": samples, "seed": seed, "device": device, "records": records}
     lines = read_lines(path)
     for split in chosen_splits:
@@ -271,6 +289,7 @@ def main(
     for split in chosen_splits if best else ():
         lines = merged(lines, run(console, split, [DENSE, *best_methods(lines)], THEN, base))
         write_csv(lines, path)
+    lines = read_lines(path)  # as rounded as a reader has them
     draw(lines, out / f"{NAME}.png", best_methods(lines))
     (out / f"{NAME}.md").write_text(page(lines) + "\n", encoding="utf-8")
     if out == RESULTS:

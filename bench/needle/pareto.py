@@ -34,11 +34,11 @@ def draw(lines: Sequence[Line], path: Path, curves: Sequence[str]) -> None:
     splits = list(dict.fromkeys(line.split for line in lines))
     rows = -(-len(splits) // _COLUMNS)
     figure = Figure(figsize=(4.2 * _COLUMNS, 3.3 * rows + 0.8), dpi=130, layout="constrained")
-    panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for axes, split in zip(panels, splits, strict=False):
         _draw_split(axes, [line for line in lines if line.split == split and line.accuracy is not None], curves)
         axes.set_title(split, fontsize=11)
-    for axes in list(panels):
+    for axes in panels[len(splits) :]:
         axes.set_visible(False)
     figure.supxlabel("operations of the prefill, relative to all tokens", fontsize=10)
     figure.supylabel(f"right (methods below {_LEAST:.0%} are in the tables alone)", fontsize=10)
@@ -66,7 +66,7 @@ def _draw_split(axes: Axes, lines: Sequence[Line], curves: Sequence[str]) -> Non
             linewidth=1.4,
             zorder=2,
         )
-    axes.set(xscale="log", xticks=[0.03, 0.05, 0.1, 0.2, 0.3, 0.5], xlim=(0.025, 0.85), ylim=(_LEAST, 1.02))
+    axes.set(xscale="log", xticks=[0.03, 0.05, 0.1, 0.2, 0.3, 0.5], xlim=(0.02, 1.05), ylim=(_LEAST, 1.02))
     axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))

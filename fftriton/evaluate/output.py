@@ -45,7 +45,7 @@ def write_results(plan: Plan, rows: Sequence[Row], records: Mapping[Setting, Seq
 def describe(plan: Plan) -> dict[str, Any]:
     """Provenance of the results: samples, model, machine, versions, command."""
     asked = {"task": plan.task, "split": plan.make_task().split, "seed": plan.seed}
-    return asked | plan.target.describe() | provenance()
+    return asked | plan.answering.describe() | provenance()
 
 
 def print_results(console: Console, rows: Sequence[Row]) -> None:
@@ -83,4 +83,4 @@ def results_table(rows: Sequence[Row]) -> Table:
 
 def _title(plan: Plan) -> str:
     split = plan.make_task().split
-    return f"{plan.target.name} on the {plan.task} task, {split} split: {plan.samples} samples, seed {plan.seed}"
+    return f"{plan.answering.name} on the {plan.task} task, {split} split: {plan.samples} samples, seed {plan.seed}"

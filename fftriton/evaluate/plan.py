@@ -105,10 +105,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_count("eval", "samples", self.samples, 1)
-        task = self.make_task()
-        sample_count(task, self.samples)
-        if self.target.model is None and (checkpoint := getattr(task, "checkpoint", None)) is not None:
-            object.__setattr__(self, "target", replace(self.target, model=checkpoint))
+        sample_count(self.make_task(), self.samples)
         check_settings("eval", self.methods, self.budgets)
         if self.reference is not None:
             check_choice("eval", "reference", self.reference, self.methods)
@@ -116,6 +113,12 @@ class Plan:
     def make_task(self) -> Task:
         """Make the task with its split, seed and lengths."""
         return make_task(self.task, self.split, self.seed, self.num_frames)
+
+    @property
+    def answering(self) -> Target:
+        """The model that answers: `target`, or, if that names none, the task's own."""
+        checkpoint = getattr(self.make_task(), "checkpoint", None)
+        return replace(self.target, model=str(checkpoint)) if self.target.model is None and checkpoint else self.target
 
     @property
     def settings(self) -> list[Setting]:

@@ -49,7 +49,7 @@ def evaluate(plan: Plan, open_bar: OpenBar) -> tuple[list[Row], dict[Setting, li
     check_out(plan.out)
     wait_for_all()  # fails now, not after the work, if they cannot wait for each other
     process = this_process()
-    target, task = process.own_target(plan.target), plan.make_task()
+    target, task = process.own_target(plan.answering), plan.make_task()
     with target.own_threads():
         with open_bar("Loading the model") as on_progress:
             answerer = Answerer(target, task)

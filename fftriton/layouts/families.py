@@ -100,7 +100,8 @@ def internvl_layout(model: Any, arguments: Mapping[str, Any]) -> list[VideoLayou
     if found is None:
         return []
     patches, vision = model.config.image_seq_length, model.config.vision_config
-    columns = int(vision.image_size[1] // vision.patch_size[1] * model.config.downsample_ratio)
+    width, size = (one if isinstance(one, int) else one[-1] for one in (vision.image_size, vision.patch_size))
+    columns = int(width // size * model.config.downsample_ratio)
     return frames_of_runs(found, patches, columns if columns > 0 and patches % columns == 0 else None)
 
 

@@ -15,6 +15,7 @@ from .frames import FrameContext, FrameRows
 
 _GOLDEN = 0.6180339887498949  # turns by it spread evenly, however many there are
 _ANCHOR, _OUTLIER = 4.0, 8.0  # above every novelty, which is at most 2
+_ROUNDING = 1e-9  # of token counts that are exact but for floating point
 _ELEMENTS = 2**24  # of hidden states in fp32 at a time
 
 
@@ -84,7 +85,7 @@ class Anchors(ScoringMethod):
         """[F, P] bool each: the outliers, and the anchors."""
         number = len(frames.rows)
         wanted = self.share * kept
-        anchors = int(wanted / number) * number or round(wanted / 2)
+        anchors = int(wanted / number + _ROUNDING) * number or round(wanted / 2)
         outliers = max(1, kept - anchors)
         ranked = novelty.masked_fill(~frames.present, -1.0).flatten()
         is_outlier = torch.zeros_like(ranked, dtype=torch.bool)

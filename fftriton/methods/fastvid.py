@@ -94,13 +94,17 @@ class FastVID(BeforeLayers):
         stays = frames.spread(salient | anchors, torch.ones_like(tokens.position, dtype=torch.bool))
         rows = positions_of(stays[0], tokens.length - tokens.num_video + total)
         left = tokens.keep(rows[None], total)
+        parts = (tokens.hidden, *tokens.additions)
+        whole = torch.cat(parts, -1) if tokens.additions else tokens.hidden
         for number, roots in _groups(tokens, frames, free, anchors, segment):
-            means = merge_mean(tokens.hidden, roots, capacity=number)
+            means = merge_mean(whole, roots, capacity=number)
             row = means.kept[0]
             joined = torch.zeros_like(roots[0]).index_add_(0, roots[0].clamp_min(0), (roots[0] >= 0).long())[row]
             own = (1 / (joined + 1)).clamp_min(self.anchor_weight)[:, None]
-            mixed = own * tokens.hidden[0, row].float() + (1 - own) * means.x[0].float()
-            left.hidden[0].index_copy_(0, torch.searchsorted(rows, row), mixed.to(left.hidden.dtype))
+            kept, of_parts = torch.searchsorted(rows, row), means.x[0].split(tokens.hidden.shape[-1], -1)
+            for part, to, mean in zip(parts, (left.hidden, *left.additions), of_parts, strict=True):
+                mixed = own * part[0, row].float() + (1 - own) * mean.float()
+                to[0].index_copy_(0, kept, mixed.to(to.dtype))
         return left
 
 

@@ -124,7 +124,7 @@ def _atypical(method: STSimDiff, tokens: VideoTokens, prompt: Prompt, limit: int
     order = typical.argsort(descending=True, stable=True)
     order = order[community[order].argsort(stable=True)]
     place = torch.empty_like(row).scatter_(0, order, row) - (sizes.cumsum(0) - sizes)[community]
-    quota = torch.minimum((sizes * (1 - method.budget) - _ROUNDING).ceil().long(), sizes - 1).clamp_max(limit)
+    quota = torch.minimum((sizes.double() * (1 - method.budget) - _ROUNDING).ceil().long(), sizes - 1).clamp_max(limit)
     goes = (place >= (sizes - quota)[community]) & ~is_event
     count = torch.zeros_like(sizes).index_add_(0, community, goes.long())
     within = (sizes * centre.square().sum(-1) - 1) / (sizes - 1).clamp_min(1)  # the mean cosine of its pairs

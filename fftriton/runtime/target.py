@@ -77,7 +77,7 @@ class Target:
     @property
     def is_shipped(self) -> bool:
         """Whether the model is one of the small ones that ship in the package."""
-        return self.model is None or Path(self.model) == shipped.HARDER_MODEL
+        return self.model is None or Path(self.model).resolve() == shipped.HARDER_MODEL.resolve()
 
     @property
     def checkpoint(self) -> str:
@@ -87,7 +87,7 @@ class Target:
     @property
     def name(self) -> str:
         """Name to print."""
-        return Path(self.checkpoint).name if self.is_shipped else self.checkpoint
+        return Path(self.checkpoint).resolve().name if self.is_shipped else self.checkpoint
 
     @property
     def threads(self) -> int:

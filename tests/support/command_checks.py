@@ -42,12 +42,6 @@ def check(command: str, needs: str = "") -> None:
     CHECKS[program](arguments)
 
 
-def is_foreign(program: str, arguments: list[str]) -> bool:
-    """Whether a command is of something that a page asks for: another program, a shell's own, a module not of ours."""
-    own_module = arguments[1:2] != ["lmms_eval"] and arguments[:1] != ["-c"]
-    return program in FOREIGN or program.startswith("clips=") or not own_module
-
-
 def check_make(arguments: list[str]) -> None:
     """Targets and variables of the Makefile."""
     makefile = (ROOT / "Makefile").read_text()

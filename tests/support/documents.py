@@ -14,6 +14,7 @@ DOCUMENTS = [
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "bench").rglob("README.md"))),
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 ]  # fmt: skip
+GENERATED = re.compile(r"<!-- (made by|end of) ")
 MARKER = re.compile(r"<!-- (needs|takes): (.+) -->")
 
 
@@ -66,6 +67,8 @@ def blocks(document: str, text: str) -> Iterator[Block]:
             before, number = line.strip() or before, number + 1
             continue
         marker = MARKER.fullmatch(before)
+        if before.startswith("<!--") and not marker and not GENERATED.match(before):
+            raise ValueError(f"{document}:{first}: the comment before a block must be {MARKER.pattern}, got {before}")
         said = {marker[1]: marker[2]} if marker else {}
         language, title = (fence[2], fence[3] or "") if fence else ("", "")
         yield Block(document, first, language, "\n".join(body).strip("\n") + "\n", title, **said)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 
 import pytest
+import torch
 
 
 def run(command: str, names: Mapping[str, str], shorter: Mapping[str, list[str]] | None = None) -> None:
@@ -55,6 +56,7 @@ def substituted(word: str, names: Mapping[str, str]) -> str:
 
 
 def _run_python(name: str, arguments: list[str], module: bool) -> None:
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *arguments])
         for loaded in (name, f"{name}.__main__"):
@@ -67,6 +69,8 @@ def _run_python(name: str, arguments: list[str], module: bool) -> None:
         except SystemExit as end:
             if end.code:
                 pytest.fail(f"{shlex.join([name, *arguments])}: exit code {end.code}")
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _run_process(words: list[str], variables: Mapping[str, str]) -> None:
@@ -74,5 +78,5 @@ def _run_process(words: list[str], variables: Mapping[str, str]) -> None:
     path = os.pathsep.join(filter(None, [variables.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables | {"PYTHONPATH": path}
     command = [*programs.get(words[0], words[:1]), *words[1:]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, f"{shlex.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
