@@ -57,6 +57,7 @@ LONG = 72  # of others: a page asks about what comes after a minute
 SHORTER = {  # how a command differs from what stands in a document: it asks or measures less
     "fftriton calibrate": ["--budgets", "0.5,0.2"],
     "fftriton eval": ["--samples", "1"],
+    "torchrun --nproc-per-node 2 -m fftriton eval": ["--samples", "2"],
     "fftriton run --compare --report": ["--question", NEEDLE.question],  # about one of the two shipped clips
     "fftriton run --method": ["--question", NEEDLE.question],
     "fftriton run --config": ["--max-frames", "8"],
