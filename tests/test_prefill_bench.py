@@ -69,7 +69,7 @@ def test_the_command(tmp_path):
     done = run(command.main, *given.split(), "--out", str(path))
     assert done.exit_code == 0, done.output
     rows = list(csv.DictReader(path.open()))
-    assert [row["method"] for row in rows[:5]] == ["dense", "framefusion", "fastv", "kvtp", "temporalmerge"]
+    assert [row["method"] for row in rows[:6]] == ["dense", "framefusion", "fastv", "kvtp", "temporalmerge", "anchors"]
     assert {row["tokens"] for row in rows} == {"98", "104", "110"}
     for row in rows:
         if row["method"] == "fastv":  # two whole layers of eight are too much
@@ -78,7 +78,7 @@ def test_the_command(tmp_path):
             assert float(row["ratio"]) == pytest.approx(float(row["faster"]) / float(row["predicted_causal"]), rel=1e-2)
     done = run(scale.main, str(path))
     assert done.exit_code == 0, done.output
-    assert done.output.count("98 to 110") == 4
+    assert done.output.count("98 to 110") == 5
 
 
 @pytest.mark.parametrize(
