@@ -9,7 +9,7 @@ import re
 
 import pytest
 from command_checks import check
-from documents import DOCUMENTS, ROOT, blocks_of, commands
+from documents import DOCUMENTS, ROOT, blocks, blocks_of, commands
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"`((?:make|fftriton|python|pip) [^`]+)`")
@@ -60,3 +60,11 @@ def test_what_does_not_exist_is_found(command):
 )  # fmt: skip
 def test_what_exists_is_found(command):
     check(command)
+
+
+def test_a_misspelt_marker_is_an_error_and_not_no_marker():
+    block = "```sh\nls\n```\n"
+    with pytest.raises(ValueError, match=r"page.md:3: the comment before a block must be .*, got <!-- need: a GPU -->"):
+        list(blocks("page.md", f"<!-- need: a GPU -->\n{block}"))
+    (marked,) = blocks("page.md", f"<!-- needs: a GPU -->\n{block}")
+    assert marked.needs == "a GPU"
