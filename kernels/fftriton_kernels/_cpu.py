@@ -212,11 +212,10 @@ def group_rows(roots: Tensor, predecessor: int | Tensor | None = None, capacity:
 
 def merge_mean(
     x: Tensor, roots: Tensor, predecessor: int | Tensor | None, capacity: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the operator of `merge_mean` returns."""
     groups = group_rows(roots, predecessor, capacity)
-    from_last = torch.where(groups.row >= 0, groups.kept.shape[1] - groups.row, 0)
-    return group_mean(x, groups), groups.kept, groups.lengths, groups.predecessor, from_last, groups.sizes
+    return group_mean(x, groups), groups.kept, groups.lengths, groups.predecessor
 
 
 def group_mean(x: Tensor, groups: Groups) -> Tensor:

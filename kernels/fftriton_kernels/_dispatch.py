@@ -12,6 +12,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INDICES = (torch.int32, torch.int64)
+_LARGEST = torch.finfo(torch.float32).max
 _MOST = 2**31 - 1  # rows, which the kernels count in 32 bits
 
 
@@ -92,7 +93,7 @@ def check_float(op: str, name: str, value: float) -> None:
 
 def is_finite(value: float) -> bool:
     """Whether `value` is finite in fp32, as kernels take it."""
-    return abs(value) <= torch.finfo(torch.float32).max
+    return abs(value) <= _LARGEST
 
 
 def check_below(op: str, name: str, index: Tensor, axis: str, size: int) -> None:

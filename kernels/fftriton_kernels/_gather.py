@@ -131,8 +131,7 @@ def _launch(index: Tensor, copies: list[tuple[Tensor, Tensor, tuple[int, ...]]],
         arguments += [tensor, out, *layout, chunks]
         chunks += cdiv(layout[-1], block_w)
         nested |= layout[-2] != layout[-1]
-    for _ in range(_TOGETHER - len(copies)):
-        arguments += [*arguments[:7], chunks]  # where no program is
+    arguments += (*arguments[:7], chunks) * (_TOGETHER - len(copies))  # where no program is
     with torch.cuda.device_of(index):
         _gather_kernel[(chunks * cdiv(rows, _BLOCK_K), batch)](
             index, *arguments, *index.stride(), copies[0][0].shape[1], rows, chunks,
@@ -151,13 +150,15 @@ def _gather_rows(index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     Tensors whose rows are not one or two runs of neighbours take the PyTorch path.
     """
     if tensors:
-        check_below("gather_rows", "kept", index, "N", min(tensor.shape[1] for tensor in tensors))
+        check_below("gather_rows", "kept", index, "N", tensors[0].shape[1])
     if not runs_triton(index):
         return [out.contiguous() for out in _cpu.gather_rows(index, *tensors)]
-    taken = tuple(index.shape)
-    outs = [tensor.new_empty(taken + tensor.shape[2:]) for tensor in tensors]
+    batch, rows = index.shape
+    outs = []
     alike: dict[int, list[tuple[Tensor, Tensor, tuple[int, ...]]]] = {}  # by unit
-    for tensor, out in zip(tensors, outs, strict=True):
+    for tensor in tensors:
+        out = tensor.new_empty(batch, rows, *tensor.shape[2:])  # a third faster than with a torch.Size
+        outs.append(out)
         found = _layout(tensor)
         if found is None:
             out.copy_(reference.gather_rows(index, tensor)[0])

@@ -50,12 +50,10 @@ class Ranked(NamedTuple):
 
     buffer: Tensor  # [parts, B * N rounded up] int32
     lengths: Tensor  # [B] int64 groups, those that do not fit in a capacity left out
-    from_last: Tensor  # [B, N] int64 the row of each token, 1 for the last one; 0 for tokens that are in none
 
-    @property
-    def members(self) -> Tensor:
-        """[B, N] int32."""
-        return self.buffer[MEMBERS.value, : self.from_last.numel()].view_as(self.from_last)
+    def members(self, roots: Tensor) -> Tensor:
+        """[B, N] int32, given the roots [B, N]."""
+        return self.buffer[MEMBERS.value, : roots.numel()].view_as(roots)
 
 
 @triton.jit
@@ -79,7 +77,7 @@ def _load_roots(roots_ptr, stride_rn, offs_n, mask, N):
 @triton.jit(do_not_specialize=VARYING)
 def _group_kernel(
     roots_ptr, predecessor_ptr, buffer_ptr,        # roots, predecessor [B, N]
-    lengths_ptr, from_last_ptr,                    # as in Ranked
+    lengths_ptr,                                   # [B] as in Ranked
     stride_rb, stride_rn,
     stride_pb, stride_pn,
     N, S, distance, capacity,
@@ -89,7 +87,6 @@ def _group_kernel(
     pid_b = tl.program_id(0).to(tl.int64)
     roots_ptr += pid_b * stride_rb
     predecessor_ptr += pid_b * stride_pb
-    from_last_ptr += pid_b * N
     row = pid_b * N
     counts_ptr = part(buffer_ptr, S, _COUNTS) + row
     arrival_ptr = part(buffer_ptr, S, _ARRIVAL) + row
@@ -133,10 +130,6 @@ def _group_kernel(
         place &= 0xFFFFFFFF
         place += tl.load(arrival_ptr + offs_n, mask=rank >= 0, other=0)
         tl.store(keys_ptr + place, (root.to(tl.int64) << _KEY_BITS) | offs_n, mask=rank >= 0)
-        from_last = tl.where(rank >= 0, total - rank, 0)
-        if capacity >= 0:
-            from_last = tl.where(from_last <= capacity, from_last, 0)
-        tl.store(from_last_ptr + offs_n, from_last.to(tl.int64), mask=offs_n < N)
         if LINKED:
             is_root = root == offs_n
             earlier = offs_n - distance
@@ -188,22 +181,23 @@ def _order_kernel(
 
 
 def rank_groups(roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None) -> Ranked:
-    """roots [B, N], not empty. Links come from `predecessor`, or from a `stride` above 0, or there are none."""
+    """roots [B, N], not empty, on the current device.
+
+    Links come from `predecessor`, or from a `stride` above 0, or there are none.
+    """
     batch, length = roots.shape
     size = -(-batch * length // 16) * 16  # Triton compiles anew for parts that are not aligned
     buffer = roots.new_empty(_PARTS, size, dtype=torch.int32)
     lengths = roots.new_empty(batch, dtype=torch.int64)
-    from_last = roots.new_empty(batch, length, dtype=torch.int64)
     partner = roots if predecessor is None else predecessor
-    with torch.cuda.device_of(roots):
-        _group_kernel[(batch,)](
-            roots, partner, buffer, lengths, from_last, *roots.stride(), *partner.stride(),
-            length, size, stride, -1 if capacity is None else capacity,
-            LINKED=predecessor is not None or stride > 0, STRIDED=predecessor is None, BLOCK_N=BLOCK,
-            num_warps=WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-        _order_kernel[(cdiv(length, _ORDER_BLOCK), batch)](
-            buffer, length, size,
-            BLOCK_N=_ORDER_BLOCK, OTHERS=_OTHERS, enable_fp_fusion=True,
-        )  # fmt: skip
-    return Ranked(buffer, lengths, from_last)
+    _group_kernel[(batch,)](
+        roots, partner, buffer, lengths, *roots.stride(), *partner.stride(),
+        length, size, stride, -1 if capacity is None else capacity,
+        LINKED=predecessor is not None or stride > 0, STRIDED=predecessor is None, BLOCK_N=BLOCK,
+        num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    _order_kernel[(cdiv(length, _ORDER_BLOCK), batch)](
+        buffer, length, size,
+        BLOCK_N=_ORDER_BLOCK, OTHERS=_OTHERS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return Ranked(buffer, lengths)

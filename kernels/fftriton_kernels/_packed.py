@@ -19,7 +19,8 @@ def any_rows(packed: bool) -> dict[str, int | None]:
 
 def rows_of(x: Tensor, packed: bool) -> dict[str, int | None]:
     """The leading dimensions that the other arguments share with x, for `check_shape`."""
-    return {"T": x.shape[0]} if packed else {"B": x.shape[0], "N": x.shape[1]}
+    shape = x.shape
+    return {"T": shape[0]} if packed else {"B": shape[0], "N": shape[1]}
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, name: str, like: Tensor, values: bool = True) -> None:

@@ -182,16 +182,16 @@ def topk(
     """
     mask = None if candidates is None else candidates.view(torch.uint8)
     batch, length = scores.shape if cu_seqlens is None else (cu_seqlens.shape[0] - 1, scores.shape[0])
-    keys = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    keys = scores.new_empty(*scores.shape, dtype=torch.int32)
     kept = lengths = keep = spans = None
     if cu_seqlens is not None:
         spans = cu_seqlens.contiguous()
-        keep = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)  # a row of no sequence is not kept
+        keep = scores.new_zeros(*scores.shape, dtype=torch.int8)  # a row of no sequence is not kept
     elif rows is None:
-        keep = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+        keep = scores.new_empty(*scores.shape, dtype=torch.int8)
     else:
-        kept = torch.empty(batch, rows, dtype=torch.int64, device=scores.device)
-        lengths = torch.empty(batch, dtype=torch.int64, device=scores.device)
+        kept = scores.new_empty(batch, rows, dtype=torch.int64)
+        lengths = scores.new_empty(batch, dtype=torch.int64)
     with torch.cuda.device_of(scores):
         k_tensor, k_scalar, stride_k = on_device(k)
         _topk_kernel[(batch,)](

@@ -155,9 +155,7 @@ def _merge_mean(
     x: Tensor, roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None
 ) -> tuple[Tensor, ...]:
     groups = reference.group_rows(roots, stride or None if predecessor is None else predecessor, capacity)
-    from_last = torch.where(groups.row >= 0, groups.kept.shape[1] - groups.row, 0)
-    mean = reference.group_mean(x, groups)
-    return mean, groups.kept, groups.lengths, groups.predecessor, from_last, groups.sizes
+    return reference.group_mean(x, groups), groups.kept, groups.lengths, groups.predecessor
 
 
 def _topk_keep(bound: int, bounds: Tensor | None, **arguments: Any) -> tuple[Tensor, Tensor]:
@@ -200,9 +198,7 @@ _FORMULAS = {
     ),
     "merge_roots": _Formula("merge_roots", _merge_roots, ("roots",)),
     "connected_components": _Formula("connected_components", reference.connected_components, ("labels",)),
-    "merge_mean": _Formula(
-        "merge_mean", _merge_mean, ("x", "kept", "lengths", "predecessor", "from_last", "sizes"), size=_mean_size
-    ),
+    "merge_mean": _Formula("merge_mean", _merge_mean, ("x", "kept", "lengths", "predecessor"), size=_mean_size),
     "gather_rows": _Formula("gather_rows", lambda index, tensors: reference.gather_rows(index, *tensors), ()),
     "attention_column_sum": _Formula(
         "attention_column_sum",

@@ -405,7 +405,7 @@ def _spoiled_keys(spoiled: Tensor, keys: int, packed: _Packed) -> Tensor:
 
 def _new_norms(q: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
     """Not one tensor cut in two: a size could leave the second half unaligned, for another kernel."""
-    return q.new_empty(sizes, dtype=torch.float32), q.new_empty(sizes, dtype=torch.float32)
+    return q.new_empty(*sizes, dtype=torch.float32), q.new_empty(*sizes, dtype=torch.float32)
 
 
 def _new_sums(q: Tensor, k: Tensor, packed: _Packed | None, *sizes: int, columns: int) -> Tensor:
@@ -436,8 +436,9 @@ def _kept_score_mean(
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     out = _new_sums(q, k, packed, columns=end - begin)
+    strides = out.stride() if packed is None else (0, out.stride(1))
     _score_sum_kernel[(cdiv(end - begin, 128), batch)](
-        score, peaks, totals, out, bounds[1], *score.stride(), *peaks.stride()[:2], *out.expand(batch, -1).stride(),
+        score, peaks, totals, out, bounds[1], *score.stride(), *peaks.stride()[:2], *strides,
         key_blocks, score.shape[1], heads, end - begin,
         BLOCK_S=64, BLOCK_R=16, BLOCK_C=128, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

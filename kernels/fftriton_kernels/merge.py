@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -168,7 +169,7 @@ def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 def _mean_kernel(
     x_ptr,                                         # x [B, N, D]
     groups_ptr,                                    # the buffer of `_groups.Ranked`
-    out_ptr, kept_ptr, links_ptr, sizes_ptr,       # out [B, M, D], the others [B, M] int64
+    out_ptr, kept_ptr, links_ptr,                  # out [B, M, D], the others [B, M] int64
     stride_xb, stride_xn, stride_xd,
     N, M, S,
     LINKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -183,7 +184,6 @@ def _mean_kernel(
     begin = tl.load(_groups.part(groups_ptr, S, _groups.STARTS) + group)
     if tl.program_id(1) == 0:
         tl.store(kept_ptr + row, root.to(tl.int64))
-        tl.store(sizes_ptr + row, size.to(tl.int64))
         if LINKED:
             link = tl.where(rank < 0, 0, tl.load(_groups.part(groups_ptr, S, _groups.LINKS) + group))
             tl.store(links_ptr + row, tl.where((link > 0) & (link <= M), M - link, -1).to(tl.int64))
@@ -221,7 +221,7 @@ def _launch_roots(
     if packed and max_merges is not None:  # the select leaves out what belongs to no sequence
         roots = torch.arange(length, device=similarity.device)
     else:
-        roots = similarity.new_empty(similarity.shape, dtype=torch.int64)
+        roots = similarity.new_empty(*similarity.shape, dtype=torch.int64)
     partner = roots if predecessor is None else predecessor
     strides = (*row_strides(similarity), *row_strides(partner))
     grid = (cdiv(length, BLOCK), similarity.numel() // length)
@@ -232,7 +232,7 @@ def _launch_roots(
                 STRIDED=strided, BLOCK_N=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
         else:
-            keys = similarity.new_empty(similarity.shape, dtype=torch.int32)
+            keys = similarity.new_empty(*similarity.shape, dtype=torch.int32)
             _join_keys_kernel[grid](
                 similarity, partner, keys, *strides, threshold, stride, length,
                 STRIDED=strided, BLOCK_N=BLOCK, enable_fp_fusion=True,
@@ -281,39 +281,37 @@ def _merge_roots(
 def _launch_mean(
     x: Tensor, roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None
 ) -> tuple[Tensor, ...]:
-    """What the operator returns; nothing is empty."""
+    """What the operator returns; nothing is empty, x is on the current device."""
     groups = _groups.rank_groups(roots, predecessor, stride, capacity)
     batch, length, width = x.shape
     rows = max(groups.lengths.tolist()) if capacity is None else capacity  # the host needs M to allocate: the only wait
     linked = predecessor is not None or stride > 0
     out = x.new_empty(batch, rows, width)
-    kept = roots.new_empty(batch, rows, dtype=torch.int64)
-    sizes = roots.new_empty(batch, rows, dtype=torch.int64)
-    links = roots.new_empty(batch, rows if linked else 0, dtype=torch.int64)
+    kept = groups.lengths.new_empty(batch, rows)
+    links = groups.lengths.new_empty(batch, rows if linked else 0)
     if rows:
         tile = lookup("mean", x, width)
         block_d = min(block(width), tile.width)
-        with torch.cuda.device_of(x):
-            _mean_kernel[(rows, cdiv(width, block_d), batch)](
-                x, groups.buffer, out, kept, links, sizes, *x.stride(), length, rows, groups.buffer.shape[1],
-                LINKED=linked, D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET,
-                num_warps=tile.num_warps, enable_fp_fusion=True,
-            )  # fmt: skip
-    return out, kept, groups.lengths, links, groups.from_last, sizes
+        _mean_kernel[(rows, cdiv(width, block_d), batch)](
+            x, groups.buffer, out, kept, links, *x.stride(), length, rows, groups.buffer.shape[1],
+            LINKED=linked, D=width, BLOCK_D=block_d, MEMBERS=_MEMBERS, INTERPRETED=INTERPRET,
+            num_warps=tile.num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, kept, groups.lengths, links
 
 
 def _fake_mean(x, roots, predecessor, stride, capacity=None):
-    batch, length, width = x.shape
+    batch, _, width = x.shape
     rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     links = rows if predecessor is not None or stride > 0 else 0
-    sizes = ((batch, rows), (batch,), (batch, links), (batch, length), (batch, rows))
+    sizes = ((batch, rows), (batch,), (batch, links))
     return x.new_empty(batch, rows, width), *(roots.new_empty(size, dtype=torch.int64) for size in sizes)
 
 
 @operator(
     "merge_mean",
     "(Tensor x, Tensor roots, Tensor? predecessor, SymInt stride, SymInt? capacity=None)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_mean,
 )  # fmt: skip
 def _mean_of_groups(
@@ -322,11 +320,11 @@ def _mean_of_groups(
     """Links come from `predecessor`, or from a `stride` above 0, or there are none.
 
     Returns:
-        x [B, M, D], kept [B, M], lengths [B], links [B, M] or [B, 0]; from_last [B, N], the row of each token, 1 for
-        the last one and 0 for none; sizes [B, M].
+        x [B, M, D], kept [B, M], lengths [B], links [B, M] or [B, 0].
     """
     if x.numel() and runs_triton(x):
-        return _launch_mean(x, roots, predecessor, stride, capacity)
+        with torch.cuda.device_of(x):
+            return _launch_mean(x, roots, predecessor, stride, capacity)
     return _cpu.merge_mean(x, roots, stride if predecessor is None and stride else predecessor, capacity)
 
 
@@ -337,15 +335,23 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         out = _mean_of_groups(*arguments)
         ctx.mark_non_differentiable(*out[1:])
-        ctx.save_for_backward(*out[4:])
+        ctx.save_for_backward(arguments[1], out[1])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        from_last, sizes = ctx.saved_tensors
+        row = _rows_of_tokens(*ctx.saved_tensors)
+        sizes = grad.new_zeros(grad.shape[:2], dtype=torch.float32)
+        sizes = sizes.scatter_add(1, row.clamp_min(0), (row >= 0).float()) if grad.shape[1] else sizes
         share = (grad.float() / sizes.clamp_min(1).unsqueeze(2)).to(grad.dtype)  # what each member of a row receives
-        row = torch.where(from_last > 0, sizes.shape[1] - from_last, -1)
         return gather(row, [share])[0], None, None, None, None
+
+
+def _rows_of_tokens(roots: Tensor, kept: Tensor) -> Tensor:
+    """roots [B, N], kept [B, M] -> [B, N] int64: the row that each token was merged into, -1 for none."""
+    roots = roots.long().contiguous()
+    row = torch.searchsorted(kept, roots)  # among positions that ascend, M where all are lower
+    return torch.where((roots >= 0) & (F.pad(kept, (0, 1), value=-1).gather(1, row) == roots), row, -1)
 
 
 def merge_roots(
@@ -468,8 +474,9 @@ def merge_mean(
     if not isinstance(companions, Sequence):
         raise TypeError(f"{op}: companions must be a sequence of tensors, got {type(companions).__name__}")
     leading, device = x.shape[:-1], x.device
+    axes = len(leading)
     for i, companion in enumerate(companions):
-        if not isinstance(companion, Tensor) or companion.shape[: len(leading)] != leading:
+        if not isinstance(companion, Tensor) or companion.shape[:axes] != leading:
             _raise_for_companion(op, f"companions[{i}]", companion, leading, packed)
         if companion.device != device:
             check_same_device(op, x=x, **{f"companions[{i}]": companion})
@@ -487,7 +494,7 @@ def _merge_mean(
     x: Tensor, roots: Tensor, companions: Sequence[Tensor], links: Tensor | None, stride: int, capacity: int | None
 ) -> Merged:
     call = _Mean.apply if needs_gradient(x) else _mean_of_groups
-    mean, kept, lengths, predecessor, _, _ = call(x, roots, links, stride, capacity)
+    mean, kept, lengths, predecessor = call(x, roots, links, stride, capacity)
     taken = tuple(gather(kept, companions)) if companions else ()
     return Merged(mean, taken, kept, lengths, predecessor if links is not None or stride else None)
 

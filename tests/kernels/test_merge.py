@@ -24,7 +24,7 @@ from fftriton_kernels import (
 from fftriton_kernels._gather import gather
 from fftriton_kernels._groups import rank_groups
 from fftriton_kernels._packed import strided_predecessor
-from fftriton_kernels.merge import _mean_of_groups
+from fftriton_kernels.merge import _mean_of_groups, _rows_of_tokens
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -41,12 +41,12 @@ def assert_rows_are_those_of_the_reference(roots: Tensor, predecessor: int | Ten
     links, stride = (predecessor, 0) if isinstance(predecessor, Tensor) else (None, predecessor or 0)
     x = roots.new_zeros(*roots.shape, 1, dtype=torch.float32)
     expected = reference.group_rows(roots, predecessor)
-    from_last = torch.where(expected.row >= 0, expected.kept.shape[1] - expected.row, 0)
     ours = _mean_of_groups(x, roots, links, stride)[1:]
-    theirs = (expected.kept, expected.lengths, expected.predecessor, from_last, expected.sizes)
-    for name, out, wanted in zip(("kept", "lengths", "links", "from_last", "sizes"), ours, theirs, strict=True):
+    theirs = (expected.kept, expected.lengths, expected.predecessor)
+    for name, out, wanted in zip(("kept", "lengths", "links"), ours, theirs, strict=True):
         assert torch.equal(out, wanted), name
-    assert torch.equal(rank_groups(roots, links, stride, None).members.long(), expected.members)
+    assert torch.equal(_rows_of_tokens(roots, expected.kept), expected.row)
+    assert torch.equal(rank_groups(roots, links, stride, None).members(roots).long(), expected.members)
 
 
 def roots_by_hand(similarity: Tensor, predecessor: int | Tensor, threshold: float, bounds: list[int] | None) -> Tensor:
