@@ -82,6 +82,7 @@ CASES = [
     Case("keep-all", fftriton.KeepAll(), "sdpa"),
     Case("reduced", fftriton.UniformFrames(0.5), "sdpa"),
     Case("reduced", fftriton.UniformFrames(0.5), "eager"),
+    Case("sizes in attention", fftriton.Anchors(0.5), "sdpa"),
 ]
 
 

@@ -91,7 +91,7 @@ class DeviceTimer:
 
     A kernel that only spins holds the stream while the host launches. A run counts if the spinning still went on when
     the last launch was made; otherwise the next one is held for longer. A call that even the longest hold does not
-    cover waits for the device by itself: `waits` says so, and its runs count as they are.
+    cover waits for the device by itself: `waits` says so, and its runs count from an idle device on.
 
     Attributes:
         host: milliseconds that one call takes on the host, from an idle device on.
@@ -115,7 +115,10 @@ class DeviceTimer:
         while len(events) < runs:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             _flush_buffer().zero_()
-            torch.cuda._sleep(self._cycles)
+            if self.waits:  # held, it would not count what the host does until it waits
+                torch.cuda.synchronize()
+            else:
+                torch.cuda._sleep(self._cycles)
             start.record()
             self.call()
             end.record()
@@ -124,7 +127,7 @@ class DeviceTimer:
             elif self._cycles < LONGEST_HOLD:
                 self._cycles *= 2
             else:
-                self.waits, self._cycles = True, SHORTEST_HOLD
+                self.waits = True
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 

@@ -15,7 +15,7 @@ import fftriton
 from bench.first_contact.tracing import synchronize
 from bench.prefill.prompts import Prompt
 from fftriton.hf.compat import CACHE, cache_in, parameter
-from fftriton.hf.flops import prefill_flops
+from fftriton.hf.flops import prefill_flops, reduced_flops
 from fftriton.runtime.measure import memory_before, peak_memory
 
 DENSE = "dense"
@@ -110,7 +110,7 @@ def operations(config: Any, prompt: Prompt, report: Any, causal: bool) -> float:
     if report is None:
         dense = [tokens] * config.num_hidden_layers
         return batch * prefill_flops(config, dense, dense, causal=causal)
-    return sum(prefill_flops(config, r.rows_per_layer, r.tokens_per_layer, causal=causal) for r in report.samples)
+    return sum(reduced_flops(config, one, causal=causal) for one in report.samples)
 
 
 def reduced_sample(model: Any, prompt: Prompt, method: fftriton.Method | None, steps: int) -> Sample:

@@ -7,6 +7,7 @@ python -m bench.prefill.scale results.csv
 from __future__ import annotations
 
 import csv
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +41,16 @@ class Fit:
 
 def fits(rows: list[dict[str, str]]) -> list[Fit]:
     """One for each setting that was measured at three lengths or more; cells that did not run are left out."""
-    series: dict[tuple[str, ...], list[tuple[int, float]]] = defaultdict(list)
+    series: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row["prefill_ms"]:
-            series[tuple(row[column] for column in KEY)].append((int(row["tokens"]), float(row["prefill_ms"])))
+            points, tokens = series[tuple(row[column] for column in KEY)], int(row["tokens"])
+            points[tokens] = min(float(row["prefill_ms"]), points.get(tokens, math.inf))
     found = []
     for key, points in series.items():
         if len(points) < LEAST:
             continue
-        tokens, times = np.array(sorted(points)).T
+        tokens, times = np.array(sorted(points.items())).T
         exponent = float(np.polyfit(np.log(tokens), np.log(times), 1)[0])
         last = float(np.diff(np.log(times[-2:]))[0] / np.diff(np.log(tokens[-2:]))[0])
         found.append(Fit(key, (int(tokens[0]), int(tokens[-1])), exponent, last))

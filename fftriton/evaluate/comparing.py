@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import first_line
 from ..hf import Report, reduce
-from ..hf.flops import prefill_flops
+from ..hf.flops import prefill_flops, reduced_flops
 from ..methods import Method, RandomTokens
 from ..runtime.answers import TokenClock, generate
 from ..runtime.forcing import Steps
@@ -175,11 +175,10 @@ class Comparer:
         if report is None:
             return record
         whole = [report.num_tokens] * len(report.tokens_per_layer)
-        own = prefill_flops(self._config, report.rows_per_layer, report.tokens_per_layer) + report.relevance_macs
         return replace(
             record,
             budget_achieved=report.budget_achieved,
-            flops=own,
+            flops=reduced_flops(self._config, report),
             dense_flops=prefill_flops(self._config, whole, whole),
             seconds=report.seconds["prefill"] + report.relevance_seconds,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..hf import reduce
-from ..hf.flops import prefill_flops
+from ..hf.flops import prefill_flops, reduced_flops
 from ..methods import Method
 from ..runtime.answers import TokenClock, generate
 from ..runtime.encoding import encoded_once
@@ -138,7 +138,7 @@ class Answerer:
             sample.answer,
             self.task.score(sample, answer),
             report.budget_achieved,
-            prefill_flops(self.config, report.rows_per_layer, report.tokens_per_layer) + report.relevance_macs,
+            reduced_flops(self.config, report),
             prefill_flops(self.config, all_tokens, all_tokens),
             report.seconds["prefill"],
             peak,

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .sizes import channels
+
+if TYPE_CHECKING:
+    from .report import Report, SampleReport
 
 
-def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int], *, causal: bool = False) -> float:
+def prefill_flops(
+    config: Any, rows: Sequence[int], attended: Sequence[int], sized: Collection[int] = (), *, causal: bool = False
+) -> float:
     """Multiply-accumulates of the decoder's layers in one prefill; each counts once.
 
     The papers call this count FLOPs; in the strict sense a multiply-accumulate is two floating point operations.
@@ -17,7 +24,8 @@ def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int], *, 
 
     Here q = query heads * head size, k = key heads * head size, and f is the width of the gated feed-forward block.
     This block processes the rows that are left after the layer's attention, which are those of the next layer; in the
-    last layer they are its own. For q = k = d the formula is the paper's. As in the paper, causal attention counts in
+    last layer they are its own. In the products with scores, the heads of layers that count sizes have the channels
+    that carry them, too. For q = k = d the formula is the paper's. As in the paper, causal attention counts in
     full, unless `causal` is True: then a row counts with the rows up to its own, about half of them, which is what
     kernels compute. Text counts like video. The vision encoder and the head of the language model are not counted,
     because no method changes them.
@@ -27,6 +35,7 @@ def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int], *, 
         rows: for each layer, the rows in its attention.
         attended: for each layer, the maximum number of tokens that a row attends to: the number of rows, unless there
             is a window.
+        sized: the layers whose attention counts sizes.
         causal: count only the scores that a causal mask leaves.
 
     Returns:
@@ -39,7 +48,23 @@ def prefill_flops(config: Any, rows: Sequence[int], attended: Sequence[int], *, 
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     total = 0.0
-    for n, a, n_behind in zip(rows, attended, [*rows[1:], rows[-1]], strict=True):
+    for layer, (n, a, n_behind) in enumerate(zip(rows, attended, [*rows[1:], rows[-1]], strict=True)):
         pairs = n * a - a * (a - 1) // 2 if causal else n * a
-        total += 2 * n * hidden * (queries + keys) + 2 * pairs * queries + 3 * n_behind * hidden * feed_forward
+        scored = config.num_attention_heads * channels(head) if layer in sized else queries
+        total += 2 * n * hidden * (queries + keys) + 2 * pairs * scored + 3 * n_behind * hidden * feed_forward
     return total
+
+
+def reduced_flops(config: Any, report: Report | SampleReport, *, causal: bool = False) -> float:
+    """Multiply-accumulates of the prefill that a report is about, and of the predictors that it needed.
+
+    What a method computes from the tokens or the scores of the decoder (similarities, distances, the column sums by
+    which it prunes) is not counted.
+
+    Args:
+        config: as for `prefill_flops`.
+        report: of one sample.
+        causal: as for `prefill_flops`.
+    """
+    layers = report.rows_per_layer, report.tokens_per_layer, report.sized_layers
+    return prefill_flops(config, *layers, causal=causal) + report.relevance_macs

@@ -170,6 +170,8 @@ class Prefill(Continuation):
             sample.report.kept_positions.append(position)
             sample.report.vision_tokens_per_layer.append(count)
             sample.report.rows_per_layer.append(sample.tokens.length)
+            if self.attends[index] and self.log_sizes is not None:
+                sample.report.sized_layers.append(index)
         return hidden
 
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -195,7 +197,8 @@ class Prefill(Continuation):
         later = min(self.samples[row].later, tokens.length - 1)
         received = heard.received(0, slice(0, tokens.length), None, later, queries)
         counts = [tokens.length] * (layer + 1) + [0]  # the last one ends after its attention
-        return received.to(tokens.hidden.device), prefill_flops(self._config, counts, counts)
+        sized = range(layer + 1) if tokens.sizes is not None else ()
+        return received.to(tokens.hidden.device), prefill_flops(self._config, counts, counts, sized)
 
     def after_attention(self, index: int, hidden: Tensor, heard: Attention | None) -> Tensor | None:
         """The rows [B, M, D] that the feed-forward block is to see, or None if nothing changed."""

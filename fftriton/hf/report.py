@@ -100,6 +100,7 @@ class SampleReport:
         vision_tokens_per_layer: per layer, how many of them are video tokens.
         rows_per_layer: per layer, the rows that it computes; under a window these are more than the last token attends
             to.
+        sized_layers: the layers whose attention counts sizes.
         merge_steps: the merges, in order, including those that merged nothing.
         prune_layer: index of the layer that pruned last (after its attention; layer 0: before it), or None.
         least_budget: the lowest budget that could have been met on this prompt.
@@ -116,6 +117,7 @@ class SampleReport:
     kept_positions: list[Tensor] = field(default_factory=list)
     vision_tokens_per_layer: list[int] = field(default_factory=list)
     rows_per_layer: list[int] = field(default_factory=list)
+    sized_layers: list[int] = field(default_factory=list)
     merge_steps: list[MergeStep] = field(default_factory=list)
     prune_layer: int | None = None
     least_budget: float = 1.0
@@ -171,6 +173,7 @@ class SampleReport:
             "tokens_per_layer": self.tokens_per_layer,
             "vision_tokens_per_layer": [int(count) for count in self.vision_tokens_per_layer],
             "rows_per_layer": [int(count) for count in self.rows_per_layer],
+            "sized_layers": list(self.sized_layers),
             "merge_steps": [step.to_dict() for step in self.merge_steps],
             "prune_layer": self.prune_layer,
             "pruned": self.pruned.tolist(),
@@ -265,6 +268,11 @@ class Report:
     def rows_per_layer(self) -> list[int]:
         """As `SampleReport.rows_per_layer`."""
         return self._only("rows_per_layer").rows_per_layer
+
+    @property
+    def sized_layers(self) -> list[int]:
+        """As `SampleReport.sized_layers`."""
+        return self._only("sized_layers").sized_layers
 
     @property
     def merge_steps(self) -> list[MergeStep]:

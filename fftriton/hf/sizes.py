@@ -46,7 +46,7 @@ def check_sizes(decoder: Any) -> None:
 
 def check_width(width: int) -> None:
     """Raise a ValueError if heads of `width` channels have no room for those that carry sizes."""
-    if _channels(width) > _MOST_CHANNELS:
+    if channels(width) > _MOST_CHANNELS:
         raise ValueError(
             f"reduce: proportional must be False for heads of more than {_MOST_CHANNELS - _MULTIPLE} channels, because "
             f"those that carry sizes would make them wider than {_MOST_CHANNELS}; got {width}"
@@ -66,7 +66,7 @@ def with_sizes(
     Returns:
         The same with d + a channels and e + a channels, the last a of which are to be cut off what comes out.
     """
-    added = _channels(query.shape[-1]) - query.shape[-1]
+    added = channels(query.shape[-1]) - query.shape[-1]
     whole = (log_sizes / scale).to(key.device)
     high = whole.to(key.dtype)
     low = (whole - high.float()).to(key.dtype)
@@ -76,6 +76,6 @@ def with_sizes(
     return torch.cat([query, ones], -1), keys, F.pad(value, (0, added))
 
 
-def _channels(width: int) -> int:
+def channels(width: int) -> int:
     """The channels of heads of `width` with two more, as a multiple of eight."""
     return -(-(width + 2) // _MULTIPLE) * _MULTIPLE

@@ -60,7 +60,7 @@ class Anchors(ScoringMethod):
         return None if self.proportional else super().count(frames, patches)
 
     def score(self, tokens: VideoTokens, prompt: Prompt) -> Tensor:
-        frames = FrameRows.of_prompt(prompt, tokens)
+        frames = FrameRows.of_prompt(prompt, tokens, empty=False)
         novelty = frames.join([_novelty(video) for video in frames.contexts(tokens)])
         outliers, anchors = self._choose(novelty, frames, self.num_kept(tokens))
         ranked = novelty + _OUTLIER * outliers + _ANCHOR * anchors

@@ -64,7 +64,8 @@ class BeforeLayersState(MethodState):
 class ScoringMethod(BeforeLayers, ABC):
     """Keep the round(budget * tokens) video tokens with the highest scores, before the first layer.
 
-    A subclass defines `score`, and its own parameters if it has any. Ties go to the earlier token.
+    A subclass defines `score`, and its own parameters if it has any. Scores are compared in fp32; ties go to the
+    earlier token.
 
     Args:
         budget: video tokens to keep, as a fraction of the prompt's, in (0, 1].
@@ -101,4 +102,4 @@ class ScoringMethod(BeforeLayers, ABC):
                 f"{name}: score must return one number per token, {list(tokens.position.shape)}, "
                 f"got {list(scores.shape)}"
             )
-        return tokens.keep_top(scores.to(tokens.hidden.device), self.num_kept(tokens))
+        return tokens.keep_top(scores.to(tokens.hidden.device, torch.float32), self.num_kept(tokens))

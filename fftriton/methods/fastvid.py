@@ -75,13 +75,13 @@ class FastVID(BeforeLayers):
         check_count("FastVID", "min_segments", self.min_segments, 1)
         check_count("FastVID", "stride", self.stride, 1)
         check_real("FastVID", "anchor_weight", self.anchor_weight, 0.0, 1.0)
-        check_importance("FastVID", self.importance)
+        check_importance("FastVID", self.importance, predictor=False)
 
     def count(self, frames: int, patches: int) -> int | None:
         return self._num_kept_of(frames * patches)
 
     def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:
-        frames, total = FrameRows.of_prompt(prompt, tokens), self.num_kept(tokens)
+        frames, total = FrameRows.of_prompt(prompt, tokens, empty=False), self.num_kept(tokens)
         contextual = math.floor(self.contextual * total + _ROUNDING)
         even = shared_out(total - contextual, tokens.num_video, torch.ones_like(frames.sizes), frames.sizes)
         importance = importance_of("FastVID", self.importance, tokens, frames)

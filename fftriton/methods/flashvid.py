@@ -72,14 +72,14 @@ class FlashVID(BeforeLayers):
         check_real("FlashVID", "segment_threshold", self.segment_threshold, -1.0, 1.0)
         check_count("FlashVID", "min_segments", self.min_segments, 1)
         if self.importance is not None:
-            check_importance("FlashVID", self.importance)
+            check_importance("FlashVID", self.importance, predictor=False)
         check_bool("FlashVID", "proportional", self.proportional)
 
     def count(self, frames: int, patches: int) -> int | None:
         return None if self.proportional else self._num_kept_of(frames * patches)
 
     def shorten(self, tokens: VideoTokens, prompt: Prompt) -> Steps:
-        frames, total = FrameRows.of_prompt(prompt, tokens), self.num_kept(tokens)
+        frames, total = FrameRows.of_prompt(prompt, tokens, empty=False), self.num_kept(tokens)
         stay = round(self.diverse * total)
         chosen = self._choose(tokens, frames, stay)
         starts = torch.cat(

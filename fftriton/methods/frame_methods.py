@@ -94,7 +94,7 @@ class _FrameMethodState(BeforeLayersState):
 
     def shorten(self, tokens: VideoTokens) -> Steps:
         prompt, method = self.prompt, self.method
-        frames = FrameRows.of_prompt(prompt, tokens)
+        frames = FrameRows.of_prompt(prompt, tokens, empty=False)
         sizes = torch.cat([(layout.positions >= 0).sum(1) for layout in prompt.layouts])
         floor, total = int(sizes.clamp_max(method.min_tokens).sum()), method.num_kept(tokens)
         if total < floor:

@@ -33,20 +33,26 @@ class FrameRows:
     sample: int = 0
 
     @classmethod
-    def of(cls, layouts: Sequence[VideoLayout], tokens: VideoTokens, numbers: Sequence[int] = ()) -> FrameRows:
-        """The frames of one sample's videos, whose tokens are all in the sequence."""
-        widest = max(layout.positions.shape[1] for layout in layouts)
-        padded = [F.pad(layout.positions, (0, widest - layout.positions.shape[1]), value=-1) for layout in layouts]
+    def of(
+        cls, layouts: Sequence[VideoLayout], tokens: VideoTokens, numbers: Sequence[int] = (), *, empty: bool = True
+    ) -> FrameRows:
+        """The frames of one sample's videos, whose tokens are all in the sequence.
+
+        empty: also those of which no token is left, in a video that has others.
+        """
+        videos = [layout.positions if empty else _not_empty(layout.positions) for layout in layouts]
+        widest = max(positions.shape[1] for positions in videos)
+        padded = [F.pad(positions, (0, widest - positions.shape[1]), value=-1) for positions in videos]
         positions = torch.cat(padded).to(tokens.position.device)
         rows = torch.searchsorted(tokens.position[0].contiguous(), positions)
-        shapes = [(layout.positions.shape[0], layout.positions.shape[1]) for layout in layouts]
+        shapes = [(positions.shape[0], positions.shape[1]) for positions in videos]
         return cls(rows.where(positions >= 0, -1), shapes, numbers, layouts[0].sample)
 
     @classmethod
-    def of_prompt(cls, prompt: Prompt, tokens: VideoTokens) -> FrameRows:
-        """The frames of all videos of a sample, whose tokens are all in the sequence."""
+    def of_prompt(cls, prompt: Prompt, tokens: VideoTokens, *, empty: bool = True) -> FrameRows:
+        """The frames of all videos of a sample, as `of` gives them."""
         numbers = [prompt.number_of(video) for video in range(len(prompt.layouts))]
-        return cls.of(prompt.layouts, tokens, numbers)
+        return cls.of(prompt.layouts, tokens, numbers, empty=empty)
 
     @property
     def present(self) -> Tensor:
@@ -103,6 +109,12 @@ class FrameRows:
         widest = self.rows.shape[1]
         padded = [F.pad(part, (0, 0) * (part.ndim - 2) + (0, widest - part.shape[1])) for part in parts]
         return torch.cat(padded)
+
+
+def _not_empty(positions: Tensor) -> Tensor:
+    """The rows of positions [F, P] that are not all holes; the first one, if all are."""
+    filled = (positions >= 0).any(1)
+    return positions[filled] if bool(filled.any()) else positions[:1]
 
 
 @dataclass(frozen=True)

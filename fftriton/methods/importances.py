@@ -24,12 +24,17 @@ Keys = Callable[[FrameContext], Tensor]
 
 
 def distinctness(x: Tensor, present: Tensor) -> Tensor:
-    """x [F, P, D], present [F, P] bool -> [F, P] fp32: 1 - the cosine with the frame's mean direction."""
+    """x [F, P, D], present [F, P] bool -> [F, P] fp32: 1 - the cosine with the frame's mean direction.
+
+    A token that is not finite is in no mean, and its distinctness is 0.
+    """
     x = x.float()
+    finite = x.isfinite().all(-1)
+    x, present = x.masked_fill(~finite[..., None], 0.0), present & finite
     length = x.norm(dim=-1).clamp_min(_SMALLEST_NORM)
     mean = torch.bmm((present / length)[:, None], x)  # [F, 1, D]
     along = torch.bmm(x, mean.mT)[..., 0]
-    return 1 - along / (length * mean.norm(dim=-1).clamp_min(_SMALLEST_NORM))
+    return (1 - along / (length * mean.norm(dim=-1).clamp_min(_SMALLEST_NORM))).where(finite, 0.0)
 
 
 def feature_norm(x: Tensor, present: Tensor) -> Tensor:
@@ -44,10 +49,10 @@ PREDICTOR = "predictor"
 """The name of the importance and the keys that come from the relevance predictor's vision tower."""
 
 
-def check_importance(owner: str, importance: str | Importance) -> None:
-    """Raise a ValueError unless it is the name of an importance or a function."""
+def check_importance(owner: str, importance: str | Importance, *, predictor: bool = True) -> None:
+    """Raise a ValueError unless it is the name of an importance, the predictor's if it can be known, or a function."""
     if not callable(importance):
-        check_choice(owner, "importance", importance, (*IMPORTANCES, PREDICTOR))
+        check_choice(owner, "importance", importance, (*IMPORTANCES, PREDICTOR) if predictor else tuple(IMPORTANCES))
     elif _takes_tokens(importance):
         warnings.warn(
             f"{owner}: an importance of (tokens, present) is deprecated: it gets a FrameContext, with `hidden` and "

@@ -122,7 +122,8 @@ class TopKPruner(Pruner):
 class PruMerge(Pruner):
     """Keep the most important tokens of each frame, and add to each the tokens that are similar to it.
 
-    A kept token becomes x_i + sum of a_j x_j over its nearest tokens (by the cosine of their keys, in its frame).
+    A kept token becomes x_i + sum of a_j x_j over its nearest tokens (by the cosine of their keys, in its frame), and
+    so does what the decoder adds to it in its first layers.
 
     Args:
         importance: as for TopKPruner.
@@ -165,28 +166,24 @@ class PruMerge(Pruner):
             kept = part.take(stays) & part.present
             added = part.present if self.adds == "all" else part.present & ~kept
             x = part.take(tokens.hidden).float()
-            column, sums = self._sums(
-                x, x if keys is None else keys[own], part.present, kept, weights[own].where(added, 0),
-                max(host_counts[own]),
-            )  # fmt: skip
-            places = part.rows.gather(1, column.clamp_min(0))
-            put(left.hidden, rows, places, column >= 0, sums, sum(host_counts[own]))
+            column, near = self._nearest(x if keys is None else keys[own], part.present, kept, max(host_counts[own]))
+            shares, places = near * weights[own].where(added, 0)[:, None], part.rows.gather(1, column.clamp_min(0))
+            for whole, to in zip((tokens.hidden, *tokens.additions), (left.hidden, *left.additions), strict=True):
+                values = x if whole is tokens.hidden else part.take(whole).float()
+                kept_ones = values.gather(1, column.clamp_min(0)[..., None].expand(-1, -1, values.shape[-1]))
+                put(to, rows, places, column >= 0, kept_ones + torch.bmm(shares, values), sum(host_counts[own]))
         return left
 
-    def _sums(
-        self, x: Tensor, keys: Tensor, present: Tensor, kept: Tensor, weight: Tensor, most: int
-    ) -> tuple[Tensor, Tensor]:
-        """The columns [F, K] that are kept, -1 for padding, and x + the weighted sum of the nearest ones [F, K, D]."""
+    def _nearest(self, keys: Tensor, present: Tensor, kept: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """The columns [F, K] that are kept, -1 for padding, and which ones are nearest to them [F, K, P] bool."""
         column, _ = topk_keep(kept.float(), kept.sum(1), capacity=most)
         index = column.clamp_min(0)
         patches = present.shape[1]
-        others = present[:, None] & (torch.arange(patches, device=x.device) != index[..., None])
+        others = present[:, None] & (torch.arange(patches, device=keys.device) != index[..., None])
         similarity = cosines(keys, index).masked_fill(~others, float("-inf"))
         count = min(self.neighbours, patches)
         near, _ = topk_keep(similarity.flatten(0, 1), count, capacity=count)
-        near = torch.zeros_like(others).scatter_(2, near.view(*index.shape, -1), True) & others
-        own = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-        return column, own + torch.bmm(near * weight[:, None], x)
+        return column, torch.zeros_like(others).scatter_(2, near.view(*index.shape, count), True) & others
 
 
 def cosines(x: Tensor, index: Tensor) -> Tensor:

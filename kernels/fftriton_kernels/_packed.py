@@ -23,8 +23,15 @@ def rows_of(x: Tensor, packed: bool) -> dict[str, int | None]:
     return {"T": shape[0]} if packed else {"B": shape[0], "N": shape[1]}
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, name: str, like: Tensor, values: bool = True) -> None:
-    """Raise unless cu_seqlens, where given, is [S+1] int32 or int64 beside `like` [T, ...], its values, too."""
+def check_cu_seqlens(
+    op: str, cu_seqlens: Tensor | None, name: str, like: Tensor, *, values: bool = True, to_the_end: bool = False
+) -> None:
+    """Raise unless cu_seqlens, where given, is [S+1] int32 or int64 beside `like` [T, ...].
+
+    Args:
+        values: look at its values, too.
+        to_the_end: the last sequence must end at T.
+    """
     if cu_seqlens is not None:
         check_dtype(op, "cu_seqlens", cu_seqlens, INDICES)
         check_shape(op, "cu_seqlens", cu_seqlens, **{"S+1": None})
@@ -32,14 +39,18 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, name: str, like: Tensor
             raise ValueError(f"{op}: cu_seqlens must have shape [S+1], got [0]")
         check_same_device(op, **{name: like, "cu_seqlens": cu_seqlens})
         if values:
-            check_bounds(op, "cu_seqlens", cu_seqlens, "T", like.shape[0])
+            check_bounds(op, "cu_seqlens", cu_seqlens, "T", like.shape[0], to_the_end)
 
 
-def check_bounds(op: str, name: str, bounds: Tensor, axis: str, total: int) -> None:
-    """Raise unless bounds on a CPU ascend from 0 to `total`. On a GPU the host would have to wait."""
+def check_bounds(op: str, name: str, bounds: Tensor, axis: str, total: int, to_the_end: bool = False) -> None:
+    """Raise unless bounds on a CPU ascend from 0 to `total`. On a GPU the host would have to wait.
+
+    Rows before the first sequence, as padding is, are in none, and so are those behind the last, except `to_the_end`.
+    """
     if bounds.device.type == "cpu" and type(bounds) is Tensor and not torch.compiler.is_compiling():  # it has values
         values = bounds.tolist()
-        if values != sorted(values) or values[0] < 0 or values[-1] > total:
+        wrong_end = values[-1] != total if to_the_end else values[-1] > total
+        if values != sorted(values) or values[0] < 0 or wrong_end:
             raise ValueError(f"{op}: {name} must ascend from 0 to {axis}={total}, got {values}")
 
 

@@ -335,14 +335,15 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         out = _mean_of_groups(*arguments)
         ctx.mark_non_differentiable(*out[1:])
-        ctx.save_for_backward(arguments[1], out[1])
+        ctx.save_for_backward(arguments[1], out[1].clone())  # the caller may change what it gets
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         row = _rows_of_tokens(*ctx.saved_tensors)
-        sizes = grad.new_zeros(grad.shape[:2], dtype=torch.float32)
-        sizes = sizes.scatter_add(1, row.clamp_min(0), (row >= 0).float()) if grad.shape[1] else sizes
+        batch, rows = grad.shape[:2]
+        place = torch.where(row < 0, rows, row)  # what is in no row counts behind the last one
+        sizes = row.new_zeros(batch, rows + 1).scatter_add(1, place, torch.ones_like(row))[:, :rows]
         share = (grad.float() / sizes.clamp_min(1).unsqueeze(2)).to(grad.dtype)  # what each member of a row receives
         return gather(row, [share])[0], None, None, None, None
 
@@ -466,7 +467,7 @@ def merge_mean(
     packed = cu_seqlens is not None
     check_dtype(op, "x", x, FLOATS)
     check_shape(op, "x", x, **any_rows(packed), D=None)
-    check_cu_seqlens(op, cu_seqlens, "x", x)
+    check_cu_seqlens(op, cu_seqlens, "x", x, to_the_end=True)  # rows are counted from the last one
     check_capacity(op, capacity)
     check_dtype(op, "roots", roots, INDICES)
     check_shape(op, "roots", roots, **rows_of(x, packed))

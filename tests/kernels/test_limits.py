@@ -207,6 +207,14 @@ def test_bounds_that_do_not_ascend_are_refused_on_a_cpu(bounds):
             attention_column_sum(q, k, cu_seqlens_q=pair[0], cu_seqlens_k=pair[1])
 
 
+def test_a_merge_needs_a_sequence_to_the_end_on_a_cpu():
+    """Its rows are found from the last one backwards; what precedes the first sequence may be padding."""
+    x, roots = torch.zeros(6, 3), torch.arange(6)
+    assert merge_mean(x, roots, cu_seqlens=torch.tensor([2, 6])).cu_seqlens.tolist() == [2, 6]
+    with pytest.raises(ValueError, match=r"^merge_mean: cu_seqlens must ascend from 0 to T=6, got \[0, 4\]$"):
+        merge_mean(x, roots, cu_seqlens=torch.tensor([0, 4]))
+
+
 @pytest.mark.parametrize("bounds", [[0, 5, 3, 9], [-7, 9], [0, 1000], [9, 0], [2**30, 2**31 - 1]])
 def test_kernels_read_nothing_beyond_bounds(bounds, device, monkeypatch):
     """On a GPU nobody looks at the values beforehand; the results mean nothing, but memory stays whole."""
