@@ -49,7 +49,8 @@ def kernels(rows: Sequence[Row]) -> str:
             lines.append([f"`{op}`", shape, "", "", *[""] * len(OTHERS)])
             continue
         waits = " (waits)" if ours.waits else ""
-        faster = [f"{providers[name].p50 / ours.p50:.1f}" if name in providers else "" for name in OTHERS]
+        others = {name: row for name, row in providers.items() if row.waits == ours.waits}  # else times of two kinds
+        faster = [f"{others[name].p50 / ours.p50:.1f}" if name in others else "" for name in OTHERS]
         lines.append([f"`{op}`", shape, f"{ours.p50:.3g}{waits}", f"{ours.percent_of_ceiling:.0f} %", *faster])
     return table(["op", "shape", "ms", "of the ceiling", *(f"faster than {name}" for name in OTHERS)], lines)
 

@@ -24,7 +24,7 @@ from bench.needle import ablations
 from fftriton.evaluate import Plan, Setting, evaluate, mcnemar_exact, runner, summarise, wilson_interval
 from fftriton.evaluate.records import Record, RecordFolder
 from fftriton.evaluate.rows import Row, depth_cells
-from fftriton.hf.flops import prefill_flops
+from fftriton.hf.flops import prefill_flops, reduced_flops
 from fftriton.needle import generate_sample
 from fftriton.needle.task import NeedleTask
 from fftriton.runtime.shipped import HARDER_MODEL, NEEDLE
@@ -99,9 +99,12 @@ def test_mcnemar_counts_every_outcome():
 
 @pytest.mark.parametrize(
     "method",
-    [fftriton.KeepAll(), fftriton.UniformFrames(0.4), fftriton.FrameFusion(0.5, -1.0, start_layer=2)],
-    ids=lambda method: type(method).__name__,
-)
+    [
+        fftriton.KeepAll(), fftriton.UniformFrames(0.4), fftriton.FrameFusion(0.5, -1.0, start_layer=2),
+        fftriton.Anchors(0.4), fftriton.FrameFusion(0.5, -1.0, start_layer=2, proportional=True),
+    ],
+    ids=lambda method: type(method).__name__ + "-sizes" * getattr(method, "proportional", False),
+)  # fmt: skip
 def test_flops_are_those_that_torch_counts(method):
     model = tiny_qwen2(5, "eager")
     embeddings, layout = video_embeddings(6, 8)
@@ -109,8 +112,10 @@ def test_flops_are_those_that_torch_counts(method):
     with torch.no_grad(), fftriton.reduce(model, method, layout) as reduction, counter:
         model(inputs_embeds=embeddings)
     counted = sum(sum(counter.get_flop_counts()[f"Qwen2ForCausalLM.model.layers.{i}"].values()) for i in range(5))
-    tokens = reduction.report.tokens_per_layer
-    assert prefill_flops(model.config, tokens, tokens) == counted / 2
+    tokens, sized = reduction.report.tokens_per_layer, reduction.report.sized_layers
+    assert prefill_flops(model.config, tokens, tokens, sized) == counted / 2
+    assert reduced_flops(model.config, reduction.report) == counted / 2
+    assert bool(sized) == getattr(method, "proportional", False)
 
 
 def test_flops_of_the_paper():

@@ -168,6 +168,7 @@ def test_one_token_and_a_full_budget():
         ({"stride": 0}, ValueError, "FastVID: stride must be at least 1, got 0"),
         ({"anchor_weight": -0.1}, ValueError, r"FastVID: anchor_weight must be in \[0.0, 1.0\], got -0.1"),
         ({"importance": "loudness"}, ValueError, "FastVID: importance must be one of 'distinctness'"),
+        ({"importance": "predictor"}, ValueError, "FastVID: importance must be one of 'distinctness', 'norm'"),
     ],
 )  # fmt: skip
 def test_parameters(parameters, error, message):

@@ -210,6 +210,7 @@ def test_one_token_and_a_full_budget():
         ({"segment_threshold": 2}, ValueError, "FlashVID: segment_threshold must be in"),
         ({"min_segments": 0}, ValueError, "FlashVID: min_segments must be at least 1, got 0"),
         ({"importance": "loudness"}, ValueError, "FlashVID: importance must be one of 'distinctness'"),
+        ({"importance": "predictor"}, ValueError, "FlashVID: importance must be one of 'distinctness', 'norm'"),
         ({"budget": 0}, ValueError, "FlashVID: budget must be in"),
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ METHODS = [
     fftriton.FlashVID,
     fftriton.FastVID,
     fftriton.STSimDiff,
+    fftriton.Anchors,
 ]
 
 
@@ -182,7 +183,7 @@ def test_tokens_follow_their_hidden_states_to_another_device():
     "text",
     ["keep-all", "uniformframes", "randomtokens", "temporalmerge", "kvtp", "kvtp:min_tokens=3", "kvtp:min_tokens=0",
      "kvtp:pruner=tome", "evs", "vidcom2", "dycoke", "visionzip", "flashvid", "fastvid",
-     "kvtp:pruner=visionzip:min_tokens=2"],
+     "kvtp:pruner=visionzip:min_tokens=2", "anchors:proportional=False"],
 )  # fmt: skip
 def test_the_count_is_what_is_left(text, budget):
     for frames, patches in [(1, 1), (1, 9), (2, 2), (7, 5), (16, 16)]:
@@ -194,6 +195,33 @@ def test_the_count_is_what_is_left(text, budget):
         tokens = VideoTokens(torch.randn(1, prompt.length, 8), position, patch, total)
         left = [tokens, *list_steps(method.begin(prompt).before_attention(0, tokens))][-1]
         assert method.count(frames, patches) == left.num_video == int((left.patch >= 0).sum())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["anchors", "flashvid", "fastvid", "dycoke", "evs", "vidcom2", "visionzip", "temporalmerge", "st-simdiff"],
+)  # fmt: skip
+def test_frames_of_which_nothing_is_left_are_as_if_they_had_never_been(text):
+    """As UniformFrames and KVTP leave them to the method that follows."""
+    frames, patches, width = 6, 7, 16
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.arange(2, 2 + frames * patches).view(frames, patches)
+    spaced = torch.full((2 * frames + 1, patches), -1)
+    spaced[1::2] = positions
+    x = torch.randn(1, patches, width, generator=generator).repeat(frames, 1, 1)
+    x = (x + 0.3 * torch.randn(x.shape, generator=generator)).view(1, -1, width)
+    hidden = torch.cat([torch.zeros(1, 2, width), x, torch.ones(1, 3, width)], 1)
+    lefts = []
+    for places in (positions, spaced):
+        layout, length = VideoLayout(places), hidden.shape[1]
+        patch = patch_ids([layout], 1, length, hidden.device)
+        tokens = VideoTokens(hidden, torch.arange(length)[None], patch, frames * patches)
+        state = parse(text, 0.4).begin(Prompt(8, length, [layout]))
+        lefts.append([tokens, *list_steps(state.before_attention(0, tokens))][-1])
+    assert lefts[0].num_video < frames * patches
+    assert torch.equal(lefts[0].position, lefts[1].position)
+    assert torch.equal(lefts[0].hidden, lefts[1].hidden)
+    assert lefts[0].sizes is lefts[1].sizes is None or torch.equal(lefts[0].sizes, lefts[1].sizes)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import fftriton
 from fftriton import EVS, DyCoke, PruMerge, RandomPruner, ToMe, TopKPruner, VidCom2, VisionZip
 from fftriton.methods.frames import FrameRows
 from fftriton.methods.importances import distinctness, feature_norm
+from fftriton.methods.segments import segment_starts
 
 GOLDEN = Path(__file__).parent / "golden" / "kvtp"
 
@@ -222,6 +223,14 @@ def test_many_frames_are_compared_in_parts(monkeypatch):
         torch.testing.assert_close(whole.hidden, parts.hidden, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("pruner", [one for one in PRUNERS if one.may_drop], ids=named)
+def test_frames_of_a_part_may_all_be_left_out(pruner, monkeypatch):
+    monkeypatch.setattr("fftriton.methods.frames._PART_BYTES", 2 * 6 * 16 * 4)  # two frames
+    tokens, frames = sequence(torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(0)))
+    left = pruner(tokens, frames, torch.tensor([2, 1, 0, 0, 0, 3]), 6)
+    assert (left.position[0] // 6).tolist() == [0, 0, 1, 5, 5, 5]
+
+
 class HostWaits(TorchDispatchMode):
     """Counts what would wait for a GPU."""
 
@@ -291,6 +300,30 @@ def test_work_and_memory_are_linear_in_the_frames(pruner, monkeypatch):
         assert mode.largest <= max(3 * count * 64, 16 * 16 * 64, of_functions)
         made.append(mode.total)
     assert made[1] / made[0] < 4**1.1
+
+
+def test_a_token_that_is_not_finite_spoils_no_other():
+    x, present = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), torch.ones(3, 5, dtype=torch.bool)
+    spoiled, without = x.clone(), present.clone()
+    spoiled[1, 2, 3], spoiled[2, 0] = math.nan, math.inf
+    without[1, 2] = without[2, 0] = False
+    expected = distinctness(x, without).masked_fill(~without, 0.0)
+    torch.testing.assert_close(distinctness(spoiled, present), expected, rtol=0, atol=1e-6)
+    tokens, frames = sequence(torch.cat([spoiled, x.flip(0)]))
+    (video,) = frames.contexts(tokens)
+    plain, holes = sequence(torch.cat([x, x.flip(0)]))
+    (other,) = replace(holes, rows=holes.rows.where(torch.cat([without, present]), -1)).contexts(plain)
+    for threshold in (-0.2, 0.0, 0.5):
+        assert segment_starts(video, threshold, 2).tolist() == segment_starts(other, threshold, 2).tolist()
+
+
+def test_prumerge_adds_up_what_the_decoder_adds_later():
+    tokens, layouts = ragged(2)
+    twice = replace(tokens, additions=(tokens.hidden, 3 * tokens.hidden))
+    left = run(PruMerge(neighbours=3), twice, layouts)[0]
+    assert not torch.equal(left.hidden, tokens.hidden[:, left.position[0]])
+    torch.testing.assert_close(left.additions[0], left.hidden)
+    torch.testing.assert_close(left.additions[1], 3 * left.hidden)
 
 
 def test_importances_do_not_see_holes():

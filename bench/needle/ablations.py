@@ -11,8 +11,8 @@
 | importance | attention of all queries, of the last four, or of the last one |
 
 Every line is a setting of `fftriton eval`, on the same samples as the others of its table, with a 95 % interval and the
-p-value of McNemar's exact test against the first line of its table. Answers are kept in a folder beside the CSV file,
-so that an interrupted run resumes.
+p-value of McNemar's exact test against the first line of its table (table 7: none). Answers are kept in a folder beside
+the CSV file, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ class Line:
 def plans(table: str, base: Plan, threshold: float) -> Iterator[Plan]:
     """The evaluations of one table."""
     suffix = f":similarity_threshold={threshold}"
+    first = ORIGINAL + suffix
     if table == "7":
         for frames in FRAMES:
-            yield replace(base, methods=(ORIGINAL + suffix, "keep-all"), num_frames=(frames,))
+            yield replace(base, methods=(first, "keep-all"), num_frames=(frames,), reference=first)
         return
-    yield replace(base, methods=tuple(variant + suffix for variant in VARIANTS[table]))
+    yield replace(base, methods=tuple(variant + suffix for variant in VARIANTS[table]), reference=first)
 
 
 def main(

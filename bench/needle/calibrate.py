@@ -5,7 +5,8 @@
 Every sample of every split is answered with all tokens, under the controls of `fftriton calibrate` and in each setting,
 many samples in one forward. The model answers in one token. Settings whose distributions overlap by less than .75 on
 the first 60 samples, which nobody would recommend, are not run on the others: what was found repeats. The split
-"unneeded" asks how many boxes appear in videos that show none: the model's answer does not depend on the video.
+"unneeded" asks how many boxes appear in videos that show none: the model's answer does not depend on the video. The
+samples of one forward share the random draws of the settings that draw.
 
 The file has, for each split, arrays [settings, samples]: same, overlap, right; and "seconds" [settings], the median
 time of a prefill of one sample.

@@ -5,9 +5,9 @@
 
 All methods run at 30 and 10 %, the best six of them and FrameFusion at 50, 30, 20, 10 and 5 %, all on the same samples;
 p is that of McNemar's exact test against FrameFusion at the same budget. Operations are the multiply-accumulates of the
-decoder and of a relevance predictor or first pass, relative to all tokens. Answers are kept in the folder --records, so that an
-interrupted run resumes. Lines of OUT/needle-comparison.csv that a run does not measure stay as they are; they must be
-of the same samples, device and releases.
+decoder and of a relevance predictor or first pass, relative to all tokens. Answers are kept in the folder --records, so
+that an interrupted run resumes. Lines of OUT/needle-comparison.csv that a run does not measure stay as they are; they
+must be of the same samples, device and releases.
 """
 
 from __future__ import annotations
@@ -259,15 +259,15 @@ EXPLANATION = """\
 "right" is percent of the answers, with the 95 % interval (Wilson); p is McNemar's exact test against FrameFusion at the
 same budget on the same samples; operations are multiply-accumulates of the decoder, the channels that carry sizes
 included, and of a relevance predictor or first pass, relative to all tokens. What a method computes from the tokens and
-scores that it is given (similarities, distances, column sums) is not in them, but in ms, the median time of predictor and
-decoder, on a machine that may have had other work to do. A method that cannot reach a budget keeps more, and
+scores that it is given (similarities, distances, column sums) is not in them, but in ms, the median time of predictor
+and decoder, on a machine that may have had other work to do. A method that cannot reach a budget keeps more, and
 StreamingLLM's budget counts text, too; the CSV file has what was achieved. "cannot": the budget is out of the method's
 reach in eight layers; the chain of TemporalMerge and FastV has a setting of its own for each budget.
 
 All methods run at their defaults, but where their text says otherwise: FrameFusion prunes by all queries, FastV and
-ST-SimDiff by the last one, as their authors do. Anchors was developed on this task, others were not. The splits, and the
-two models that answer them, are described in [bench/needle](../needle/README.md); these models are small, their answers
-one word long."""
+ST-SimDiff by the last one, as their authors do. Anchors was developed on this task, the others were not. The splits,
+and the two models that answer them, are described in [bench/needle](../needle/README.md); these models are small,
+their answers one word long."""
 
 
 def main(

@@ -79,6 +79,13 @@ def test_scores_of_another_kind(scores, error, message):
         run(Scores(0.3, scores))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bfloat16], ids=str)
+def test_scores_of_any_real_numbers(dtype):
+    early = run(Scores(0.3, -torch.arange(103)[None].to(dtype)))
+    assert early == run(Scores(0.3, -torch.arange(103.0)[None].to(dtype)))
+    assert dtype == torch.bfloat16 or early == sorted(early)
+
+
 def test_base_classes_alone():
     with pytest.raises(TypeError, match="abstract"):
         ScoringMethod(0.3)

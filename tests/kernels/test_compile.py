@@ -159,6 +159,47 @@ def test_meta_tensors(step, inputs):
     assert linked_cosine_similarity(x, links).shape == (1, N)
 
 
+@traces_properties
+@pytest.mark.parametrize("capacity", [None, N])
+def test_gradients_compile_in_one_graph(capacity, device):
+    x, _, _, counts = make_inputs(device)
+    roots = merge_roots(strided_cosine_similarity(x, P), P, 0.3, counts)
+
+    def loss(x: Tensor) -> Tensor:
+        return (merge_mean(x, roots, (x,), P, capacity=capacity).x ** 2).sum()
+
+    torch._dynamo.reset()
+    grads = []
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for call in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+            leaf = x.clone().requires_grad_()
+            call(leaf).backward()
+            grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+def test_sizes_may_be_symbols():
+    """As torch.export traces a call whose number of tokens varies."""
+
+    class Step(torch.nn.Module):
+        def forward(self, x: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+            room = x.shape[1]
+            roots = merge_roots(strided_cosine_similarity(x, P), P, 0.3, max_merges=6)
+            merged = merge_mean(x, roots, (scores,), P, capacity=room)
+            kept, lengths = topk_keep(merged.companions[0], 4, capacity=room)
+            return *gather_rows(kept, merged.x), lengths, topk_keep(scores, 5)
+
+    x = make_inputs("cpu")[0]
+    length = torch.export.Dim("length", min=8, max=4096)
+    program = torch.export.export(
+        Step(), (x, x[..., 0]), dynamic_shapes=({1: length}, {1: length}), strict=False
+    ).module()
+    for frames in (F, 9):
+        longer = make_video(B, frames, P, D, torch.float32, "cpu")
+        for ours, eager in zip(program(longer, longer[..., 0]), Step()(longer, longer[..., 0]), strict=True):
+            assert torch.equal(ours, eager)
+
+
 def test_meta_tensors_have_no_dynamic_size():
     x, roots = torch.zeros(1, 4, 3, device="meta"), torch.zeros(1, 4, dtype=torch.int64, device="meta")
     with pytest.raises(RuntimeError, match="meta Tensors"):

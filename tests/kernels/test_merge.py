@@ -469,18 +469,21 @@ def test_merging_keeps_the_sum(B, N, joins, seed):
 # gradients
 
 
+@pytest.mark.parametrize("capacity", [None, 5, 23])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("D", [7, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients(dtype, D, device):
+def test_gradients(dtype, D, kind, capacity, device):
     torch.manual_seed(0)
     B, N = 2, 19
-    roots = random_roots(B, N, device)
+    roots = random_roots(B, N, device).to(kind)
+    roots[0, 3], roots[1, 4] = N, 10**6  # beyond the end: in no group
     inputs = [torch.randn(B, N, D), torch.randn(B, N, 3), torch.randn(2, B, N, 2).permute(1, 2, 0, 3)]
-    weights = [torch.randn(B, 19, *part.shape[2:]) for part in inputs]
+    weights = [torch.randn(B, 23, *part.shape[2:]) for part in inputs]
 
     def gradients(merge, dtype):
         leaves = [part.to(device, dtype).requires_grad_() for part in inputs]
-        merged = merge(leaves[0], roots, (leaves[1], roots, leaves[2]))
+        merged = merge(leaves[0], roots, (leaves[1], roots, leaves[2]), capacity=capacity)
         outs = (merged.x, merged.companions[0], merged.companions[2])
         M = merged.x.shape[1]
         loss = sum((out * weight[:, :M].to(device, dtype)).sum() for out, weight in zip(outs, weights, strict=True))
@@ -490,6 +493,20 @@ def test_gradients(dtype, D, device):
     eager = gradients(reference.merge_mean, dtype)
     for ours, theirs, exact in zip(gradients(merge_mean, dtype), eager, truth, strict=True):
         assert_no_worse_than_torch(ours, theirs, exact)
+
+
+def test_gradients_where_nothing_is_left(device):
+    x = torch.ones(2, 3, 4, device=device, requires_grad=True)
+    merge_mean(x, torch.full((2, 3), -1, device=device)).x.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_gradients_do_not_need_what_the_caller_has_changed(device):
+    x = torch.ones(1, 4, 2, device=device, requires_grad=True)
+    merged = merge_mean(x, torch.tensor([[0, 0, 2, -1]], device=device), capacity=3)
+    merged.kept.clamp_(min=0)
+    merged.x.sum().backward()
+    assert x.grad[0, :, 0].tolist() == [0.5, 0.5, 1, 0]
 
 
 def test_second_gradients(device):
