@@ -20,8 +20,8 @@ from ._types import NO_LINK, Groups
 _BLOCK = 2**20  # elements of x that are worked on at a time: few parallel regions, each of which waits for its threads
 _REACH = 2**21  # elements between a row and its partner up to which they share a pool of converted rows
 _LONG_BAG = 1024  # members whose weight has too few bits in fp16, which counts in steps of 2**-24
-_QUERY_BLOCK = 128  # rows of a head's attention matrix that exist at a time, at most
-_SCORES = 2**24  # elements of all heads' that do
+_QUERY_BLOCK = (16, 128)  # rows of a head's attention matrix that exist at a time
+_SCORES = 2**18  # elements of all heads' that do, for each thread: they stay in a core's cache
 
 
 def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
@@ -316,16 +316,18 @@ def attention_column_sum(
     key = k.float()
     total = key.new_zeros(batch, end - begin)
     first = queries - (queries if num_queries is None else num_queries)
-    step = max(1, min(_QUERY_BLOCK, _SCORES // max(1, batch * heads * keys)))
+    fewest, most = _QUERY_BLOCK
+    step = max(fewest, min(most, _SCORES * torch.get_num_threads() // max(1, batch * heads * keys)))
     for low in range(first, queries, step):
         high = min(low + step, queries)
         seen = max(high + keys - queries, 0) if causal else keys
         rows = heads // kv_heads * (high - low)  # those of the query heads that share a key head
         block = q[:, :, low:high].float().reshape(batch, kv_heads, rows, width) * scale
         score = (block @ key[:, :, :seen].mT).view(batch, heads, high - low, seen)
-        if causal:
+        if causal:  # all rows see all but the last columns
             last_seen = torch.arange(low, high, device=q.device)[:, None] + keys - queries
-            score.masked_fill_(torch.arange(seen, device=q.device) > last_seen, float("-inf"))
+            corner = torch.arange(max(0, seen - (high - low)), seen, device=q.device)
+            score[..., seen - len(corner) :].masked_fill_(corner > last_seen, float("-inf"))
         norm = score.logsumexp(-1) if lse is None else lse[:, :, low:high]
         spoiled = norm.isnan() if lse is not None else norm.isnan() | (norm == float("inf"))
         norm = norm.masked_fill(norm == float("-inf"), float("inf"))  # a row that sees nothing adds nothing
