@@ -18,6 +18,7 @@ from ._radix import right_end
 from ._types import NO_LINK, Groups
 
 _BLOCK = 2**20  # elements of x that are worked on at a time: few parallel regions, each of which waits for its threads
+_POOLED = 2**22  # those that are converted at a time: alone 2**20 is a little faster, beside busy processes much slower
 _REACH = 2**21  # elements between a row and its partner up to which they share a pool of converted rows
 _LONG_BAG = 1024  # members whose weight has too few bits in fp16, which counts in steps of 2**-24
 _QUERY_BLOCK = (16, 128)  # rows of a head's attention matrix that exist at a time
@@ -63,7 +64,7 @@ def _pooled_row_products(x: Tensor, partner: Tensor) -> Tensor:
     """
     place = torch.arange(len(x))
     nearest, farthest = (int(end) for end in torch.aminmax(place - partner))
-    block = min(_block_rows(x), len(x))
+    block = min(max(1, _POOLED // x.shape[1]), len(x))
     if block < 2 * farthest:  # links of one stride lead to the same place of another block, and to the same core
         block = -(-farthest // -(-farthest // block))
     near = nearest >= 0 and farthest * x.shape[1] <= _REACH

@@ -52,7 +52,7 @@ def test_linked_matches_fp64(library, dtype, index, device):
 @pytest.mark.parametrize("reach", [0, 2**21])
 @pytest.mark.parametrize("order", ["stride", "random", "ahead"])
 def test_a_cpu_works_in_blocks(order, reach, arrange, dtype, monkeypatch):
-    monkeypatch.setattr(_cpu, "_BLOCK", 4 * 65)  # 21 rows: five blocks and a shorter one
+    monkeypatch.setattr(_cpu, "_POOLED", 4 * 65)  # 21 rows: five blocks and a shorter one
     monkeypatch.setattr(_cpu, "_REACH", reach)
     x = arrange(make_video(2, 3, 7, 65, dtype, "cpu"))
     torch.manual_seed(0)
@@ -69,7 +69,7 @@ def test_a_cpu_works_in_blocks(order, reach, arrange, dtype, monkeypatch):
 @dtypes
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), float("-inf")])
 def test_a_row_without_direction_has_no_similarity(library, dtype, value, device, monkeypatch):
-    monkeypatch.setattr(_cpu, "_BLOCK", 3 * 17)  # rows of later blocks take the places of earlier ones
+    monkeypatch.setattr(_cpu, "_POOLED", 3 * 17)  # rows of later blocks take the places of earlier ones
     x = make_video(1, 4, 3, 17, dtype, device)
     plain = library.strided_cosine_similarity(x, 3)
     x[0, 4] = x[0, 4] * 0 if value == 0 else torch.where(torch.arange(17, device=device) == 5, value, x[0, 4])
