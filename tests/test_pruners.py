@@ -307,7 +307,7 @@ def test_a_token_that_is_not_finite_spoils_no_other():
     spoiled, without = x.clone(), present.clone()
     spoiled[1, 2, 3], spoiled[2, 0] = math.nan, math.inf
     without[1, 2] = without[2, 0] = False
-    expected = distinctness(x, without).masked_fill(~without, 0.0)
+    expected = distinctness(x, without).masked_fill(~without, -1.0)
     torch.testing.assert_close(distinctness(spoiled, present), expected, rtol=0, atol=1e-6)
     tokens, frames = sequence(torch.cat([spoiled, x.flip(0)]))
     (video,) = frames.contexts(tokens)

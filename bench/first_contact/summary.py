@@ -115,7 +115,8 @@ def kernels(rows: list[Row]) -> list[str]:
     for (op, shape, _), providers in by_case(rows).items():
         ours = providers.get("fftriton")
         if ours is not None:
-            faster = ", ".join(f"{r.p50 / ours.p50:.2f} {name}" for name, r in providers.items() if r is not ours)
+            others = {name: row for name, row in providers.items() if row is not ours and row.waits == ours.waits}
+            faster = ", ".join(f"{row.p50 / ours.p50:.2f} {name}" for name, row in others.items())
             host = "" if ours.host_ms is None else f"; {ours.host_ms:.3f}{' w' if ours.waits else ''}"
             out.append(f"{op}, {shape}: {ours.p50:.4g}, {ours.percent_of_ceiling:.0f} %, {faster}{host}")
     return out

@@ -63,12 +63,12 @@ def table(rows: Sequence[Row]) -> Table:
     out = Table("op", "shape", "dtype", "provider", header_style="bold")
     for heading in ("p50 ms", "p20 - p80", "rate", "of ceiling", "times faster"):
         out.add_column(heading, justify="right")
-    baseline: dict[tuple[str, str, str], float] = {}
+    baseline: dict[tuple[str, str, str], Row] = {}
     for row in rows:
         case = (row.op, row.shape, row.dtype)
-        faster = f"{baseline[case] / row.p50:.2f}" if case in baseline else ""
+        faster = f"{baseline[case].p50 / row.p50:.2f}" if case in baseline and baseline[case].waits == row.waits else ""
         if row.provider == "eager":
-            baseline[case] = row.p50
+            baseline[case] = row
         out.add_row(
             *case, row.provider, f"{row.p50:.4g}", f"{row.p20:.4g} - {row.p80:.4g}",
             f"{row.gbps_or_tflops:.4g} {row.metric}", f"{row.percent_of_ceiling:.0f} %", faster,

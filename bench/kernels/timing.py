@@ -29,7 +29,7 @@ class Milliseconds:
     Attributes:
         p20, p50, p80: on a GPU, of the time that the device needs; elapsed time for a call that waits.
         host: on a GPU, what one call takes on the host, from an idle device on.
-        waits: the call itself waits for the device, so that what the host does afterwards is part of its time.
+        waits: the call itself waits for the device, so that what the host does is part of its time.
     """
 
     p20: float

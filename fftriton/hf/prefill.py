@@ -170,8 +170,6 @@ class Prefill(Continuation):
             sample.report.kept_positions.append(position)
             sample.report.vision_tokens_per_layer.append(count)
             sample.report.rows_per_layer.append(sample.tokens.length)
-            if self.attends[index] and self.log_sizes is not None:
-                sample.report.sized_layers.append(index)
         return hidden
 
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -179,6 +177,9 @@ class Prefill(Continuation):
             changed: dict[str, Any] = {"attention_mask": self.valid} if self.packed else {}
         else:
             changed = super().layer_arguments(index, hidden, given, config)
+            if self.log_sizes_of_keys is not None:
+                for sample in self.samples:
+                    sample.report.sized_layers.append(index)
             if self.packed:
                 changed["position_ids"] = None  # flash attention takes ids with gaps for packed sequences
                 if self._rotary_like:

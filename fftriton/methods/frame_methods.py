@@ -115,5 +115,5 @@ def novelty(tokens: VideoTokens, frames: FrameRows, partner: Tensor) -> Tensor:
         partner: [1, N] int64, an earlier row for each row, or -1.
     """
     similarity = frames.take(linked_cosine_similarity(tokens.hidden, partner))
-    alone = importance_of("novelty", "distinctness", tokens, frames).nan_to_num(nan=0.0)
+    alone = importance_of("novelty", "distinctness", tokens, frames).clamp_min(0.0)
     return torch.where(similarity == NO_LINK, _ABOVE_ALL + alone, 1 - similarity)

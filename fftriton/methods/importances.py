@@ -26,7 +26,7 @@ Keys = Callable[[FrameContext], Tensor]
 def distinctness(x: Tensor, present: Tensor) -> Tensor:
     """x [F, P, D], present [F, P] bool -> [F, P] fp32: 1 - the cosine with the frame's mean direction.
 
-    A token that is not finite is in no mean, and its distinctness is 0.
+    A token that is not finite is in no mean, and its distinctness is -1, below all others.
     """
     x = x.float()
     finite = x.isfinite().all(-1)
@@ -34,7 +34,7 @@ def distinctness(x: Tensor, present: Tensor) -> Tensor:
     length = x.norm(dim=-1).clamp_min(_SMALLEST_NORM)
     mean = torch.bmm((present / length)[:, None], x)  # [F, 1, D]
     along = torch.bmm(x, mean.mT)[..., 0]
-    return (1 - along / (length * mean.norm(dim=-1).clamp_min(_SMALLEST_NORM))).where(finite, 0.0)
+    return (1 - along / (length * mean.norm(dim=-1).clamp_min(_SMALLEST_NORM))).where(finite, -1.0)
 
 
 def feature_norm(x: Tensor, present: Tensor) -> Tensor:

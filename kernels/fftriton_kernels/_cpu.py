@@ -21,8 +21,8 @@ _BLOCK = 2**20  # elements of x that are worked on at a time: few parallel regio
 _POOLED = 2**22  # those that are converted at a time: alone 2**20 is a little faster, beside busy processes much slower
 _REACH = 2**21  # elements between a row and its partner up to which they share a pool of converted rows
 _LONG_BAG = 1024  # members whose weight has too few bits in fp16, which counts in steps of 2**-24
-_QUERY_BLOCK = (16, 128)  # rows of a head's attention matrix that exist at a time
-_SCORES = 2**18  # elements of all heads' that do, for each thread: they stay in a core's cache
+_QUERY_BLOCK = (16, 128)  # rows of a head's attention matrix that exist at a time: for a core's cache; for many threads
+_SCORES = 2**24  # elements of all heads' that do, at most
 
 
 def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
@@ -317,8 +317,8 @@ def attention_column_sum(
     key = k.float()
     total = key.new_zeros(batch, end - begin)
     first = queries - (queries if num_queries is None else num_queries)
-    fewest, most = _QUERY_BLOCK
-    step = max(fewest, min(most, _SCORES * torch.get_num_threads() // max(1, batch * heads * keys)))
+    most = _QUERY_BLOCK[torch.get_num_threads() > 1]  # threads wait for each other behind every operation
+    step = max(1, min(most, _SCORES // max(1, batch * heads * keys)))
     for low in range(first, queries, step):
         high = min(low + step, queries)
         seen = max(high + keys - queries, 0) if causal else keys

@@ -64,9 +64,14 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: all tensors must be on one device, got {devices}")
 
 
+def is_int(value: object) -> bool:
+    """Whether `value` is an int, or one that a trace has a symbol for."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def check_at_least(op: str, name: str, value: int, least: int) -> None:
-    """Raise unless `value` is an int of at least `least`, or one that a trace has a symbol for."""
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+    """Raise unless `value` is an int of at least `least`."""
+    if not is_int(value):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")

@@ -36,6 +36,7 @@ from ._dispatch import (
     check_float,
     check_same_device,
     check_shape,
+    is_int,
     runs_triton,
 )
 from ._operators import operator, without_gradient
@@ -184,7 +185,7 @@ def attention_column_sum(
     if not isinstance(causal, bool):
         raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
     pair = columns if isinstance(columns, (tuple, list)) else ()
-    if columns is not None and [isinstance(end, int) and not isinstance(end, bool) for end in pair] != [True, True]:
+    if columns is not None and [is_int(end) for end in pair] != [True, True]:
         raise TypeError(f"{op}: columns must be a pair of ints, got {columns}")
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         check_dtype(op, "q", q, FLOATS)

@@ -14,9 +14,10 @@ from families import FAMILIES, collate
 from models import tiny_qwen2, video_embeddings
 
 import fftriton
-from fftriton import KVTP, FastV, FrameFusion, PruMerge, ToMe, TopKPruner, UniformFrames, frame_budgets
+from fftriton import KVTP, FastV, FrameFusion, PruMerge, ToMe, TopKPruner, UniformFrames, VisionZip, frame_budgets
 from fftriton.evaluate import Setting
-from fftriton.hf.flops import prefill_flops
+from fftriton.hf.flops import prefill_flops, reduced_flops
+from fftriton.hf.sizes import channels
 from fftriton.methods import BeforeLayers, OwnAttention, from_dict, parse, to_dict, to_text
 from fftriton.relevance import BoundRelevance
 
@@ -495,6 +496,23 @@ def test_own_attention_is_that_of_a_short_prompt(name, own, layer):
     counts = [rows] * (layer + 1) + [0]
     assert report.relevance_macs == prefill_flops(model.config.get_text_config(), counts, counts)
     assert report.relevance_seconds == 0  # it is part of the prefill
+
+
+def test_operations_of_a_short_prompt_with_sizes():
+    model, inputs, layout = CASES["qwen2"]()
+    chains = [VisionZip(0.6, proportional=sizes) + KVTP(0.3, "attention") for sizes in (False, True)]
+    plain, sized = (forward(model, inputs, chain, layout)[1] for chain in chains)
+    config, layer = model.config.get_text_config(), len(model.get_decoder().layers) // 2
+    assert (plain.sized_layers, sized.sized_layers) == ([], list(range(config.num_hidden_layers)))
+    assert plain.rows_per_layer == sized.rows_per_layer
+    head = config.hidden_size // config.num_attention_heads
+    wider = 2 * config.num_attention_heads * (channels(head) - head)
+    rows = next(n for n in range(1, plain.num_tokens) if plain.relevance_macs == prefill_flops(
+        config, counts := [n] * (layer + 1) + [0], counts
+    ))  # fmt: skip
+    assert sized.relevance_macs - plain.relevance_macs == wider * rows**2 * (layer + 1)
+    whole = reduced_flops(config, sized) - reduced_flops(config, plain)
+    assert whole == wider * (rows**2 * (layer + 1) + sum(n**2 for n in plain.rows_per_layer))
 
 
 @EVERY_FAMILY

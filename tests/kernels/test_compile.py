@@ -187,7 +187,9 @@ def test_sizes_may_be_symbols():
             roots = merge_roots(strided_cosine_similarity(x, P), P, 0.3, max_merges=6)
             merged = merge_mean(x, roots, (scores,), P, capacity=room)
             kept, lengths = topk_keep(merged.companions[0], 4, capacity=room)
-            return *gather_rows(kept, merged.x), lengths, topk_keep(scores, 5)
+            heads = x.unflatten(2, (HEADS, D // HEADS)).transpose(1, 2)
+            received = attention_column_sum(heads, heads, num_queries=2, columns=(4, room))
+            return *gather_rows(kept, merged.x), lengths, topk_keep(scores, 5), received
 
     x = make_inputs("cpu")[0]
     length = torch.export.Dim("length", min=8, max=4096)
