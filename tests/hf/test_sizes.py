@@ -248,6 +248,8 @@ def test_second_turn_and_crop(video):
         logits = model(**second, **behind(cache)).logits[0, -1:]
         if video:
             patch += patches(reduction.report.layouts, second["input_ids"].shape[1])
+            sized = [index for index, layer in enumerate(cache.layers) if layer.log_sizes is not None]
+            assert reduction.report.sized_layers == sized  # those of the first turn count in the second one
     prompt = see_prompt(model, first, second)
     expected = ByHand(model, patch, starts=(0, length)).logits(prompt, SCRIPT)
     assert (logits - expected).abs().max() < 1e-4
