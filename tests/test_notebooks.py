@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     assert all("<table>" in table and "achieved" in table for table in tables)
     assert len([data for data in shown if "image/png" in data]) == 2
     texts = "".join(output.text for output in outputs if output.output_type == "stream")
-    assert "Use framefusion at a budget of" in texts
+    assert re.search("Use (framefusion|uniformframes) at a budget of", texts)  # whichever was quicker just now
     assert "Error" not in texts
 
 
