@@ -66,7 +66,7 @@ def _draw_split(axes: Axes, lines: Sequence[Line], curves: Sequence[str]) -> Non
             linewidth=1.4,
             zorder=2,
         )
-    axes.set(xscale="log", xticks=[0.03, 0.05, 0.1, 0.2, 0.3, 0.5], xlim=(0.02, 1.05), ylim=(_LEAST, 1.02))
+    axes.set(xscale="log", xticks=[0.02, 0.05, 0.1, 0.2, 0.5], xlim=(0.01, 1.05), ylim=(_LEAST, 1.02))
     axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
