@@ -265,3 +265,20 @@ def run_bench(*arguments: str):
     app = typer.Typer()
     app.command()(run.main)
     return CliRunner().invoke(app, arguments)
+
+
+def test_rows_that_both_kept_must_be_equal_where_one_row_differs():
+    case = tiny_case("prune_step")
+    kept = torch.arange(0, 200, 2)[None]
+    other = kept.clone()
+    other[0, 50] += 1  # rounding decided otherwise
+    values = torch.arange(200.0)[None, :, None].expand(1, 200, 3)
+
+    def taken(index):
+        return index, values[:, index[0]]
+
+    assert measure.agree(taken(kept), taken(other), case)
+    index, rows = taken(other)
+    assert not measure.agree(taken(kept), (index, torch.zeros_like(rows)), case)
+    assert not measure.agree(taken(kept), (kept + 1, values[:, kept[0] + 1]), case)
+    assert not measure.agree(taken(kept), (other,), case)

@@ -96,6 +96,8 @@ def test_exponents():
     about = dict.fromkeys(scale.KEY, "x")
     rows = [about | {"tokens": str(n), "prefill_ms": f"{n**1.5}"} for n in (100, 200, 400, 800)]
     rows += [about | {"method": "short", "tokens": str(n), "prefill_ms": "1"} for n in (100, 200)]
+    rows += [about | {"tokens": "800", "prefill_ms": "1e9"}]  # of one length the least counts
+    rows += [about | {"method": "twice", "tokens": str(n), "prefill_ms": "1"} for n in (100, 200, 200)]
     rows += [about | {"tokens": "1600", "prefill_ms": ""}]
     (fit,) = scale.fits(rows)
     assert fit.exponent == pytest.approx(1.5)
