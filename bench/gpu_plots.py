@@ -9,7 +9,7 @@ from bench.first_contact import findings
 from bench.first_contact.findings import KERNELS
 from bench.generated import README, updated
 from bench.kernels.picture import draw
-from bench.kernels.results import Row, by_case, read_csv
+from bench.kernels.results import Row, by_case, comparable, read_csv
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- made by make gpu-plots -->", "<!-- end of gpu-plots -->"
@@ -49,7 +49,7 @@ def kernels(rows: Sequence[Row]) -> str:
             lines.append([f"`{op}`", shape, "", "", *[""] * len(OTHERS)])
             continue
         waits = " (waits)" if ours.waits else ""
-        others = {name: row for name, row in providers.items() if row.waits == ours.waits}  # else times of two kinds
+        others = comparable(ours, providers)
         faster = [f"{others[name].p50 / ours.p50:.1f}" if name in others else "" for name in OTHERS]
         lines.append([f"`{op}`", shape, f"{ours.p50:.3g}{waits}", f"{ours.percent_of_ceiling:.0f} %", *faster])
     return table(["op", "shape", "ms", "of the ceiling", *(f"faster than {name}" for name in OTHERS)], lines)

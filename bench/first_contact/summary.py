@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.kernels.results import CEILINGS, Row, by_case, read_csv
+from bench.kernels.results import CEILINGS, Row, by_case, comparable, read_csv
 
 from . import findings
 
@@ -115,8 +115,8 @@ def kernels(rows: list[Row]) -> list[str]:
     for (op, shape, _), providers in by_case(rows).items():
         ours = providers.get("fftriton")
         if ours is not None:
-            others = {name: row for name, row in providers.items() if row is not ours and row.waits == ours.waits}
-            faster = ", ".join(f"{row.p50 / ours.p50:.2f} {name}" for name, row in others.items())
+            others = comparable(ours, providers).items()
+            faster = ", ".join(f"{row.p50 / ours.p50:.2f} {name}" for name, row in others)
             host = "" if ours.host_ms is None else f"; {ours.host_ms:.3f}{' w' if ours.waits else ''}"
             out.append(f"{op}, {shape}: {ours.p50:.4g}, {ours.percent_of_ceiling:.0f} %, {faster}{host}")
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,11 @@ def read_csv(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         rows = [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in csv.DictReader(file)]
     return [Row(**{**row, "host_ms": float(row["host_ms"]) if row.get("host_ms") else None}) for row in rows]
+
+
+def comparable(ours: Row, providers: Mapping[str, Row]) -> dict[str, Row]:
+    """The other providers of a case whose times are of the same kind: of the device alone, or elapsed."""
+    return {name: row for name, row in providers.items() if row is not ours and row.waits == ours.waits}
 
 
 def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
