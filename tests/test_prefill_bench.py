@@ -53,6 +53,29 @@ def test_in_turns(model):
     assert faster == dense.prefill / half.prefill
     assert full == prefill_flops(model.config, [56] * 8, [56] * 8) / prefill_flops(model.config, [32] * 8, [32] * 8)
     assert full > causal > 1
+    assert 0 < half.limit < dense.limit
+
+
+def test_layers_alone_are_those_of_the_model(model):
+    prompt = prompts.make_prompt(model, 6, patches=8, text=4, batch=2)
+    seen = []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        for layer in model.model.layers
+    ]
+    alone = measure.layers_alone(model, prompt, [56] * 8)
+    assert torch.equal(alone, measure.forward(model, prompt).logits)
+    seen.clear()
+    with fftriton.reduce(model, fftriton.FastV(0.5), prompt.layout) as reduction:
+        measure.forward(model, prompt)
+    rows = measure.rows_of(model.config, prompt, reduction.report)
+    reduced, seen[:] = [*seen], []
+    measure.layers_alone(model, prompt, rows)
+    for hook in hooks:
+        hook.remove()
+    assert seen == reduced
+    assert min(seen) < 56
+    assert measure.rows_of(model.config, prompt, None) == [56] * 8
 
 
 def test_logits_that_are_not_finite_have_no_time(model):
@@ -73,9 +96,11 @@ def test_the_command(tmp_path):
     assert {row["tokens"] for row in rows} == {"98", "104", "110"}
     for row in rows:
         if row["method"] == "fastv":  # two whole layers of eight are too much
-            assert row["prefill_ms"] == row["ratio"] == ""
+            assert row["prefill_ms"] == row["ratio"] == row["of_limit"] == ""
         else:
             assert float(row["ratio"]) == pytest.approx(float(row["faster"]) / float(row["predicted_causal"]), rel=1e-2)
+            limit = float(row["limit_ms"]) / float(row["prefill_ms"])
+            assert float(row["of_limit"]) == pytest.approx(limit, rel=1e-2)
     done = run(scale.main, str(path))
     assert done.exit_code == 0, done.output
     assert done.output.count("98 to 110") == 5

@@ -10,13 +10,14 @@ import hashlib
 import statistics
 import time
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 
 import fftriton
-from bench.prefill.measure import forward, sample
+from bench.prefill.measure import forward, layers_alone, rows_of, sample, timed
 from bench.prefill.prompts import SHAPES, Prompt, make_model, make_prompt
 
 from .tracing import trace
@@ -101,4 +102,6 @@ def measure(run: Run, model: Any, prompt: Prompt, name: str, method: Any) -> dic
         row |= {"multiply-accumulates": first.operations, CAUSAL: first.causal_operations}
         if name in TRACED and not run.warm:
             row |= trace(f"prefill, {name}", lambda: forward(model, prompt), run.device, run.out)
-    return row
+    alone = partial(layers_alone, model, prompt, rows_of(model.config, prompt, first.report))
+    row["limit_ms"] = 1e3 * statistics.median(timed(prompt.embeddings.device, alone)[0] for _ in samples)
+    return row | {"of_limit": row["limit_ms"] / row["prefill_ms"]}

@@ -20,6 +20,7 @@ SHOWN = {  # what the summary has of the larger findings
         "faster",
         "faster_by_flops",
         "ratio",
+        "of_limit",
         "decode_ms",
         "peak_gib",
         "budget",

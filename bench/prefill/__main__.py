@@ -5,7 +5,9 @@
     python -m bench.prefill.scale results.csv                    # exponents of the cost in the length of the video
 
 `ratio` is the speed-up over the dense prefill of the same run, divided by the one that the count of operations
-predicts with causal attention counted as it is computed. Weights are random: nothing here is about accuracy.
+predicts with causal attention counted as it is computed. Fewer rows use a processor worse, and weights are read however
+few there are; `of_limit` leaves that out: it is the time of the layers alone on as many rows, divided by the prefill's.
+Weights are random: nothing here is about accuracy.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Row:
     method: str
     budget: float | None
     prefill_ms: float | None
+    limit_ms: float | None  # of its layers alone on as many rows, taken for nothing
     decode_ms: float | None
     merge_ms: float | None
     prune_ms: float | None
@@ -56,6 +59,7 @@ class Row:
     predicted: float | None  # by the operations as the papers count them
     predicted_causal: float | None
     ratio: float | None  # faster / predicted_causal
+    of_limit: float | None  # limit_ms / prefill_ms
     device: str
     torch: str
     triton: str
@@ -65,8 +69,8 @@ class Row:
 
 
 FIGURES = (
-    "prefill_ms", "decode_ms", "merge_ms", "prune_ms", "overhead_percent", "cache_mib", "peak_mib", "faster",
-    "predicted", "predicted_causal", "ratio",
+    "prefill_ms", "limit_ms", "decode_ms", "merge_ms", "prune_ms", "overhead_percent", "cache_mib", "peak_mib",
+    "faster", "predicted", "predicted_causal", "ratio", "of_limit",
 )  # fmt: skip
 
 
@@ -77,6 +81,7 @@ def figures(result: Result | None, dense: Result | None) -> dict[str, float | No
     faster, predicted, predicted_causal = (None,) * 3 if dense is None else result.against(dense)
     return {
         "prefill_ms": result.prefill * 1e3,
+        "limit_ms": result.limit * 1e3,
         "decode_ms": result.decode * 1e3,
         "merge_ms": result.stages.get("merge", 0.0) * 1e3,
         "prune_ms": result.stages.get("prune", 0.0) * 1e3,
@@ -87,6 +92,7 @@ def figures(result: Result | None, dense: Result | None) -> dict[str, float | No
         "predicted": predicted,
         "predicted_causal": predicted_causal,
         "ratio": None if faster is None or predicted_causal is None else faster / predicted_causal,
+        "of_limit": result.limit / result.prefill,
     }
 
 
@@ -115,7 +121,7 @@ def table(rows: list[Row]) -> Table:
     out = Table("shape", "dtype", "batch", "tokens", "method", "budget", header_style="bold")
     columns = {
         "prefill_ms": "prefill ms", "decode_ms": "decode ms", "overhead_percent": "reduction %", "cache_mib": "KV MiB",
-        "faster": "faster", "predicted_causal": "predicted", "ratio": "ratio",
+        "faster": "faster", "predicted_causal": "predicted", "ratio": "ratio", "of_limit": "of limit",
     }  # fmt: skip
     for heading in columns.values():
         out.add_column(heading, justify="right")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from transformers import DynamicCache
 
 import fftriton
 from bench.first_contact.tracing import synchronize
@@ -17,6 +19,8 @@ from bench.prefill.prompts import Prompt
 from fftriton.hf.compat import CACHE, cache_in, parameter
 from fftriton.hf.flops import prefill_flops, reduced_flops
 from fftriton.runtime.measure import memory_before, peak_memory
+
+Out = TypeVar("Out")
 
 DENSE = "dense"
 STAGES = ("merge", "prune")  # what a reduction adds to a prefill, as reports name it
@@ -49,6 +53,7 @@ class Result:
 
     Attributes:
         prefill, decode: the least of the turns, in seconds.
+        limit: that of the layers alone on as many rows.
         stages: seconds of each stage, in the turn of the least prefill.
         cache, peak: bytes of keys and values, and in use at most above those before; None where not known.
         operations, causal_operations: as in Sample.
@@ -56,6 +61,7 @@ class Result:
 
     prefill: float
     decode: float
+    limit: float
     stages: dict[str, float]
     cache: int
     peak: int | None
@@ -76,6 +82,15 @@ class Result:
         )
 
 
+def timed(device: torch.device, call: Callable[[], Out]) -> tuple[float, Out]:
+    """Seconds until the device has done what is called, and what it returned."""
+    synchronize(device.type)
+    start = time.perf_counter()
+    out = call()
+    synchronize(device.type)
+    return time.perf_counter() - start, out
+
+
 @torch.no_grad()
 def forward(model: Any, prompt: Prompt) -> Any:
     """The prefill alone."""
@@ -86,22 +101,41 @@ def forward(model: Any, prompt: Prompt) -> Any:
 def sample(model: Any, prompt: Prompt, steps: int, reduction: fftriton.Reduction | None = None) -> Sample:
     """Time one prompt and `steps` decode steps, while the reduction holds."""
     device = prompt.embeddings.device
-    synchronize(device.type)
-    start = time.perf_counter()
-    out = forward(model, prompt)
-    synchronize(device.type)
-    prefill = time.perf_counter() - start
+    prefill, out = timed(device, lambda: forward(model, prompt))
     cache, decode = cache_in(out), []
     size = sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
     token, keyword = out.logits[:, -1:].argmax(-1), parameter(model.forward, "forward", *CACHE)
     for _ in range(steps):
-        start = time.perf_counter()
-        token = model(input_ids=token, **{keyword: cache}).logits[:, -1:].argmax(-1)
-        synchronize(device.type)
-        decode.append(time.perf_counter() - start)
+        seconds, step = timed(device, partial(model, input_ids=token, **{keyword: cache}))
+        decode.append(seconds)
+        token = step.logits[:, -1:].argmax(-1)
     report = None if reduction is None else reduction.report
     full, causal = (operations(model.config, prompt, report, causal) for causal in (False, True))
     return Sample(prefill, statistics.median(decode), size, full, causal, report, out.logits.float())
+
+
+@torch.no_grad()
+def layers_alone(model: Any, prompt: Prompt, rows: Sequence[int]) -> torch.Tensor:
+    """The logits [B, 1, V] behind the decoder's layers on so many rows each: the first ones, taken for nothing.
+
+    No reduction that leaves as many rows can be faster.
+    """
+    decoder, cache = model.model, DynamicCache(config=model.config)
+    hidden = prompt.embeddings[:, : rows[0]]
+    angles = decoder.rotary_emb(hidden, torch.arange(rows[0], device=hidden.device)[None])
+    keyword = parameter(decoder.layers[0].self_attn.forward, "attention", *CACHE)
+    for layer, n, behind in zip(decoder.layers, rows, [*rows[1:], rows[-1]], strict=True):
+        given = {"position_embeddings": tuple(part[:, :n] for part in angles), "attention_mask": None, keyword: cache}
+        hidden = (hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **given)[0])[:, :behind]
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.lm_head(decoder.norm(hidden[:, -1:]))
+
+
+def rows_of(config: Any, prompt: Prompt, report: Any) -> list[int]:
+    """The rows that each layer computes: with padding, those of the longest sample."""
+    if report is None:
+        return [prompt.embeddings.shape[1]] * config.num_hidden_layers
+    return [max(rows) for rows in zip(*(one.rows_per_layer for one in report.samples), strict=True)]
 
 
 def operations(config: Any, prompt: Prompt, report: Any, causal: bool) -> float:
@@ -143,11 +177,15 @@ def in_turns(
             torch.cuda.empty_cache()
             continue
         peaks[name] = None if before is None else peak_memory(prompt.embeddings.device) - before
+    rows = {name: rows_of(model.config, prompt, some[0].report) for name, some in samples.items()}
+    limits: dict[str, list[float]] = {name: [] for name in samples}
     for turn in range(turns):
         for name in list(samples) if turn % 2 == 0 else reversed(list(samples)):
             samples[name].append(reduced_sample(model, prompt, every[name], steps))
+            alone = partial(layers_alone, model, prompt, rows[name])
+            limits[name].append(timed(prompt.embeddings.device, alone)[0])
     for name in every:
-        yield name, _result(name, samples[name], peaks[name]) if name in samples else None
+        yield name, _result(name, samples[name], min(limits[name]), peaks[name]) if name in samples else None
 
 
 def _is_possible(method: fftriton.Method, layers: int) -> bool:
@@ -158,13 +196,13 @@ def _is_possible(method: fftriton.Method, layers: int) -> bool:
     return True
 
 
-def _result(name: str, samples: list[Sample], peak: int | None) -> Result:
+def _result(name: str, samples: list[Sample], limit: float, peak: int | None) -> Result:
     first, *timed = samples
     assert first.logits.isfinite().all(), f"{name}: logits are not finite"
     assert all(torch.equal(first.logits, other.logits) for other in timed), f"{name}: two turns differ"
     fastest = min(timed, key=lambda one: one.prefill)
     stages = {} if fastest.report is None else fastest.report.seconds
     return Result(
-        fastest.prefill, min(one.decode for one in timed), stages, first.cache, peak,
+        fastest.prefill, min(one.decode for one in timed), limit, stages, first.cache, peak,
         first.operations, first.causal_operations,
     )  # fmt: skip

@@ -2,10 +2,10 @@
 
 While a prompt is reduced, the config of each attention module is a proxy. In the thread and the layer that listens, it
 names an attention function of ours, which keeps the queries and keys and then calls the function that the model chose,
-so outputs are unchanged. Where sdpa runs one of PyTorch's causal flash kernels, the log-sum-exp of each row is kept,
-too, which saves the first of the two passes over the scores. If tensor parallelism splits the heads over processes, all
-of them get the mean over all heads. Sizes go through the same function, with the channels of sizes.py, so importance
-has them, too.
+so outputs are unchanged. Where sdpa runs one of PyTorch's causal flash kernels on a GPU, the log-sum-exp of each row is
+kept, too, which saves the first of two passes over the scores. If tensor parallelism splits the heads over processes,
+all of them get the mean over all heads. Sizes go through the same function, with the channels of sizes.py, so
+importance has them, too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from fftriton_kernels import attention_column_sum
 
 from .compat import UnknownReleaseError, attention_function, attention_name, head_group
 from .sizes import check_width, with_sizes
+
+_WHOLE_ROWS = ("cpu",)  # where the scores of a row are there at once, and a softmax is faster than their exp alone
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,10 @@ class AttentionTap:
             _check_weighable(key, log_sizes, kwargs)
             query, key, value = with_sizes(query, key, value, log_sizes, kwargs["scaling"])
         norms = _RowNorms(query, kwargs.get("scaling"))
+        helps = listening and query.device.type not in _WHOLE_ROWS
         is_sdpa = attention_name(module.config) == "sdpa"  # others may be made of what a dispatch mode disturbs
         is_known = torch.version.hip is None  # AMD's kernels have returned it to another base
-        with norms if listening and is_sdpa and is_known and not torch.compiler.is_compiling() else nullcontext():
+        with norms if helps and is_sdpa and is_known and not torch.compiler.is_compiling() else nullcontext():
             out = attention_function(module)(module, query, key, value, *args, **kwargs)
         if listening:
             group = head_group(module, query.shape[1])

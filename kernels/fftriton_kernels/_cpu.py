@@ -6,7 +6,8 @@ Half and single precision inputs are computed in fp32. Nothing is validated here
 from __future__ import annotations
 
 import warnings
-from itertools import pairwise
+from itertools import pairwise, product
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ _BLOCK = 2**20  # elements of x that are worked on at a time: few parallel regio
 _POOLED = 2**22  # those that are converted at a time: alone 2**20 is a little faster, beside busy processes much slower
 _REACH = 2**21  # elements between a row and its partner up to which they share a pool of converted rows
 _LONG_BAG = 1024  # members whose weight has too few bits in fp16, which counts in steps of 2**-24
-_QUERY_BLOCK = (16, 128)  # rows of a head's attention matrix that exist at a time: for a core's cache; for many threads
-_SCORES = 2**24  # elements of all heads' that do, at most
+_QUERY_BLOCK = (48, 128)  # rows of a head's attention matrix that exist at a time: for a core's cache; for many threads
+_SCORES = (2**20, 2**24)  # elements of all heads' that do
 
 
 def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
@@ -314,28 +315,48 @@ def attention_column_sum(
     kv_heads, keys = k.shape[1:3]
     scale = width**-0.5 if scale is None else scale
     begin, end = (0, keys) if columns is None else columns
-    key = k.float()
-    total = key.new_zeros(batch, end - begin)
     first = queries - (queries if num_queries is None else num_queries)
-    most = _QUERY_BLOCK[torch.get_num_threads() > 1]  # threads wait for each other behind every operation
-    step = max(1, min(most, _SCORES // max(1, batch * heads * keys)))
-    for low in range(first, queries, step):
-        high = min(low + step, queries)
-        seen = max(high + keys - queries, 0) if causal else keys
-        rows = heads // kv_heads * (high - low)  # those of the query heads that share a key head
-        block = q[:, :, low:high].float().reshape(batch, kv_heads, rows, width) * scale
-        score = (block @ key[:, :, :seen].mT).view(batch, heads, high - low, seen)
-        if causal:  # all rows see all but the last columns
-            last_seen = torch.arange(low, high, device=q.device)[:, None] + keys - queries
-            corner = torch.arange(max(0, seen - (high - low)), seen, device=q.device)
-            score[..., seen - len(corner) :].masked_fill_(corner > last_seen, float("-inf"))
-        norm = score.logsumexp(-1) if lse is None else lse[:, :, low:high]
-        spoiled = norm.isnan() if lse is not None else norm.isnan() | (norm == float("inf"))
-        norm = norm.masked_fill(norm == float("-inf"), float("inf"))  # a row that sees nothing adds nothing
-        weight = score[..., begin:end].sub_(norm[..., None]).exp_().sum((1, 2))
-        total[:, : weight.shape[1]] += weight
-        total.masked_fill_(spoiled.flatten(1).any(1)[:, None], float("nan"))  # as in softmax, what is unseen too
+    group = heads // kv_heads  # of the heads that share keys
+    many = torch.get_num_threads() > 1  # threads wait for each other behind every operation
+    step = max(1, min(_QUERY_BLOCK[many], queries - first, _SCORES[many] // max(1, group * keys)))
+    most = max(1, _SCORES[many] // max(1, group * step * keys))  # of the key heads
+    room = torch.empty(2, min(most, kv_heads) * group * step * keys, dtype=torch.float32, device=q.device)
+    total = torch.zeros(batch, end - begin, dtype=torch.float32, device=q.device)
+    for sample, head in product(range(batch), range(0, kv_heads, most)):
+        some = slice(head, head + most)
+        query, key = q[sample].unflatten(0, (kv_heads, group))[some], k[sample, some].float()
+        for low in range(first, queries, step):
+            high = min(low + step, queries)
+            seen = max(high + keys - queries, 0) if causal else keys
+            shape = len(key), group, high - low, seen
+            score, weight = (part[: prod(shape)].view(shape) for part in room)
+            block = query[:, :, low:high].float().flatten(1, 2) * scale
+            torch.bmm(block, key[:, :seen].mT, out=score.flatten(1, 2))
+            if causal:  # all rows see all but the last columns
+                last_seen = torch.arange(low, high, device=q.device)[:, None] + keys - queries
+                corner = torch.arange(max(0, seen - (high - low)), seen, device=q.device)
+                score[..., seen - len(corner) :].masked_fill_(corner > last_seen, float("-inf"))
+            if lse is None:
+                spoiled = _softmax(score, weight)
+            else:
+                norm = lse[sample].unflatten(0, (kv_heads, group))[some, :, low:high]
+                spoiled = bool(norm.isnan().any())
+                norm = norm.masked_fill(norm == float("-inf"), float("inf"))  # a row that sees nothing adds nothing
+                weight = score.sub_(norm[..., None]).exp_()
+            if spoiled:  # as in softmax, what is unseen too
+                total[sample] = float("nan")
+            received = weight[..., begin:end].sum((0, 1, 2))
+            total[sample, : len(received)] += received
     return total / heads
+
+
+def _softmax(score: Tensor, out: Tensor) -> bool:
+    """score [..., n]: its softmax, but zeros where a row sees nothing. Whether a row that sees something is NaN."""
+    torch.softmax(score, -1, out=out)
+    if not out[..., :1].isnan().any():
+        return False
+    out.masked_fill_((score == float("-inf")).all(-1, keepdim=True), 0)
+    return bool(out[..., :1].isnan().any())
 
 
 def topk_keep(

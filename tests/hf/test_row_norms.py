@@ -14,7 +14,8 @@ from fftriton.hf import importance
 
 @pytest.fixture
 def norms(monkeypatch):
-    """The lse of every column sum."""
+    """The lse of every column sum, on a CPU as on a GPU."""
+    monkeypatch.setattr(importance, "_WHOLE_ROWS", ())
     seen, column_sum = [], importance.attention_column_sum
 
     def recorded(*args, lse=None, **kwargs):
@@ -56,6 +57,14 @@ def test_one_prompt_takes_them_from_sdpa(norms, monkeypatch):
         torch.testing.assert_close(mine, computed, rtol=1e-6, atol=1e-6)
     assert norms
     assert all(lse is None for lse in norms)
+
+
+def test_a_cpu_does_without(monkeypatch):
+    kept = []
+    monkeypatch.setattr(importance._RowNorms, "__enter__", lambda self: kept.append(self))
+    monkeypatch.setattr(importance._RowNorms, "__exit__", lambda *error: None)
+    assert scores(*qwen2())
+    assert not kept
 
 
 def test_eager_attention_has_none(norms):

@@ -325,11 +325,12 @@ def test_compiles_in_one_graph(device):
     assert torch.equal(compiled(q, k, num_queries=2), attention_column_sum(q, k, num_queries=2))
 
 
-def test_a_cpu_takes_fewer_queries_at_a_time_where_there_are_many_scores(monkeypatch):
-    q, k = make_heads(2, 4, 2, 30, 40, 16)
+def test_a_cpu_takes_fewer_at_a_time_where_there_are_many_scores(monkeypatch):
+    q, k = make_heads(2, 8, 4, 30, 40, 16)
     whole = ON_A_CPU.attention_column_sum(q, k)
-    monkeypatch.setattr(_cpu, "_SCORES", 7 * 2 * 4 * 40)
-    torch.testing.assert_close(ON_A_CPU.attention_column_sum(q, k), whole)
+    for scores in (7 * 2 * 40, 3 * 30 * 2 * 40):  # seven queries of a key head; all queries, of three of the four
+        monkeypatch.setattr(_cpu, "_SCORES", (scores, scores))
+        torch.testing.assert_close(ON_A_CPU.attention_column_sum(q, k), whole)
 
 
 def test_autocast_changes_nothing():
