@@ -129,14 +129,6 @@ class ReducedLayer(DynamicLayer):
         self.values = self.values.gather(2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
         self.fixed = self.get_seq_length()
 
-    def append_valid(self, past: int, new: int, valid: Tensor | None) -> None:
-        """Note which of `new` rows [B, new], which follow `past` ones, are not padding. None: all."""
-        self.valid = _joined(self.valid, valid, past, new, fill=True)
-
-    def append_sizes(self, past: int, new: int, log_sizes: Tensor | None) -> None:
-        """Note the sizes of `new` rows, log_sizes [B, new], which follow `past` ones. None: each stands for itself."""
-        self.log_sizes = _joined(self.log_sizes, log_sizes, past, new, fill=0.0)
-
     def crop(self, length: int) -> None:
         """Remove -length tokens from the end or, if length is positive, all beyond it. Raises a ValueError if that
         would remove part of what has been reduced."""
@@ -249,16 +241,6 @@ class Snapshot:
             else:  # a reset keeps the size of the batch
                 recurrent.__dict__.clear()
                 recurrent.__dict__.update(before)
-
-
-def _joined(held: Tensor | None, given: Tensor | None, past: int, new: int, fill: float) -> Tensor | None:
-    """[B, past + new]: what is held of `past` rows, and what is given of `new` ones; `fill` where that is None."""
-    like = held if given is None else given
-    if like is None:
-        return None
-    before = like.new_full((like.shape[0], past), fill) if held is None else held
-    after = like.new_full((like.shape[0], new), fill) if given is None else given
-    return torch.cat([before, after.to(before.device)], 1)
 
 
 def _notes(layer: ReducedLayer) -> dict[str, Any]:

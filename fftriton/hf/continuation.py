@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .cache import ReducedLayer
@@ -47,7 +48,7 @@ class Continuation:
             layer is not None and layer.log_sizes is not None for layer in cache_layers or ()
         )
         self._masks: dict[tuple, tuple] = {}
-        self._flags: dict[tuple, tuple] = {}
+        self._joins: dict[tuple, tuple] = {}
 
     def layer_arguments(self, index: int, hidden: Tensor, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """The layer's keyword arguments that differ from what the decoder gave, and the cache's bookkeeping."""
@@ -59,8 +60,8 @@ class Continuation:
         past, rows = (0 if cached is None else cached.rows), hidden.shape[1]
         valid = self.valid
         if cached is not None:
-            valid = self._append_flags(cached, past, rows)
-            cached.append_sizes(past, rows, self.log_sizes)
+            valid = cached.valid = self._joined(cached.valid, valid, past, rows, fill=True)
+            cached.log_sizes = self._joined(cached.log_sizes, self.log_sizes, past, rows, fill=0.0)
             self.log_sizes_of_keys = cached.log_sizes
             cached.missing += self.length - rows
             cached.reduced = True
@@ -74,16 +75,21 @@ class Continuation:
             changed["attention_mask"] = self._mask(config, hidden, valid, past, narrow)
         return changed
 
-    def _append_flags(self, cached: ReducedLayer, past: int, rows: int) -> Tensor | None:
-        """The flags of all rows of a layer; layers that share them continue to do so."""
-        key = (id(cached.valid), id(self.valid), past)
-        if key in self._flags:
-            *_, cached.valid = self._flags[key]
-        else:
-            before = cached.valid
-            cached.append_valid(past, rows, self.valid)
-            self._flags[key] = before, self.valid, cached.valid  # kept alive, so that their ids stay theirs
-        return cached.valid
+    def _joined(self, held: Tensor | None, given: Tensor | None, past: int, new: int, fill: float) -> Tensor | None:
+        """[B, past + new]: what a layer holds of `past` rows, and what is given of `new` ones; `fill` where it is None.
+
+        Layers that share what they hold continue to do so.
+        """
+        like = held if given is None else given
+        if like is None:
+            return None
+        key = id(held), id(given), past, new
+        if key not in self._joins:
+            before = like.new_full((like.shape[0], past), fill) if held is None else held
+            after = like.new_full((like.shape[0], new), fill) if given is None else given
+            joined = torch.cat([before, after.to(before.device)], 1)
+            self._joins[key] = held, given, joined  # kept alive, so that their ids stay theirs
+        return self._joins[key][-1]
 
     def _mask(self, config: Any, hidden: Tensor, valid: Tensor | None, past: int, window: Windows | None) -> Any:
         key = (id(valid), past, hidden.shape[1], hidden.device, id(window))

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fftriton_kernels import attention_column_sum
 
 from .compat import UnknownReleaseError, attention_function, attention_name, head_group
-from .sizes import check_width, with_sizes
+from .sizes import Carriers, check_width
 
 _WHOLE_ROWS = ("cpu",)  # where the scores of a row are there at once, and a softmax is faster than their exp alone
 
@@ -95,13 +95,13 @@ class AttentionTap:
 
     def open(self, attention: Any) -> None:
         """Make it possible to listen to this module."""
-        attention.config = _TappedConfig(attention.config, self)
+        object.__setattr__(attention, "config", _TappedConfig(attention.config, self))  # a module's own way is slow
 
     @staticmethod
     def close(attention: Any) -> None:
         """Put the module's config back; harmless if that is done already."""
         if isinstance(attention.config, _TappedConfig):
-            attention.config = attention.config.original
+            object.__setattr__(attention, "config", attention.config.original)
 
     @property
     def listening(self) -> bool:
@@ -125,10 +125,22 @@ class AttentionTap:
         """Stop listening."""
         self._local.listening = False
 
+    def end(self) -> None:
+        """Keep nothing beyond this thread's forward, however that has ended."""
+        self._local.listening, self._local.seen = False, None
+        self._local.log_sizes = self._local.carriers = None
+
     def take(self) -> Attention | None:
         """What was heard since `listen`, or None if the module did not ask its config for a function."""
         seen, self._local.seen = self._local.seen, None
         return seen
+
+    def _carriers(self, log_sizes: Tensor, scale: float, key: Tensor) -> Carriers:
+        """Those of the layer before, if its keys were such and had these sizes."""
+        asked = scale, key.dtype, key.device, key.shape[-1]
+        if self._local.carriers is None or self._local.carriers[0] is not log_sizes or self._local.carriers[1] != asked:
+            self._local.carriers = log_sizes, asked, Carriers.of(log_sizes, scale, key)
+        return self._local.carriers[2]
 
     def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         log_sizes, width, listening = self._local.log_sizes, value.shape[-1], self.listening
@@ -138,17 +150,21 @@ class AttentionTap:
             scale = kwargs.get("scaling")
             kwargs["scaling"] = query.shape[-1] ** -0.5 if scale is None else scale
             _check_weighable(key, log_sizes, kwargs)
-            query, key, value = with_sizes(query, key, value, log_sizes, kwargs["scaling"])
-        norms = _RowNorms(query, kwargs.get("scaling"))
-        helps = listening and query.device.type not in _WHOLE_ROWS
-        is_sdpa = attention_name(module.config) == "sdpa"  # others may be made of what a dispatch mode disturbs
-        is_known = torch.version.hip is None  # AMD's kernels have returned it to another base
-        with norms if helps and is_sdpa and is_known and not torch.compiler.is_compiling() else nullcontext():
+            query, key, value = self._carriers(log_sizes, kwargs["scaling"], key).added_to(query, key, value)
+        norms = _RowNorms(query, kwargs.get("scaling")) if listening and _has_norms(module, query) else None
+        with norms or nullcontext():
             out = attention_function(module)(module, query, key, value, *args, **kwargs)
         if listening:
-            group = head_group(module, query.shape[1])
-            self._local.seen = Attention(query, key, kwargs.get("scaling"), group, norms.lse)
+            group, lse = head_group(module, query.shape[1]), None if norms is None else norms.lse
+            self._local.seen = Attention(query, key, kwargs.get("scaling"), group, lse)
         return out if log_sizes is None else (out[0][..., :width], *out[1:])
+
+
+def _has_norms(module: Any, query: Tensor) -> bool:
+    """Whether log-sum-exps are worth having, and may be watched for."""
+    is_sdpa = attention_name(module.config) == "sdpa"  # others may be made of what a dispatch mode disturbs
+    is_known = torch.version.hip is None  # AMD's kernels have returned it to another base
+    return query.device.type not in _WHOLE_ROWS and is_sdpa and is_known and not torch.compiler.is_compiling()
 
 
 def _check_weighable(key: Tensor, log_sizes: Tensor, arguments: Mapping[str, Any]) -> None:
@@ -213,6 +229,7 @@ _FLASH_KERNELS = tuple(
 class _Heard(threading.local):
     listening = False
     log_sizes: Tensor | None = None
+    carriers: tuple[Tensor, tuple, Carriers] | None = None
     seen: Attention | None = None
 
 

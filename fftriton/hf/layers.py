@@ -88,9 +88,7 @@ class LayerHooks:
         if forward is None:
             return None
         try:
-            self._tap.stop()  # a KeyboardInterrupt may have left it open: torch runs no hook after one
-            self._tap.take()
-            self._tap.weigh(None)
+            self._tap.end()  # a KeyboardInterrupt may have left it open: torch runs no hook after one
             with self._lock:
                 for shared in self._all:
                     shared.leave()

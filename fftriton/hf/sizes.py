@@ -12,6 +12,7 @@ Source: proportional attention in ToMe, arXiv:2210.09461, section 3.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,27 +54,37 @@ def check_width(width: int) -> None:
         )
 
 
-def with_sizes(
-    query: Tensor, key: Tensor, value: Tensor, log_sizes: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values whose attention, at the same scale, has log(size) added to the scores of each key.
+@dataclass(frozen=True)
+class Carriers:
+    """The channels that carry sizes.
 
     Args:
-        query: [B, H, N, d]. key: [B, Hkv, M, d]. value: [B, Hkv, M, e].
-        log_sizes: [B, M] fp32, of the tokens that each key stands for.
-        scale: of the products.
-
-    Returns:
-        The same with d + a channels and e + a channels, the last a of which are to be cut off what comes out.
+        keys: [B, 1, M, a], those of the keys. queries: [a], those of every query.
     """
-    added = channels(query.shape[-1]) - query.shape[-1]
-    whole = (log_sizes / scale).to(key.device)
-    high = whole.to(key.dtype)
-    low = (whole - high.float()).to(key.dtype)
-    carried = F.pad(torch.stack([high, low], -1), (0, added - 2))
-    ones = F.pad(query.new_ones(*query.shape[:-1], 2), (0, added - 2))
-    keys = torch.cat([key, carried[:, None].expand(-1, key.shape[1], -1, -1)], -1)
-    return torch.cat([query, ones], -1), keys, F.pad(value, (0, added))
+
+    keys: Tensor
+    queries: Tensor
+
+    @classmethod
+    def of(cls, log_sizes: Tensor, scale: float, key: Tensor) -> Carriers:
+        """Those for keys [B, Hkv, M, d] whose scores at this scale get log_sizes [B, M] fp32."""
+        added = channels(key.shape[-1]) - key.shape[-1]
+        whole = (log_sizes / scale).to(key.device)
+        high = whole.to(key.dtype)
+        low = (whole - high.float()).to(key.dtype)
+        ones = (torch.arange(added, device=key.device) < 2).to(key.dtype)
+        return cls(F.pad(torch.stack([high, low], -1), (0, added - 2))[:, None], ones)
+
+    def added_to(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, N, d], keys [B, Hkv, M, d] and values [B, Hkv, M, e] with them.
+
+        Returns:
+            The same with d + a channels and e + a channels, the last a of which are to be cut off what comes out.
+        """
+        added = len(self.queries)
+        queries = torch.cat([query, self.queries.expand(*query.shape[:-1], -1)], -1)
+        keys = torch.cat([key, self.keys.expand(-1, key.shape[1], -1, -1)], -1)
+        return queries, keys, F.pad(value, (0, added))
 
 
 def channels(width: int) -> int:

@@ -13,8 +13,7 @@ from models import QWEN_FAMILIES, Listening, behind, cache_of, qwen2, snapshot, 
 from transformers import DynamicCache
 
 import fftriton
-from fftriton.hf import importance
-from fftriton.hf.sizes import with_sizes
+from fftriton.hf.sizes import Carriers
 from fftriton.methods import KVTP, Chain, Method, OwnAttention
 from fftriton.methods.base import Prompt, start
 from fftriton.methods.tome import ToMe
@@ -180,7 +179,7 @@ def test_the_logarithm_is_exact_in_half_precision(dtype):
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, heads, 5, 7, generator=generator).to(dtype) for heads in (4, 2))
     sizes = torch.randint(1, 5000, (2, 5), generator=generator).float()
-    wide_query, wide_key, value = with_sizes(query, key, key[..., :3], sizes.log(), 0.3)
+    wide_query, wide_key, value = Carriers.of(sizes.log(), 0.3, key).added_to(query, key, key[..., :3])
     assert wide_query.shape[-1] == wide_key.shape[-1] == 16  # a multiple of 8
     assert torch.equal(value[..., :3], key[..., :3])
     scores = 0.3 * (wide_query.double() @ wide_key.double().repeat_interleave(2, 1).mT)
@@ -283,6 +282,24 @@ def test_a_forward_that_fails_leaves_the_sizes_as_they_were():
 
 def fail(*_):
     raise RuntimeError("on purpose")
+
+
+@torch.no_grad()
+def test_layers_with_the_same_sizes_share_them(monkeypatch):
+    model, inputs, layout = qwen2()
+    made, make = [], Carriers.of
+    monkeypatch.setattr(Carriers, "of", lambda *given: made.append(given) or make(*given))
+    with fftriton.reduce(model, fftriton.TemporalMerge(0.4, proportional=True), layout):
+        cache = cache_of(model(**inputs, use_cache=True))
+        assert len(made) == 1
+        for steps in (2, 3):
+            model(input_ids=torch.tensor([[7]]), **behind(cache))
+            assert len(made) == steps
+        sizes = [layer.log_sizes for layer in cache.layers]
+        assert all(one is sizes[0] for one in sizes)
+        cache.crop(-1)  # each layer for itself
+        model(input_ids=torch.tensor([[7]]), **behind(cache))
+        assert all(torch.equal(layer.log_sizes, sizes[0]) for layer in cache.layers)
 
 
 # ---- batches
@@ -447,7 +464,8 @@ def test_a_method_may_set_sizes_and_nothing_else(monkeypatch):
 def test_attention_ahead_of_the_first_layer_has_the_sizes_in_every_layer(monkeypatch):
     model, inputs, layout = qwen2()
     calls, layers = [], len(model.model.layers)
-    monkeypatch.setattr(importance, "with_sizes", lambda *given: calls.append(1) or with_sizes(*given))
+    add = Carriers.added_to
+    monkeypatch.setattr(Carriers, "added_to", lambda *given: calls.append(1) or add(*given))
     method = fftriton.TemporalMerge(0.5, proportional=True) + fftriton.KVTP(0.3, OwnAttention(2, layers - 1))
     with fftriton.reduce(model, method, layout):
         model(**inputs)
