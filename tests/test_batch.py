@@ -204,6 +204,8 @@ def test_lines_may_differ_in_everything(clips, tmp_path):
     assert [line["method"] for line in lines] == ["keep-all", "fastv", "framefusion", "framefusion"]
     assert lines[0]["budget_achieved"] == 1
     assert lines[3]["expected"] == "7"
+    assert lines[2].keys() - lines[0].keys() == {"fps", "max_frames"}
+    assert (lines[3]["start"], lines[3]["max_new_tokens"]) == (1.0, 1)
 
 
 def test_a_setting_that_cannot_work_is_the_line_s_own_error(clips, tmp_path):
@@ -225,6 +227,26 @@ def test_all_that_fails_is_a_failure(clips, tmp_path):
     result = invoke(clips[0] / "bad.mp4", "--out", tmp_path / "out.jsonl")
     assert result.exit_code == 1
     assert "0 answered, 1 failed" in result.stderr
+    result = invoke(clips[0] / "bad.mp4", "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 1
+    assert "All 1 requests have failed" in result.stderr
+    assert invoke(clips[0] / "bad.mp4", "--out", "-").exit_code == 1
+
+
+def test_one_failure_more_is_none_of_the_whole(clips, tmp_path):
+    """A run that resumes another is judged by all of its lines."""
+    lines = [{"video": str(clips[0] / f"{name}.mp4"), "question": QUESTIONS[0]} for name in ("0", "bad")]
+    requests, out = write_lines(tmp_path / "requests.jsonl", lines), tmp_path / "out.jsonl"
+    assert invoke(requests, "--out", out).exit_code == 0
+    result = invoke(requests, "--out", out, "--retry")
+    assert "0 answered, 1 failed" in result.stderr
+    assert result.exit_code == 0
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(clips, tmp_path):
+    lines = write_lines(tmp_path / "requests.jsonl", [{"video": str(clips[0] / "0.mp4"), "question": "Q?"}])
+    lines.write_text(lines.read_text(), encoding="utf-8-sig")
+    assert read(lines) == [("0.mp4", "Q?")]
 
 
 # ---- where requests come from

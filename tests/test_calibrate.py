@@ -315,12 +315,15 @@ def test_requests_that_do_not_need_the_video(tmp_path):
         frames = draw_video(RECIPES["easy"], 16, [], True, np.random.default_rng(index))
         write_clip(tmp_path / f"{index}.mp4", frames)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "settings.json").write_text("{}")
+    (tmp_path / "out" / "settings.json").write_text(Settings("fastv", 0.6).to_json())
     requests = [tmp_path, "--question", "How many boxes appear?"]
     result = invoke(*requests, "--out", tmp_path / "out", "--methods", "framefusion", "--budgets", "0.5")
     assert result.exit_code == 0, result.output
     assert "Nothing is recommended: these requests do not need the video" in " ".join(result.output.split())
     assert not (tmp_path / "out" / "settings.json").exists()
+    (tmp_path / "out" / "settings.json").write_text("{}")  # somebody else's
+    invoke(*requests, "--out", tmp_path / "out", "--methods", "framefusion", "--budgets", "0.5")
+    assert (tmp_path / "out" / "settings.json").read_text() == "{}"
 
 
 def test_options_and_letters_are_labels(folder, tmp_path):

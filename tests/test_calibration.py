@@ -67,6 +67,8 @@ def test_a_budget_is_recommended_only_if_the_higher_ones_keep_enough():
     results = judged({FUSION[0]: [0.9] * 100, FUSION[1]: [0.97] * 100})
     assert results.chosen is None
     assert results.advice == "Nothing is recommended: no setting keeps 95.0 %."
+    by_controls = judged({FUSION[0]: [0.96] * 100, FUSION[1]: [0.99] * 100}, blind=0.9)  # these ask for more than 95 %
+    assert [row.keeps for row in by_controls.rows] == [False, False]
 
 
 @pytest.mark.parametrize(("blind", "keep"), [(0.97, 0.95), (0.985, 0.98), (0.93, 0.95)])

@@ -354,11 +354,40 @@ def test_is_right():
     assert is_right("The digit on the red box is 3.", "3")
     assert not is_right("13", "3")
     assert is_right("In the Top Left corner", "top left")
+    assert not is_right("A catalogue", "cat")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("It is 50%.", "50%"), ("$5", "$5"), ("C++ is on the screen", "c++"), ("He cooks", "He cooks."), ("-3", "-3"),
+     ("A dog.", "a dog!"), ("3.", "3"), ("3, then 4", "3"),
+     ("\u8fd9\u662f\u7ea2\u8272\u7684", "\u7ea2\u8272"), ("what?", "?"),
+     ("US$5", "$5"), ("\ube68\uac04\uc0c9\uc785\ub2c8\ub2e4", "\ube68\uac04\uc0c9"), (" red ", "red ")],
+)  # fmt: skip
+def test_texts_with_other_signs_than_letters_are_right(answer, expected):
+    assert is_right(answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("3.5", "3"), ("3.5", "5"), ("1,000", "1"), ("50%", "5"), ("$50", "$5"), ("C", "C++"), ("He cooksx", "He cooks.")],
+)
+def test_parts_of_words_and_numbers_are_wrong(answer, expected):
+    assert not is_right(answer, expected)
 
 
 def test_layers_are_summarised_in_runs():
     assert summarise_layers([9]) == "0: 9"
     assert summarise_layers([9, 9, 5, 2, 2]) == "0-1: 9, 2: 5, 3-4: 2"
+
+
+def test_brackets_are_printed_as_they_are(tmp_path):
+    """As yt-dlp names its files; rich takes some for markup, and fails at others."""
+    video = write_video(tmp_path / "Bunny [aqz-KE].mp4", 8)
+    result = invoke("--video", video, "--question", "Where [/x] [bold]is it?", "--out", tmp_path / "out[a]")
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'out[a]'}/Bunny [aqz-KE]-" in result.output
+    assert "Where [/x] [bold]is it?" in result.output
 
 
 def test_several_videos_and_questions(tmp_path):

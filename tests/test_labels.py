@@ -539,9 +539,11 @@ def test_interrupted_labelling_resumes(needles, tmp_path):
     assert made == ["rewrite"]
     assert (found.relevance, found.query, failures) == ((0, 5, 1), "short", [])
     run(0)
-    (tmp_path / "c").write_text("something else\n")
-    with pytest.raises(ValueError, match="cache must be a file that labelling wrote, got line 1"):
-        run(0)
+    for text, line in (("something else\n", 1), ('{"a": 1}', 1), ('{"key": "a", "value": 1}\n{"b": 2}', 2)):
+        (tmp_path / "c").write_text(text)
+        with pytest.raises(ValueError, match=f"cache must be a file that labelling wrote, got line {line}"):
+            run(0)
+        assert (tmp_path / "c").read_text() == text
 
 
 def test_a_reply_that_cannot_be_read_is_asked_for_again(needles, tmp_path):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import remote_models as remote
 import torch
+import typer
 from remote_prompts import film, pixels, units
+from typer.testing import CliRunner
 
 from bench.kvtp.needle import WORDS
 from bench.kvtp.small import small_siglip
@@ -46,7 +48,7 @@ def test_task_files(tmp_path):
     docs = [json.loads(line) for line in (tmp_path / "tasks" / "fftriton_needle_hard.jsonl").open()]
     task = (tmp_path / "tasks" / "fftriton_needle_hard.yaml").read_text()
     assert "task: fftriton_needle_hard\n" in task
-    assert str(tmp_path / "tasks" / "fftriton_needle_hard.jsonl") in task
+    assert json.dumps(str(tmp_path / "tasks" / "fftriton_needle_hard.jsonl")) in task
     for index, doc in enumerate(docs):
         sample = generate_sample("hard", 4, index)
         assert (needle.doc_to_text(doc), doc["answer"]) == (sample.question, sample.answer)
@@ -54,6 +56,19 @@ def test_task_files(tmp_path):
         assert (video.frames == sample.frames).all()
         assert needle.process_results(doc, [sample.answer]) == {"accuracy": 1.0}
         assert needle.process_results(doc, ["nothing"]) == {"accuracy": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(["--split", "foo"], "split must be one of easy"), (["--samples", "0"], "samples must be at least 1, got 0")],
+)
+def test_a_task_that_cannot_be_written_leaves_nothing(tmp_path, options, why):
+    command = typer.Typer()
+    command.command()(needle.write_task)
+    result = CliRunner().invoke(command, [str(tmp_path / "tasks"), *options])
+    assert result.exit_code == 2
+    assert why in result.output
+    assert not (tmp_path / "tasks").exists()
 
 
 METHODS = ["framefusion:similarity_threshold=0.9", "fastv:layer=1", "keep-all", "kvtp:relevance=PREDICTOR"]

@@ -45,7 +45,7 @@ METHODS = (
     DENSE,
     REFERENCE,
     "framefusion:proportional=True",
-    "temporalmerge:budget=0.32+fastv:layer=4",  # the chain's settings for 30 and for 10 %
+    "temporalmerge:budget=0.32+fastv:layer=4",  # the chain for 30 %, with FastV's own one query, and for 10 %
     "temporalmerge:budget=0.13+fastv:layer=4:importance_queries=4",
     "temporalmerge",
     "fastv",

@@ -30,9 +30,15 @@ class Answers(Protocol):
     def finish(self, keys: Sequence[str]) -> None:
         """Called by each process once it has answered its share."""
 
+    def all_failed(self, keys: Sequence[str]) -> bool:
+        """Whether all requests have come to their end, and none is answered."""
+
 
 class StandardOutput:
     """Answers that go to standard output; nothing is answered already."""
+
+    def __init__(self) -> None:
+        self._failed: list[bool] = []
 
     def done(self, keys: Sequence[str]) -> set[str]:
         return set()
@@ -40,9 +46,13 @@ class StandardOutput:
     def append(self, lines: Sequence[Line]) -> None:
         for line in lines:
             print(_text(line), flush=True)
+            self._failed.append(line["error"] is not None)
 
     def finish(self, keys: Sequence[str]) -> None:
         sys.stdout.flush()
+
+    def all_failed(self, keys: Sequence[str]) -> bool:
+        return bool(self._failed) and all(self._failed)  # of this process's share
 
 
 class AnswerFile:
@@ -115,6 +125,12 @@ class AnswerFile:
             ordered = [lines[key] for key in keys if key in lines]
             if len(ordered) == len(keys):
                 self._rewrite(file, ordered)
+
+    def all_failed(self, keys: Sequence[str]) -> bool:
+        """Whether all requests have come to their end, and none is answered."""
+        with naming(self._path), self._locked() as file:
+            lines = [json.loads(line) for line in self._whole_lines(file)]
+        return len(lines) == len(keys) and all(line["error"] is not None for line in lines)
 
     @contextmanager
     def _locked(self) -> Iterator[int]:

@@ -59,7 +59,7 @@ def make_progress(console: Console, rate: bool = False) -> Progress:
         rate: whether to show also how many steps are done, how fast, and when they will be. This is printed at the end
             even if the console is no terminal; the bars of short steps are not.
     """
-    text, bar = TextColumn("{task.description}"), BarColumn(bar_width=30)
+    text, bar = TextColumn("{task.description}", markup=False), BarColumn(bar_width=30)
     columns = [MofNCompleteColumn(), _Rate(), TimeRemainingColumn(compact=True)] if rate else [TaskProgressColumn()]
     hidden = not (rate or console.is_terminal)
     return Progress(text, bar, *columns, TimeElapsedColumn(), console=console, disable=hidden)

@@ -183,7 +183,10 @@ def _common(task: Task) -> Line:
     request = task.request
     others = {"expected" if name == "answer" else name: value for name, value in request.others.items()}
     asked = {"video": request.name, "question": request.question, "method": request.method, "budget": request.budget}
-    return {"key": ""} | others | {"key": task.key} | asked
+    limits = {"max_pixels": request.max_pixels, "max_new_tokens": request.max_new_tokens}
+    limits |= replace(request.sampling, frames=None).__dict__  # a line says how many frames were taken
+    given = {name: value for name, value in limits.items() if value is not None}
+    return {"key": ""} | others | {"key": task.key} | asked | given
 
 
 def _success(pair: tuple[Clip, Task], answer: str, report: Any) -> Line:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..evaluate.calibration import Results, Row, percent
 from ..evaluate.plots import draw_pareto
 from ..evaluate.rows import Row as Accuracy
 from ..evaluate.rows import write_csv
-from ..methods.settings import Settings
+from ..methods.settings import Settings, read_settings
 from ..runtime.files import writing
 from ..runtime.provenance import provenance
 from .calibrate import Calibration, Found
@@ -47,7 +48,9 @@ def write_results(plan: Calibration, found: Found) -> list[Path]:
         draw_pareto(pareto, [_accuracy(row) for row in results.rows], title, "answers that stay the same", plan.keep)
         written.append(pareto)
     if results.chosen is None:
-        settings.unlink(missing_ok=True)  # an earlier recommendation holds no longer
+        with suppress(ValueError, TypeError):  # nothing there, or somebody else's
+            read_settings(settings)
+            settings.unlink()  # an earlier recommendation holds no longer
         return written
     with writing(settings) as partial:
         partial.write_text(_settings(plan, found).to_json(), encoding="utf-8")

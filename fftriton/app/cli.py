@@ -244,16 +244,19 @@ def batch(
         values = {"method": chosen.method, "budget": chosen.budget, "max_pixels": chosen.max_pixels}
         defaults = Defaults(question or [_question(model.model)], values | asdict(chosen.sampling))
         tasks = make_tasks(read_requests(requests, defaults), target)
+        if (overwrite or retry) and not process.is_main:
+            wait_for_all()  # for the main process, which has the file to itself until then
         if out == "-":
             answers: AnswerFile | StandardOutput = StandardOutput()
         else:
             answers = AnswerFile(Path(out), overwrite and process.is_main, retry and process.is_main)
-        if overwrite or retry:
+        if (overwrite or retry) and process.is_main:
             wait_for_all()
         keys = [task.key for task in tasks]
         if len(answers.done(keys)) == len(keys):
-            say(messages, f"All {len(keys)} requests are answered: {out}")
-            return
+            none = answers.all_failed(keys)
+            say(messages, f"All {len(keys)} requests {'have failed' if none else 'are answered'}: {out}")
+            raise typer.Exit(int(none))
         own = process.own_target(target)
         with make_progress(messages, rate=True) as progress, own.own_threads():
             with Bars(progress).open("Loading the model") as on_progress:
@@ -262,8 +265,8 @@ def batch(
             with Bars(progress).open(f"Answering {len(tasks)} requests") as on_progress:
                 written, failed = run_batch(tasks, answers, own, loaded, batch_size, process, on_progress)
         say(messages, f"{written - failed} answered, {failed} failed: {out}")
-    if failed == written > 0:
-        raise typer.Exit(1)
+        if answers.all_failed(keys):
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -276,10 +279,10 @@ def calibrate(
     ],
     methods: Annotated[
         str, typer.Option(help=f"Separated by commas: {', '.join(names())}; NAME:PARAMETER=VALUE sets a parameter.")
-    ] = "framefusion,fastv,uniformframes",
+    ] = "framefusion,anchors,fastv,uniformframes",
     budgets: Annotated[str, typer.Option(help="Vision tokens to keep, separated by commas.")] = "0.7,0.5,0.3,0.2,0.1",
     keep: Annotated[
-        float, typer.Option(help="Overlap with the unreduced model's next-token distributions to keep, 0.5 to 1.")
+        float, typer.Option(help="Overlap with the unreduced model's next-token distributions, from 0.5 to below 1.")
     ] = 0.98,
     out: Annotated[Path, typer.Option(help="Folder for records, results and settings.json.")] = Path(
         "fftriton-calibrate"

@@ -73,8 +73,9 @@ def print_result(console: Console, options: Options, result: Result) -> None:
     )
     console.print(result_table(result))
     for note in notes(options, result):
-        console.print(note, style="yellow", highlight=False)
-    console.print("Pictures: " + ", ".join(str(path) for path in result.pictures), highlight=False, soft_wrap=True)
+        console.print(note, style="yellow", highlight=False, markup=False)
+    pictures = ", ".join(str(path) for path in result.pictures)
+    console.print(f"Pictures: {pictures}", highlight=False, markup=False, soft_wrap=True)
 
 
 def describe_results(options: Options, results: Sequence[Result]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def read_requests(source: str, defaults: Defaults) -> list[Request]:
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return _of_video({"video": str(path)}, Path(), defaults)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             return _from_lines(file, f"'{path}'", path.parent, defaults)
     except OSError as error:
         raise ValueError(

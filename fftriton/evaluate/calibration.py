@@ -244,7 +244,15 @@ def judge(
     rows = [_row(setting, records, dense, answered, videos, notes.get(setting)) for setting in settings]
     blind = [_row(control, records, dense, answered, videos, None) for control in controls]
     least = _least(blind, keep) - _ROUNDING
-    rows = [replace(row, keeps=row.overlap is not None and row.overlap >= least) for row in rows]
+    short = [row for row in rows if row.overlap is not None and row.overlap < least]
+    rows = [
+        replace(
+            row,
+            keeps=row.overlap is not None
+            and not any(other.method == row.method and other.budget >= row.budget for other in short),
+        )
+        for row in rows
+    ]
     why_not = _why_not(rows, blind, keep, len(answered))
     kept = [row for row in rows if row.keeps]
     chosen = min(kept, key=lambda row: (row.prefill_ms, row.budget)) if kept and not why_not else None

@@ -116,7 +116,7 @@ class FileTask:
             check_count("eval", "frames", frames, 1)
         self._path, self._frames = path, num_frames[0] if num_frames else None
         try:
-            self._text = path.read_text(encoding="utf-8")
+            self._text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"eval: task must be a file of JSON lines, got '{path}': {error}") from error
         self._samples: list[FileSample] = []

@@ -12,6 +12,8 @@ from typing import Any
 
 from ..runtime.files import naming
 
+_START = b'{"key": "'
+
 
 class Cache:
     """Values by what they were made from, in a file of JSON lines that is appended to.
@@ -31,14 +33,21 @@ class Cache:
             with path.open("a+b") as file:
                 file.seek(0)
                 whole, _, rest = file.read().rpartition(b"\n")
+                self._read(whole.split(b"\n") if whole else [], rest)
                 if rest:
                     file.truncate(file.tell() - len(rest))
-        for number, line in enumerate(whole.splitlines(), 1):
+
+    def _read(self, lines: list[bytes], rest: bytes) -> None:
+        """Take the values from whole lines; the rest must be the begin of one."""
+        rule = "cache must be a file that labelling wrote"
+        for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
                 self._values[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"cache must be a file that labelling wrote, got line {number} of '{path}'") from None
+                raise ValueError(f"{rule}, got line {number} of '{self._path}'") from None
+        if not _START.startswith(rest[: len(_START)]):
+            raise ValueError(f"{rule}, got line {len(lines) + 1} of '{self._path}'")
 
     def get(self, source: Any, make: Callable[[], Any]) -> Any:
         """The value that was made from a source; made now, and kept, if there is none.

@@ -141,7 +141,7 @@ def read_questions(paths: Iterable[Path]) -> list[Question]:
     questions: list[Question] = []
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other ends of lines
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other ends of lines
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"questions must be a file of JSON lines, got '{path}': {error}") from error
         for number, line in enumerate(lines, 1):

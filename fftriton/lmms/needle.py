@@ -16,8 +16,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checks import check_count
 from ..needle import generate_sample
 from ..runtime.answers import is_right
+from ..runtime.files import writing
+from ..runtime.terminal import working
 from ..runtime.video import Video
 
 _TASK = """\
@@ -48,15 +51,17 @@ def write_task(
     seed: Annotated[int, typer.Option(help="Selects the samples.")] = 0,
 ) -> None:
     """Write the task `fftriton_needle_SPLIT`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"fftriton_needle_{split}"
-    path = folder.resolve() / f"{name}.jsonl"
-    with path.open("w", encoding="utf-8") as file:
+    with working(uses_transformers=False):
+        check_count("fftriton.lmms.needle", "samples", samples, 1)
+        name, path = f"fftriton_needle_{split}", folder.resolve() / f"fftriton_needle_{split}.jsonl"
+        lines = []
         for index in range(samples):
-            sample = generate_sample(split, seed, index)
-            doc = {"split": split, "seed": seed, "index": index}
-            file.write(json.dumps({**doc, "question": sample.question, "answer": sample.answer}) + "\n")
-    (folder / f"{name}.yaml").write_text(_TASK.format(name=name, samples=path), encoding="utf-8")
+            sample, doc = generate_sample(split, seed, index), {"split": split, "seed": seed, "index": index}
+            lines.append(json.dumps(doc | {"question": sample.question, "answer": sample.answer}) + "\n")
+        with writing(path) as partial:
+            partial.write_text("".join(lines), encoding="utf-8")
+        with writing(path.with_suffix(".yaml")) as partial:
+            partial.write_text(_TASK.format(name=name, samples=json.dumps(str(path))), encoding="utf-8")
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Video]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checks import check_count
+from ..checks import check_count, first_line
 from ..hf.compat import pooled
 from .bound import BoundRelevance, Encoded
 from .fusion import ContextFusion
@@ -280,5 +280,5 @@ def load_relevance(checkpoint: str, head: ContextFusion | None = None) -> Siglip
     try:
         return SiglipRelevance.from_pretrained(checkpoint, head)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"relevance must be the checkpoint of a SigLIP, got '{checkpoint}': {reason}") from error

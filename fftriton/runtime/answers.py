@@ -10,6 +10,10 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+_ENDS = ".!?\u3002\uff01\uff1f"
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_LETTER = rf"[^\W{_UNSPACED}]"  # of a word between spaces
+
 
 class TokenClock(BaseStreamer):
     """A streamer that records when each new token arrives.
@@ -73,5 +77,13 @@ def generate_batch(model: Any, inputs: dict[str, Tensor], most: int, padding: in
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Whether the answer contains the expected word."""
-    return re.search(rf"\b{re.escape(expected.lower())}\b", answer.lower()) is not None
+    """Whether the answer contains the expected text, not as a part of a longer word or number.
+
+    Letter case does not matter, nor a full stop, an exclamation or a question mark behind the text. Scripts without
+    spaces between words (Chinese, Japanese, Thai, ...) and Korean, which appends particles, have no such boundaries.
+    """
+    whole = expected.strip().casefold()
+    text = whole.rstrip(_ENDS).rstrip() or whole
+    before = rf"(?<!{_LETTER})(?<!\d[.,])" if re.match(r"\w", text) else ""
+    behind = rf"(?!{_LETTER}|[.,]\d)" if re.search(r"\w$", text) else ""
+    return re.search(before + re.escape(text) + behind, answer.casefold()) is not None

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from ..checks import first_line
+
 
 def load_part(
     part: Any, checkpoint: str | Path, trust_remote_code: bool, revision: str | None = None, **arguments: Any
@@ -30,7 +32,7 @@ def load_part(
     except (ImportError, OSError, ValueError) as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise _needs_code(checkpoint) from error
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         rule = "the folder or the hub name of a video language model that transformers can load"
         at = "" if revision is None else f" at revision '{revision}'"
         raise ValueError(f"model must be {rule}, got '{checkpoint}'{at}: {reason}") from error
