@@ -126,6 +126,17 @@ def test_flops_of_the_paper():
     assert prefill_flops(config, [10, 6], [10, 6]) == expected
 
 
+def test_flops_of_experts_are_those_that_a_token_goes_through():
+    config = tiny_qwen2(2).config
+    dense = prefill_flops(config, [10, 6], [10, 6])
+    config.update({"num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_experts": 4, "mlp_only_layers": [0]})
+    d, f = config.hidden_size, config.intermediate_size
+    assert prefill_flops(config, [10, 6], [10, 6]) == dense + 3 * 6 * d * (2 * 8 - f)
+    config.update({"mlp_only_layers": None, "shared_expert_intermediate_size": 5})
+    del config.intermediate_size
+    assert prefill_flops(config, [10, 6], [10, 6]) == dense + 3 * 12 * d * (2 * 8 + 5 - f)
+
+
 def test_rows():
     plan = Plan(methods=("keep-all", "framefusion", "fastv"), budgets=(0.5, 0.1), samples=4)
     assert plan.settings == [

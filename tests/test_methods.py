@@ -130,6 +130,12 @@ def test_temporal_merge_by_hand():
     torch.testing.assert_close(merged.hidden[0, 0], hidden[0, [0, 2, 4]].mean(0))
 
 
+def test_uniform_frames_counts_only_frames_with_tokens():
+    layouts = [VideoLayout(torch.arange(32).view(16, 2))]
+    chain = fftriton.UniformFrames(0.5) + fftriton.UniformFrames(0.25)  # of the odd frames every second one
+    assert kept_before_the_first_layer(chain, layouts, 32) == [2 * f + p for f in (3, 7, 11, 15) for p in (0, 1)]
+
+
 def test_uniform_frames_with_holes_in_two_videos():
     layouts = [VideoLayout(torch.tensor([[0, 1], [2, -1]])), VideoLayout(torch.tensor([[4, 5], [-1, 7]]))]
     assert kept_before_the_first_layer(fftriton.UniformFrames(0.5), layouts, 8) == [0, 1, 3, 4, 6]
@@ -178,7 +184,7 @@ def test_tokens_follow_their_hidden_states_to_another_device():
     assert {part.device.type for part in parts} == {"meta"}
 
 
-@pytest.mark.parametrize("budget", [0.01, 0.3, 0.37, 1.0])
+@pytest.mark.parametrize("budget", [0.01, 0.1, 0.3, 0.37, 1.0])
 @pytest.mark.parametrize(
     "text",
     ["keep-all", "uniformframes", "randomtokens", "temporalmerge", "kvtp", "kvtp:min_tokens=3", "kvtp:min_tokens=0",
@@ -186,7 +192,7 @@ def test_tokens_follow_their_hidden_states_to_another_device():
      "kvtp:pruner=visionzip:min_tokens=2", "anchors:proportional=False"],
 )  # fmt: skip
 def test_the_count_is_what_is_left(text, budget):
-    for frames, patches in [(1, 1), (1, 9), (2, 2), (7, 5), (16, 16)]:
+    for frames, patches in [(1, 1), (1, 9), (2, 2), (7, 5), (16, 16), (3, 35), (3, 15)]:
         method, total = parse(text, budget), frames * patches
         layout = VideoLayout(torch.arange(3, 3 + total).view(frames, patches))
         prompt = Prompt(4, total + 5, [layout])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from checkpoints import needs_torchvision, save_checkpoint
 from families import FAMILIES
 from hypothesis import assume, given
@@ -182,6 +183,28 @@ def test_equals_hugging_face(tmp_path, model_type, shape, max_pixels):
 
 
 @needs_torchvision
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen3VL", "Glm4v", "VideoLlama3"])
+def test_max_pixels_bounds_each_frame_of_every_family(monkeypatch, name):
+    """Though `size` bounds the pixels of a whole video in some."""
+    kind = getattr(transformers, f"{name}VideoProcessor", None)
+    if kind is None:
+        pytest.skip("not in this release")
+    own = HubProcessor(MODEL)._processor
+    monkeypatch.setattr(own, "video_processor", kind(size={"shortest_edge": 32 * 32, "longest_edge": 2**24}))
+    monkeypatch.setattr(processing, "load_part", lambda *given: own)
+    bounded, areas = HubProcessor("any", 200**2), []
+    for frames in (2, 5, 16):
+        video = random_video(frames, 320, 320)
+        own.video_processor.size = bounded._bounds(200**2, frames)
+        cut = own.video_processor(
+            videos=[video.frames], video_metadata=[processing._metadata(video)], do_sample_frames=False
+        )
+        areas.append(int(torch.as_tensor(cut["video_grid_thw"])[0, 1:].prod()) * own.video_processor.patch_size**2)
+    assert len(set(areas)) == 1
+    assert 0.6 * 200**2 < areas[0] <= 200**2
+
+
+@needs_torchvision
 def test_hugging_faces_processor_is_taken_where_it_works():
     assert isinstance(load_processor(MODEL), HubProcessor)
 
@@ -247,6 +270,8 @@ def test_a_checkpoint_of_qwen_takes_two_frames_per_second(tmp_path):
     assert len(rule(Sampling())(100000, 25.0)) == 768
     assert len(rule(Sampling(max_frames=8))(250, 25.0)) == 8
     assert len(rule(Sampling(min_frames=40))(250, 25.0)) == 40
+    assert Sampling(min_frames=32).bounded(16) == 32  # of a rule that says how many
+    assert Sampling(min_frames=3, max_frames=8).bounded(16) == 8
     assert rule(Sampling(max_frames=2))(250, 25.0) == [0, 125]  # below the checkpoint's minimum of 4
     assert rule(Sampling(frames=5))(250, 25.0) == [25, 75, 125, 175, 225]
     assert rule(Sampling())(1, 25.0) == [0]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from ..layouts.families import LayoutRule
 from ..layouts.layout import VideoLayout
 from ..methods import FrameFusion, Method
+from .modules import check_wrapper, find_decoder, owner_of
 from .reduction import Reduction
 from .remote_code import find_follower
 
@@ -84,9 +83,16 @@ def reduce(
     return Reduction(model, method, layout, verify, images)
 
 
-def apply(model: Any, method: Method, layout: Sequence[VideoLayout] | LayoutRule | None = None) -> Reduction:
+def apply(
+    model: Any,
+    method: Method,
+    layout: Sequence[VideoLayout] | LayoutRule | None = None,
+    *,
+    verify: bool = False,
+    images: bool = False,
+) -> Reduction:
     """Like `reduce`, from now until `.remove()` is called on what it returns."""
-    return Reduction(model, method, layout).install()
+    return Reduction(model, method, layout, verify, images).install()
 
 
 def apply_framefusion(
@@ -110,8 +116,11 @@ def apply_framefusion(
         FrameFusion, ICCV 2025, arXiv:2501.01986, and its published code: importance is the attention of the last
         4 queries for the Qwen2-VL models and of the last one elsewhere.
     """
-    if layout is None and isinstance(model, nn.Module):
-        layout = find_follower(getattr(model, "_orig_mod", model), separators=True)
-    queries = 4 if str(getattr(model.config, "model_type", "")).endswith("_vl") else 1
+    root = getattr(model, "_orig_mod", model)
+    check_wrapper(root)
+    if layout is None:
+        layout = find_follower(root, separators=True)
+    config = getattr(owner_of(find_decoder(root, root), root), "config", None)
+    queries = 4 if str(getattr(config, "model_type", "")).endswith("_vl") else 1
     method = FrameFusion(cost, similarity_lower_bound, ratio_lower_bound, importance_queries=queries)
     return apply(model, method, layout)

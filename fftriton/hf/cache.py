@@ -137,6 +137,12 @@ class ReducedLayer(DynamicLayer):
         end = logical + length if length <= 0 else min(length, logical)
         if end == logical:
             return
+        if end < self.fixed and self.window is not None:
+            raise ValueError(
+                f"crop: length must be at least {self.fixed}, the whole sequence, for a method with a window "
+                f"(StreamingLLM), which forgets what it has left behind; got {end}. Prompt lookup and assistants "
+                "cannot take back their candidates then"
+            )
         if end < self.fixed:
             raise ValueError(f"crop: length must be at least {self.fixed}, the end of the reduced video, got {end}")
         rows = self.rows - (logical - end)

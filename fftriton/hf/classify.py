@@ -188,6 +188,6 @@ def check_visible(videos: Sequence[PlacedVideo], valid: Tensor | None) -> None:
     if valid is None:
         return
     hidden = ~valid.cpu()
-    for layout, _ in videos:
+    for layout, *_ in videos:
         if bool(hidden[layout.sample, layout.tokens.cpu()].any()):
             raise ValueError(f"attention_mask: must not hide video tokens, but does in sample {layout.sample}")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
@@ -26,10 +27,12 @@ _CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batchin
 
 
 class PlacedVideo(NamedTuple):
-    """A video's place in a forward, and how many come before it in the batch, not counting copies for beams."""
+    """A video's place in a forward, how many come before it in the batch, and how many there are, without copies for
+    beams."""
 
     layout: VideoLayout
     number: int
+    total: int
 
 
 class _Prompt(threading.local):
@@ -39,6 +42,7 @@ class _Prompt(threading.local):
     videos: list[PlacedVideo] | None = None
     length = 0  # of the prompt, including the turns before it
     by_ids = True  # whether it was given as ids
+    ids: Tensor | None = None  # [B, n], those of its last tokens in each row, copies for beams included
     encoded: Mapping[str, Any] = {}
 
 
@@ -172,6 +176,8 @@ class LayoutFinder:
 
     def _find(self, arguments: Mapping[str, Any], tokens: Tensor) -> list[PlacedVideo]:
         known = self._prompt.videos
+        if known and not self._is_of_prompt(arguments):
+            known = [] if self._listed is not None else None
         if known is None and self._listed is not None:
             known = _numbered(self._listed)
             if past_of(arguments) == 0:
@@ -187,6 +193,20 @@ class LayoutFinder:
             found = _lying_in(known, past_of(arguments), tokens.shape[1])
         check_layouts([video.layout for video in found], *tokens.shape[:2])
         return found
+
+    def _is_of_prompt(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a forward within generate has tokens of its prompt, or what follows it: not those of another prompt,
+        which a logits processor sends through the model (classifier-free guidance)."""
+        given, ids = arguments.get("input_ids"), self._prompt.ids
+        if given is None or ids is None:
+            return True
+        first, past = self._prompt.length - ids.shape[1], past_of(arguments)
+        low, high = max(past, first), min(past + given.shape[1], self._prompt.length)
+        if low >= high:
+            return True
+        return len(given) == len(ids) and torch.equal(
+            given[:, low - past : high - past], ids[:, low - first : high - first]
+        )
 
     def count_later(self, arguments: Mapping[str, Any]) -> int:
         """How many of a forward's last tokens follow the prompt: candidates of assisted decoding, tokens that were
@@ -214,12 +234,12 @@ class LayoutFinder:
     def _within_generate(self, generate: Callable) -> Callable:
         def scoped(*args: Any, **kwargs: Any) -> Any:
             prompt = self._prompt
-            outer = prompt.depth, prompt.videos, prompt.length, prompt.by_ids
-            prompt.depth, prompt.videos = prompt.depth + 1, None
+            outer = prompt.depth, prompt.videos, prompt.length, prompt.by_ids, prompt.ids
+            prompt.depth, prompt.videos, prompt.ids = prompt.depth + 1, None, None
             try:
                 return generate(*args, **kwargs)
             finally:
-                prompt.depth, prompt.videos, prompt.length, prompt.by_ids = outer
+                prompt.depth, prompt.videos, prompt.length, prompt.by_ids, prompt.ids = outer
                 self.forget()
 
         return scoped
@@ -238,10 +258,14 @@ class LayoutFinder:
             if found and self._listed is None:  # those that are listed may belong to an earlier turn
                 self._on_prompt()
             self._prompt.videos = [
-                PlacedVideo(replace(layout, sample=layout.sample * expand_size + copy, length=None), number)
-                for layout, number in _numbered(found)
+                video._replace(
+                    layout=replace(video.layout, sample=video.layout.sample * expand_size + copy, length=None)
+                )
+                for video in _numbered(found)
                 for copy in range(expand_size)
             ]
+            ids = kwargs.get("input_ids") if self._prompt.by_ids else None
+            self._prompt.ids = None if ids is None else ids.repeat_interleave(expand_size, 0)
             return expand(expand_size, *args, **kwargs)
 
         return announced
@@ -313,7 +337,8 @@ def _sequence_length(arguments: Mapping[str, Any]) -> int | None:
 def _numbered(layouts: Sequence[VideoLayout]) -> list[PlacedVideo]:
     """The videos, numbered in the order of their samples."""
     return [
-        PlacedVideo(layout, number) for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.sample))
+        PlacedVideo(layout, number, len(layouts))
+        for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.sample))
     ]
 
 
@@ -325,7 +350,8 @@ def _check_lengths(layouts: Sequence[VideoLayout], length: int) -> None:
 def _lying_in(videos: Sequence[PlacedVideo], first: int, length: int) -> list[PlacedVideo]:
     """The videos in [first, first + length) of the sequence, counted from there."""
     found = []
-    for layout, number in videos:
+    for video in videos:
+        layout = video.layout
         low, high = layout.span
         if high < first or low >= first + length:
             continue
@@ -335,7 +361,7 @@ def _lying_in(videos: Sequence[PlacedVideo], first: int, length: int) -> list[Pl
                 f"{first + length - 1} of the sequence, and the video has {low} to {high}; use a prefill_chunk_size, "
                 "or chunks of your own, that cut no video"
             )
-        found.append(PlacedVideo(_moved(layout, -first), number))
+        found.append(video._replace(layout=_moved(layout, -first)))
     return found
 
 

@@ -22,7 +22,8 @@ def prefill_flops(
 
         sum over layers l of  n_l (2 d q + 2 d k) + 2 n_l a_l q + 3 n_(l+1) d f
 
-    Here q = query heads * head size, k = key heads * head size, and f is the width of the gated feed-forward block.
+    Here q = query heads * head size, k = key heads * head size, and f is the width of the gated feed-forward block: in
+    a mixture of experts, of those that a token goes through, whose choice is not counted.
     This block processes the rows that are left after the layer's attention, which are those of the next layer; in the
     last layer they are its own. In the products with scores, the heads of layers that count sizes have the channels
     that carry them, too. For q = k = d the formula is the paper's. As in the paper, causal attention counts in
@@ -44,15 +45,29 @@ def prefill_flops(
     Source:
         FrameFusion, arXiv:2501.01986, after FastV, arXiv:2403.06764.
     """
-    hidden, feed_forward = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     total = 0.0
     for layer, (n, a, n_behind) in enumerate(zip(rows, attended, [*rows[1:], rows[-1]], strict=True)):
         pairs = n * a - a * (a - 1) // 2 if causal else n * a
         scored = config.num_attention_heads * channels(head) if layer in sized else queries
-        total += 2 * n * hidden * (queries + keys) + 2 * pairs * scored + 3 * n_behind * hidden * feed_forward
+        total += (
+            2 * n * hidden * (queries + keys)
+            + 2 * pairs * scored
+            + 3 * n_behind * hidden * _feed_forward(config, layer)
+        )
     return total
+
+
+def _feed_forward(config: Any, layer: int) -> int:
+    """The width of the feed-forward block that a token goes through."""
+    experts, width = (getattr(config, name, None) for name in ("num_experts_per_tok", "moe_intermediate_size"))
+    step = getattr(config, "decoder_sparse_step", None) or 1
+    is_dense = layer in (getattr(config, "mlp_only_layers", None) or ()) or (layer + 1) % step
+    if not experts or not width or is_dense:
+        return config.intermediate_size
+    return experts * width + (getattr(config, "shared_expert_intermediate_size", None) or 0)
 
 
 def reduced_flops(config: Any, report: Report | SampleReport, *, causal: bool = False) -> float:

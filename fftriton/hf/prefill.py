@@ -133,14 +133,14 @@ class Prefill(Continuation):
             tokens = VideoTokens(
                 hidden.new_empty(0), number[None], patch[own][:, rows], count,
                 tuple(part[own][:, rows] for part in companions),
-                additions=tuple(part[own][:, rows].to(hidden.device) for part in self._additions),
+                additions=tuple(part[own][:, rows].to(hidden.device, hidden.dtype) for part in self._additions),
             )  # fmt: skip
             state = None
             if videos:
                 own_layouts = [without_padding(layout, places) for layout in layouts] if is_padded else layouts
                 prompt = Prompt(
                     len(self.attends), tokens.length, own_layouts, self.attends, [video.number for video in videos],
-                    1 + max(video.number for video in self.videos),
+                    self.videos[0].total,
                 )  # fmt: skip
                 state = start(self.method, prompt)
             report = SampleReport(str(self.method), self.method.budget, layouts, tokens.length, count)
@@ -301,10 +301,12 @@ class Prefill(Continuation):
         """Ask the method for every sample's window, which does not grow with what follows the prompt."""
         layers = [layer for layer in self.cache_layers or () if layer is not None]
         past = layers[0].get_seq_length() if layers else 0
-        for sample in self.samples:
+        valid = layers[0].valid if layers else None
+        padding = [0] * self.batch if valid is None else (~valid).sum(1).tolist()
+        for sample, padded in zip(self.samples, padding, strict=True):
             if sample.state is not None:
-                sample.past = past
-                window = sample.state.window(past + sample.tokens.length - sample.later)
+                sample.past = past - padded
+                window = sample.state.window(sample.past + sample.tokens.length - sample.later)
                 if not isinstance(window, Window | type(None)):
                     raise TypeError(
                         f"reduce: {self.method}: window must return a Window or None, got {type(window).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -14,6 +15,7 @@ from .compat import first_of
 from .invariants import Invariants
 
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_checking = threading.Lock()
 _HOOKS = [name for name, value in nn.Module().__dict__.items() if isinstance(value, OrderedDict)]
 
 
@@ -48,10 +50,10 @@ def check_structure_in_place(decoder: Any, source: Tensor) -> None:
         decoder: what to run; its own hooks run, too.
         source: [B, N] or [B, N, D], what it was given.
     """
-    if decoder in _checked:
-        return
-    _checked.add(decoder)
-    _run(decoder, source if source.is_floating_point() else next(decoder.parameters())).read()
+    with _checking:  # a second thread's first prompt waits
+        if decoder not in _checked:
+            _run(decoder, source if source.is_floating_point() else next(decoder.parameters())).read()
+            _checked.add(decoder)
 
 
 def _run(decoder: Any, like: Tensor) -> Invariants:
@@ -74,9 +76,17 @@ def _run(decoder: Any, like: Tensor) -> Invariants:
 
 
 def _listen(layer: Any, index: int, last: bool, invariants: Invariants) -> list[RemovableHandle]:
+    """Hooks that see what this thread runs: others may use the model meanwhile."""
     fed: list[Tensor] = []
+    own = threading.get_ident()
+
+    def note(part: Tensor) -> None:
+        if threading.get_ident() == own:
+            fed.append(part)
 
     def after_layer(layer: nn.Module, args: tuple, output: Any) -> None:
+        if threading.get_ident() != own:
+            return
         if first_of(output).is_meta:
             raise ValueError("weights must be there")
         residual, added = fed
@@ -85,8 +95,8 @@ def _listen(layer: Any, index: int, last: bool, invariants: Invariants) -> list[
             raise _Seen
 
     return [
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda norm, args: fed.append(args[0])),
-        layer.mlp.register_forward_hook(lambda mlp, args, output: fed.append(first_of(output))),
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda norm, args: note(args[0])),
+        layer.mlp.register_forward_hook(lambda mlp, args, output: note(first_of(output))),
         layer.register_forward_hook(after_layer),
     ]
 

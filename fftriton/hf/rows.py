@@ -31,7 +31,7 @@ class BatchRow:
         places: where they stood in the padded prompt, or None if there is no padding.
         later: how many text tokens at the end are continuations of the prompt (candidates of assisted decoding, an
             answer to be scored): their attention does not count.
-        past: number of tokens before those of this forward.
+        past: number of tokens before those of this forward, without padding.
         steps: what the method did to the hidden states when it was last asked, if that is to be recorded.
     """
 

@@ -176,7 +176,8 @@ def _prompt_of(tokens: VideoTokens, prompt: Prompt) -> Prompt:
     left = tokens.position[0].cpu()
     layouts, numbers = [], []
     for video, layout in enumerate(prompt.layouts):
-        positions = layout.positions.where(torch.isin(layout.positions, left), -1)
+        positions = layout.positions.cpu()
+        positions = positions.where(torch.isin(positions, left), -1)
         if bool((positions >= 0).any()):
             layouts.append(replace(layout, positions=positions, length=None))
             numbers.append(prompt.number_of(video))

@@ -119,7 +119,7 @@ class KVTP(BeforeLayers):
             return None
         if self.budget == 1:
             return frames * patches
-        return max(frames * min(patches, self.min_tokens), round(self.budget * frames * patches))
+        return max(frames * min(patches, self.min_tokens), round(self.budget * (frames * patches)))
 
     def make_pruner(self) -> Pruner:
         """The pruner, made if it is given by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +54,7 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written.
     """
-    partial = path.with_name(f".{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

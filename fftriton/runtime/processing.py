@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +28,7 @@ from .unusable import torchvision_works
 from .video import Video
 
 QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+_TEMPORAL = 2  # frames of a patch, to a multiple of which videos are padded
 
 
 class Processor(Protocol):
@@ -105,8 +107,14 @@ class HubProcessor:
         if getattr(self._processor, "video_processor", None) is None:
             raise ValueError(f"model must have a processor for videos, got '{checkpoint}'")
         self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
+        self._max_pixels = max_pixels
         if max_pixels is not None:
-            self._bound_pixels(max_pixels)
+            size = dict(self._processor.video_processor.size)
+            if size.get("longest_edge") is None or size.get("shortest_edge") is None:
+                raise ValueError(
+                    f"max_pixels must be None for a model whose frames have a fixed size, got {max_pixels}"
+                )
+            self._size, self._of_video = size, _bounds_videos(self._processor.video_processor)
 
     def __call__(self, video: Video, question: str) -> dict[str, Tensor]:
         """Tokens and pixels for one video and one question, by the names of the model's arguments.
@@ -117,6 +125,8 @@ class HubProcessor:
         names = ("video_token", "image_token")
         _check_question(question, [getattr(self._processor, name, None) for name in names])
         text = self._processor.apply_chat_template(_messages(question), tokenize=False, add_generation_prompt=True)
+        if self._max_pixels is not None:
+            self._processor.video_processor.size = self._bounds(self._max_pixels, len(video.frames))
         encoded = self._processor(
             text=[text],
             videos=[video.frames],
@@ -131,12 +141,34 @@ class HubProcessor:
         """Which frames to take from a video; what `sampling` leaves open is decided by the checkpoint's processor."""
         return frame_rule(sampling, self._processor.video_processor)
 
-    def _bound_pixels(self, max_pixels: int) -> None:
-        size = dict(self._processor.video_processor.size)
-        if size.get("longest_edge") is None or size.get("shortest_edge") is None:
-            raise ValueError(f"max_pixels must be None for a model whose frames have a fixed size, got {max_pixels}")
-        bounds = {"longest_edge": max_pixels, "shortest_edge": min(size["shortest_edge"], max_pixels)}
-        self._processor.video_processor.size = bounds
+    def _bounds(self, max_pixels: int, frames: int) -> dict[str, int]:
+        """The size by which the video processor bounds the pixels of each of so many frames."""
+        longest, shortest = self._size["longest_edge"], self._size["shortest_edge"]
+        if self._of_video:
+            padded = -(-frames // _TEMPORAL) * _TEMPORAL
+            return {"longest_edge": min(max_pixels * padded, longest), "shortest_edge": min(shortest, max_pixels)}
+        return {"longest_edge": max_pixels, "shortest_edge": min(shortest, max_pixels)}
+
+
+def _bounds_videos(processor: Any) -> bool:
+    """Whether the `size` of a video processor bounds the pixels of whole videos (as Qwen3-VL's), not of frames.
+
+    Raises:
+        ValueError: it does not say how it has cut its frames.
+    """
+    size, areas = processor.size, []
+    try:
+        processor.size = {"longest_edge": 128 * 128, "shortest_edge": 32 * 32}
+        for count in (2, 8):
+            frames = np.zeros((count, 256, 256, 3), np.uint8)
+            metadata = _metadata(Video(frames, list(range(count)), count, 1.0))
+            cut = processor(videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
+            if "video_grid_thw" not in cut:
+                raise ValueError(f"max_pixels must be None for {type(processor).__name__}, which returns no grid")
+            areas.append(int(torch.as_tensor(cut["video_grid_thw"])[0, 1:].prod()))
+    finally:
+        processor.size = size
+    return areas[1] < areas[0]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class Sampling:
 
     def bounded(self, count: int) -> int:
         """A number of frames within min_frames and max_frames."""
-        return min(max(count, self.min_frames or 1), self.max_frames or count)
+        least = max(count, self.min_frames or 1)
+        return min(least, self.max_frames or least)
 
 
 def sample_indices(total: int, count: int) -> list[int]:

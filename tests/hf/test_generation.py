@@ -264,6 +264,45 @@ def test_chunked_prefill(way):
     assert (at_once - logits).abs().max() > 1e-2
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="prefill_chunk_size is refused")
+@torch.no_grad()
+def test_scores_of_every_video_fit_prompts_in_chunks():
+    """A chunk holds one of the two videos."""
+    model, (ids, layout) = tiny_qwen2(), words_with_videos()
+    skip_where_it_fails_anyway(model, {"input_ids": ids}, prefill_chunk_size=15)
+    scores = [torch.arange(float(one.positions.shape[0])) for one in layout]
+    with fftriton.reduce(model, fftriton.KVTP(0.5, scores), layout):
+        generate(model, {"input_ids": ids}, prefill_chunk_size=15)
+    one = fftriton.KVTP(0.5, scores[:1])
+    with (
+        fftriton.reduce(model, one, layout),
+        pytest.raises(ValueError, match="for each video of the batch, got 1 for 2"),
+    ):
+        generate(model, {"input_ids": ids}, prefill_chunk_size=15)
+
+
+@torch.no_grad()
+def test_another_prompt_within_generate_has_no_video():
+    """As a logits processor of classifier-free guidance sends one through the model: here one as long as the prompt."""
+    model, inputs = tiny_qwen2_vl(), video_prompt()
+    other = torch.full_like(inputs["input_ids"], 7)
+    dense = model(input_ids=other).logits
+    seen = []
+
+    def guide(ids, scores):
+        seen.append(model(input_ids=other).logits)
+        return scores
+
+    with fftriton.reduce(model, SCRIPT):
+        alone = model.generate(**inputs, max_new_tokens=3, do_sample=False, suppress_tokens=SPECIAL)
+        guided = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, suppress_tokens=SPECIAL, logits_processor=[guide]
+        )
+    assert torch.equal(guided, alone)
+    assert len(seen) == 3
+    assert all(torch.equal(logits, dense) for logits in seen)
+
+
 @EVERY_FAMILY
 @pytest.mark.feature("chunked prefill")
 @torch.no_grad()

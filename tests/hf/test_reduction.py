@@ -17,6 +17,7 @@ from models import (
     video_embeddings,
     video_prompt,
 )
+from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -171,6 +172,14 @@ def test_apply_framefusion_has_the_authors_parameters():
     model, inputs, layout = qwen2()
     handle = fftriton.apply_framefusion(model, 0.4, 0.7, 0.2, layout=layout)
     assert handle.method == fftriton.FrameFusion(0.4, 0.7, 0.2, importance_queries=1)
+    handle.remove()
+    handle = fftriton.apply_framefusion(nn.ModuleList([qwen2_vl()[0]]))  # in a module without a config
+    assert handle.method.importance_queries == 4
+    handle.remove()
+    with pytest.raises(TypeError, match="model must be a Hugging Face model, got str"):
+        fftriton.apply_framefusion("model")
+    handle = fftriton.apply(qwen2_vl()[0], fftriton.KeepAll(), verify=True)
+    assert handle.verify
     handle.remove()
 
 

@@ -1,6 +1,7 @@
 """StreamingLLM against the plain model under a mask written out: the prompt, each new token, and what comes behind."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,6 +193,38 @@ def test_padded_samples_of_a_batch_and_beams():
         assert together.sequences[row, -STEPS:].tolist() == tokens.tolist()
         assert (torch.stack(together.logits)[:, row] - logits).abs().max() < 1e-4
         assert searched[row, -STEPS:].tolist() == beams[row][0, -STEPS:].tolist()
+
+
+@torch.no_grad()
+def test_padding_of_earlier_tokens_is_no_part_of_the_window():
+    """A batch whose text before the videos is padded on the left."""
+    model, (embeddings, (video,)) = tiny_qwen2(), video_embeddings(6, 8)
+    text = torch.randn(2, 7, embeddings.shape[2])
+
+    def run(rows, padding):
+        mask = torch.ones(len(rows), 7 - padding + embeddings.shape[1], dtype=torch.int64)
+        mask[-1, : 4 - padding] = 0
+        layout = [replace(video, positions=video.positions + 7 - padding, sample=row) for row in range(len(rows))]
+        cache = DynamicCache()
+        with fftriton.reduce(model, fftriton.StreamingLLM(0.4), layout) as reduction:
+            model(inputs_embeds=text[rows, padding:], attention_mask=mask[:, : 7 - padding], **behind(cache))
+            model(inputs_embeds=embeddings.repeat(len(rows), 1, 1), attention_mask=mask, **behind(cache))
+        return reduction.report.samples[-1]
+
+    together, alone = run([0, 1], 0), run([1], 4)
+    assert together.window == alone.window
+    assert together.vision_tokens_per_layer == alone.vision_tokens_per_layer
+    assert [len(kept) for kept in together.kept_positions] == [len(kept) for kept in alone.kept_positions]
+
+
+@torch.no_grad()
+def test_assisted_decoding_says_why_it_cannot_be():
+    model, inputs, _ = qwen2_vl()
+    with (
+        fftriton.reduce(model, fftriton.StreamingLLM(0.3)),
+        pytest.raises(ValueError, match=r"for a method with a window .* Prompt lookup and assistants"),
+    ):
+        model.generate(**inputs, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
 
 
 @torch.no_grad()
