@@ -103,5 +103,6 @@ def measure(run: Run, model: Any, prompt: Prompt, name: str, method: Any) -> dic
         if name in TRACED and not run.warm:
             row |= trace(f"prefill, {name}", lambda: forward(model, prompt), run.device, run.out)
     alone = partial(layers_alone, model, prompt, rows_of(model.config, prompt, first.report))
+    alone()
     row["limit_ms"] = 1e3 * statistics.median(timed(prompt.embeddings.device, alone)[0] for _ in samples)
     return row | {"of_limit": row["limit_ms"] / row["prefill_ms"]}

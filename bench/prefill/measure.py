@@ -179,6 +179,8 @@ def in_turns(
         peaks[name] = None if before is None else peak_memory(prompt.embeddings.device) - before
     rows = {name: rows_of(model.config, prompt, some[0].report) for name, some in samples.items()}
     limits: dict[str, list[float]] = {name: [] for name in samples}
+    for some in rows.values():
+        layers_alone(model, prompt, some)
     for turn in range(turns):
         for name in list(samples) if turn % 2 == 0 else reversed(list(samples)):
             samples[name].append(reduced_sample(model, prompt, every[name], steps))

@@ -23,7 +23,7 @@ _POOLED = 2**22  # those that are converted at a time: alone 2**20 is a little f
 _REACH = 2**21  # elements between a row and its partner up to which they share a pool of converted rows
 _LONG_BAG = 1024  # members whose weight has too few bits in fp16, which counts in steps of 2**-24
 _QUERY_BLOCK = (48, 128)  # rows of a head's attention matrix that exist at a time: for a core's cache; for many threads
-_SCORES = (2**20, 2**24)  # elements of all heads' that do
+_SCORES = 2**24  # elements of all heads' that do, at most
 
 
 def strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
@@ -318,8 +318,8 @@ def attention_column_sum(
     first = queries - (queries if num_queries is None else num_queries)
     group = heads // kv_heads  # of the heads that share keys
     many = torch.get_num_threads() > 1  # threads wait for each other behind every operation
-    step = max(1, min(_QUERY_BLOCK[many], queries - first, _SCORES[many] // max(1, group * keys)))
-    most = max(1, _SCORES[many] // max(1, group * step * keys))  # of the key heads
+    step = max(1, min(_QUERY_BLOCK[many], queries - first, _SCORES // max(1, group * keys)))
+    most = max(1, (_SCORES if many else _BLOCK) // max(1, group * step * keys))  # of the key heads
     room = torch.empty(2, min(most, kv_heads) * group * step * keys, dtype=torch.float32, device=q.device)
     total = torch.zeros(batch, end - begin, dtype=torch.float32, device=q.device)
     for sample, head in product(range(batch), range(0, kv_heads, most)):

@@ -90,6 +90,12 @@ def check_stride(op: str, name: str, value: int, length: int) -> int:
     return min(value, max(length, 1))
 
 
+def check_most(op: str, name: str, value: int, most: int = 65535) -> None:
+    """Raise unless a kernel can have a size; that of the batch is an axis of grids, which ends at 65535 programs."""
+    if value > most:
+        raise ValueError(f"{op}: {name} must be at most {most} for a Triton kernel, got {value}")
+
+
 def check_float(op: str, name: str, value: float) -> None:
     """Raise unless `value` is a float (or int)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

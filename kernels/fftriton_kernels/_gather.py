@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _cpu, reference
-from ._dispatch import cdiv, check_below, runs_triton
+from ._dispatch import cdiv, check_below, check_most, runs_triton
 from ._operators import needs_gradient, operator
 from ._specialisation import VARYING
 
@@ -122,6 +122,7 @@ def _layout_of(
 def _launch(index: Tensor, copies: list[tuple[Tensor, Tensor, tuple[int, ...]]], unit: int) -> None:
     """Copy the rows of up to six tensors: (tensor, out, layout)."""
     batch, rows = index.shape
+    check_most("gather_rows", "B", batch)
     block_w = _BLOCK_BYTES // unit
     arguments: list[object] = []
     chunks, nested = 0, False
@@ -178,14 +179,17 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_backward(index)
         ctx.lengths = [tensor.shape[1] for tensor in tensors]
         out = tuple(_gather_rows(index, tensors))
-        ctx.mark_non_differentiable(*(rows for rows in out if not rows.is_floating_point() and not rows.is_complex()))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(rows for rows, needs in zip(out, ctx.needs_input_grad[1:], strict=True) if not needs)
+        )
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        wanted = zip(grads, ctx.lengths, ctx.needs_input_grad[1:], strict=True)
-        return None, *(_scatter_rows(index, grad, length) if needs else None for grad, length, needs in wanted)
+        received = zip(grads, ctx.lengths, strict=True)
+        return None, *(None if grad is None else _scatter_rows(index, grad, length) for grad, length in received)
 
 
 def _scatter_rows(index: Tensor, grad: Tensor, length: int) -> Tensor:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._dispatch import check_most
 from ._specialisation import VARYING
 
 BLOCK = 4096  # tokens that a program looks at at a time
@@ -203,7 +204,7 @@ def topk(
     if kept is not None and lengths is not None:
         return kept, lengths
     assert keep is not None
-    return compact(keep.view(-1, length), rows)
+    return compact("topk_keep", keep.view(-1, length), rows)
 
 
 @triton.jit
@@ -235,13 +236,14 @@ def _compact_kernel(
     tl.store(lengths_ptr + pid_b, length.to(tl.int64), mask=pid_n == 0)
 
 
-def compact(keep: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
+def compact(op: str, keep: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
     """Positions of the ones of keep [B, N] int8, contiguous: int64 [B, M] left-padded with -1, lengths [B].
 
     M is `rows` where the caller knows it, or bounds it: the last rows are taken. Otherwise it is the longest of the
     batch, which the host waits for.
     """
     batch, length = keep.shape
+    check_most(op, "B", batch)
     counts = F.pad(keep, (0, -length % COMPACT_BLOCK)).unflatten(1, (-1, COMPACT_BLOCK)).sum(2, dtype=torch.int32)
     kept = torch.empty(batch, length, dtype=torch.int64, device=keep.device)
     lengths = torch.empty(batch, dtype=torch.int64, device=keep.device)

@@ -34,6 +34,7 @@ from ._dispatch import (
     check_at_least,
     check_dtype,
     check_float,
+    check_most,
     check_same_device,
     check_shape,
     is_int,
@@ -148,7 +149,7 @@ def attention_column_sum(
         q: [B, H, Nq, d] fp16, bf16 or fp32, any strides, d from 1 to 256. Packed: [Tq, H, d].
         k: [B, Hkv, Nk, d] of q's dtype, any strides. H is a multiple of Hkv; query head h reads key head
             h // (H / Hkv). Packed: [Tk, Hkv, d].
-        scale: positive factor on the scores, at most 2**127; 1 / sqrt(d) if None.
+        scale: positive factor on the scores, from 2**-126 to 2**127; 1 / sqrt(d) if None.
         causal: if True, each query sees only the keys up to its own position, so Nq <= Nk. If False, every query sees
             every key. Packed: a sequence may have more queries than keys; its first queries then see nothing.
         lse: [B, H, Nq] fp32, any strides: natural log-sum-exp of the scaled scores of each of the Nq rows, as flash
@@ -210,8 +211,8 @@ def attention_column_sum(
     if scale is None:
         scale = width**-0.5
     check_float(op, "scale", scale)
-    if not 0 < scale <= 2**127:  # finite in fp32 also when multiplied by log2(e)
-        raise ValueError(f"{op}: scale must be positive and at most 2**127, got {scale}")
+    if not 2**-126 <= scale <= 2**127:  # neither 0 nor infinite in fp32, also when multiplied by log2(e)
+        raise ValueError(f"{op}: scale must be positive, from 2**-126 to 2**127, got {scale}")
     if num_queries is not None:
         check_at_least(op, "num_queries", num_queries, 1)
     if lse is not None:
@@ -295,6 +296,7 @@ def _column_sum(
     queries = packed.queries if packed else q.shape[2]
     if len(q) * queries * (end - begin) == 0:
         return q.new_zeros(1 if packed else len(q), k.shape[2] if packed else end - begin, dtype=torch.float32)
+    check_most("attention_column_sum", "S" if packed else "B", len(q))
     one_tile = queries * (q.shape[1] // k.shape[1]) <= lookup("attention", q, q.shape[3]).streamed
     with torch.cuda.device_of(q):
         if lse is None and queries <= _FEW_QUERIES and one_tile:

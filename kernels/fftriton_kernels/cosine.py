@@ -23,6 +23,7 @@ from ._dispatch import (
     cdiv,
     check_below,
     check_dtype,
+    check_most,
     check_same_device,
     check_shape,
     check_stride,
@@ -78,6 +79,7 @@ def _strided_cosine_kernel(
 ):  # fmt: skip
     # grid (P * ceil(frames / FRAMES), B): one program walks one patch over FRAMES frames, from the frame before them;
     # two rows are on their way while one is reduced. A row that does not exist is 0, and so has no cosine
+    P = P.to(tl.int64)  # for 2 * P
     t = tl.program_id(0).to(tl.int64) % P + (tl.program_id(0).to(tl.int64) // P * FRAMES - 1) * P
     pid_b = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -128,6 +130,11 @@ def _linked_cosine_kernel(
     tl.store(out_ptr + pid_b * stride_ob + pid_n * stride_on, _cosine(dot, square, partner_square))
 
 
+def _check_sizes(op: str, batch: int, width: int) -> None:
+    check_most(op, "B", batch)
+    check_most(op, "D", width, 2**18)  # four rows are one tensor, whose elements Triton counts up to 2**20
+
+
 def _per_token(x, _):
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
@@ -137,6 +144,7 @@ def _strided_cosine_similarity(x: Tensor, stride: int) -> Tensor:
     batch, length, width = x.shape
     if not runs_triton(x):
         return _cpu.strided_cosine_similarity(x, stride)
+    _check_sizes("strided_cosine_similarity", batch, width)
     out = x.new_empty(batch, length, dtype=torch.float32)
     if out.numel():
         segments = cdiv(cdiv(length, stride), _FRAMES_A_PROGRAM)
@@ -155,6 +163,7 @@ def _linked_cosine_similarity(x: Tensor, predecessor: Tensor) -> Tensor:
     check_below("linked_cosine_similarity", "predecessor", predecessor, "N", length)
     if not runs_triton(x):
         return _cpu.linked_cosine_similarity(x, predecessor)
+    _check_sizes("linked_cosine_similarity", batch, width)
     out = x.new_empty(batch, length, dtype=torch.float32)
     if out.numel():
         with torch.cuda.device_of(x):

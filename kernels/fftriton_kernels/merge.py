@@ -33,6 +33,7 @@ from ._dispatch import (
     check_at_least,
     check_dtype,
     check_float,
+    check_most,
     check_same_device,
     check_shape,
     check_stride,
@@ -282,8 +283,9 @@ def _launch_mean(
     x: Tensor, roots: Tensor, predecessor: Tensor | None, stride: int, capacity: int | None
 ) -> tuple[Tensor, ...]:
     """What the operator returns; nothing is empty, x is on the current device."""
-    groups = _groups.rank_groups(roots, predecessor, stride, capacity)
     batch, length, width = x.shape
+    check_most("merge_mean", "B", batch)
+    groups = _groups.rank_groups(roots, predecessor, stride, capacity)
     rows = max(groups.lengths.tolist()) if capacity is None else capacity  # the host needs M to allocate: the only wait
     linked = predecessor is not None or stride > 0
     out = x.new_empty(batch, rows, width)

@@ -149,7 +149,7 @@ def _segmented_topk_keep(scores: Tensor, segments: Tensor, counts: Tensor, capac
             keys, order, counts, keep, *counts.stride(), length, counts.shape[1],
             BLOCK_N=_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return _radix.compact(keep, capacity)[0]
+    return _radix.compact("segmented_topk_keep", keep, capacity)[0]
 
 
 @overload

@@ -329,7 +329,8 @@ def test_a_cpu_takes_fewer_at_a_time_where_there_are_many_scores(monkeypatch):
     q, k = make_heads(2, 8, 4, 30, 40, 16)
     whole = ON_A_CPU.attention_column_sum(q, k)
     for scores in (7 * 2 * 40, 3 * 30 * 2 * 40):  # seven queries of a key head; all queries, of three of the four
-        monkeypatch.setattr(_cpu, "_SCORES", (scores, scores))
+        monkeypatch.setattr(_cpu, "_SCORES", scores)
+        monkeypatch.setattr(_cpu, "_BLOCK", scores)
         torch.testing.assert_close(ON_A_CPU.attention_column_sum(q, k), whole)
 
 
@@ -356,10 +357,11 @@ def test_autocast_changes_nothing():
             {"q": torch.zeros(1, 4, 3, 257), "k": torch.zeros(1, 2, 5, 257)},
         ),
         (ValueError, "got Nq=3 > Nk=2", {"k": torch.zeros(1, 2, 2, 8)}),
-        (ValueError, r"scale must be positive and at most 2\*\*127, got 0", {"scale": 0}),
-        (ValueError, r"scale must be positive and at most 2\*\*127, got -1.0", {"scale": -1.0}),
-        (ValueError, r"scale must be positive and at most 2\*\*127, got nan", {"scale": NAN}),
-        (ValueError, r"scale must be positive and at most 2\*\*127, got inf", {"scale": INF}),
+        (ValueError, r"scale must be positive, from 2\*\*-126 to 2\*\*127, got 0", {"scale": 0}),
+        (ValueError, r"scale must be positive, from 2\*\*-126 to 2\*\*127, got -1.0", {"scale": -1.0}),
+        (ValueError, r"scale must be positive, from .* got 1e-39", {"scale": 1e-39}),
+        (ValueError, r"scale must be positive, from 2\*\*-126 to 2\*\*127, got nan", {"scale": NAN}),
+        (ValueError, r"scale must be positive, from 2\*\*-126 to 2\*\*127, got inf", {"scale": INF}),
         (TypeError, "scale must be a float, got str", {"scale": "a"}),
         (TypeError, "scale must be a float, got bool", {"scale": True}),
         (TypeError, "causal must be a bool, got str", {"causal": "no"}),

@@ -236,7 +236,9 @@ def test_kernels_read_nothing_beyond_bounds(bounds, device, monkeypatch):
 def test_numbers_that_fp32_does_not_hold(number):
     with pytest.raises(ValueError, match=r"^merge_roots: threshold must be finite in fp32, got "):
         merge_roots(S, 1, number)
-    with pytest.raises(ValueError, match=r"^attention_column_sum: scale must be positive and at most 2\*\*127, got "):
+    with pytest.raises(
+        ValueError, match=r"^attention_column_sum: scale must be positive, from 2\*\*-126 to 2\*\*127, got "
+    ):
         attention_column_sum(Q, Q, scale=number)
 
 
@@ -253,3 +255,38 @@ def test_a_long_video_of_one_patch_a_frame(device):
     """The grid's second and third axes hold 65535 programs; the number of frames is on neither."""
     x = torch.ones(1, 8 * 65536, 1, device=device)
     assert (strided_cosine_similarity(x, 1)[0, 1:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda wide, many: strided_cosine_similarity(wide, 1),
+         r"^strided_cosine_similarity: D must be at most 262144"),
+        (lambda wide, many: linked_cosine_similarity(wide, torch.full_like(wide[..., 0], -1, dtype=torch.int64)),
+         r"^linked_cosine_similarity: D must be at most 262144"),
+        (lambda wide, many: strided_cosine_similarity(many, 1), r"^strided_cosine_similarity: B must be at most 65535"),
+        (lambda wide, many: linked_cosine_similarity(many, torch.zeros_like(many[..., 0], dtype=torch.int64)),
+         r"^linked_cosine_similarity: B must be at most 65535"),
+        (lambda wide, many: merge_mean(many, torch.zeros_like(many[..., 0], dtype=torch.int64)),
+         r"^merge_mean: B must be at most 65535"),
+        (lambda wide, many: gather_rows(torch.zeros_like(many[..., 0], dtype=torch.int64), many),
+         r"^gather_rows: B must be at most 65535"),
+        (lambda wide, many: attention_column_sum(many[:, None], many[:, None]),
+         r"^attention_column_sum: B must be at most 65535"),
+    ],
+)  # fmt: skip
+def test_what_no_grid_can_hold_is_an_error(call, message, device):
+    wide, many = torch.ones(1, 2, 2**18 + 1, device=device), torch.ones(65536, 1, 1, device=device)
+    with pytest.raises(ValueError, match=message):
+        call(wide, many)
+    assert ON_A_CPU.strided_cosine_similarity(wide.cpu(), 1)[0, 1] == pytest.approx(1)
+
+
+def test_rows_of_what_needs_no_gradient_need_none(device):
+    hidden, cosines = torch.randn(1, 6, 4, device=device, requires_grad=True), torch.randn(1, 6, 2, device=device)
+    other = torch.randn(1, 6, 3, device=device, requires_grad=True)
+    rows, of_cosines, unused = gather_rows(torch.tensor([[1, 4]], device=device), hidden, cosines, other)
+    assert not of_cosines.requires_grad
+    rows.sum().backward()
+    assert other.grad is None
+    assert hidden.grad.sum() == 8
