@@ -95,6 +95,16 @@ def test_booleans_of_another_type():
         fftriton.KVTP(renumber=1)
 
 
+@pytest.mark.parametrize(
+    ("stages", "layers"),
+    [(("merge", "prune"), range(5)), (("prune",), range(5)), (("merge",), range(0)), (("prune", "merge"), range(5))],
+)
+def test_framefusion_listens_only_where_it_may_prune(stages, layers):
+    prompt = Prompt(6, 40, [VideoLayout(torch.arange(32).view(8, 4))])
+    state = fftriton.FrameFusion(0.3, stages=stages).begin(prompt)
+    assert [layer for layer in range(6) if state.wants_attention(layer)] == [*layers]
+
+
 def kept_before_the_first_layer(method, layouts, length):
     """Positions that stay, of a prompt whose rows tell nothing apart."""
     patch = patch_ids(layouts, 1, length, torch.device("cpu"))

@@ -193,7 +193,7 @@ def test_max_pixels_bounds_each_frame_of_every_family(monkeypatch, name):
     monkeypatch.setattr(own, "video_processor", kind(size={"shortest_edge": 32 * 32, "longest_edge": 2**24}))
     monkeypatch.setattr(processing, "load_part", lambda *given: own)
     bounded, areas = HubProcessor("any", 200**2), []
-    for frames in (2, 5, 16):
+    for frames in (1, 2, 5, 16):
         video = random_video(frames, 320, 320)
         own.video_processor.size = bounded._bounds(200**2, frames)
         cut = own.video_processor(

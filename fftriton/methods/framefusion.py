@@ -108,6 +108,9 @@ class _FrameFusionState(MethodState):
         return (self.full * self.full_layers + layers - self.full_layers) / (layers * video)
 
     def wants_attention(self, layer: int) -> bool:
+        return "prune" in self.stages and self._acts_in(layer)
+
+    def _acts_in(self, layer: int) -> bool:
         return bool(self.stages) and self.method.start_layer - 1 <= layer < self.prompt.num_layers - 1
 
     def before_attention(self, layer: int, tokens: VideoTokens) -> Steps:
@@ -117,7 +120,7 @@ class _FrameFusionState(MethodState):
 
     def after_attention(self, layer: int, tokens: VideoTokens) -> Steps:
         self.unspent -= tokens.num_video
-        if not self.wants_attention(layer):
+        if not self._acts_in(layer):
             return []
         layers_left = self.prompt.num_layers - layer - 1
         if self.stages[0] == "merge":

@@ -28,7 +28,6 @@ from .unusable import torchvision_works
 from .video import Video
 
 QWEN_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-_TEMPORAL = 2  # frames of a patch, to a multiple of which videos are padded
 
 
 class Processor(Protocol):
@@ -145,7 +144,8 @@ class HubProcessor:
         """The size by which the video processor bounds the pixels of each of so many frames."""
         longest, shortest = self._size["longest_edge"], self._size["shortest_edge"]
         if self._of_video:
-            padded = -(-frames // _TEMPORAL) * _TEMPORAL
+            together = getattr(self._processor.video_processor, "temporal_patch_size", None) or 1
+            padded = -(-frames // together) * together
             return {"longest_edge": min(max_pixels * padded, longest), "shortest_edge": min(shortest, max_pixels)}
         return {"longest_edge": max_pixels, "shortest_edge": min(shortest, max_pixels)}
 
