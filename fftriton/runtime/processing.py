@@ -145,8 +145,8 @@ class HubProcessor:
         longest, shortest = self._size["longest_edge"], self._size["shortest_edge"]
         if self._of_video:
             together = getattr(self._processor.video_processor, "temporal_patch_size", None) or 1
-            padded = -(-frames // together) * together
-            return {"longest_edge": min(max_pixels * padded, longest), "shortest_edge": min(shortest, max_pixels)}
+            counted = min(frames, max(1, round(frames / together)) * together)  # by some processors
+            return {"longest_edge": min(max_pixels * counted, longest), "shortest_edge": min(shortest, max_pixels)}
         return {"longest_edge": max_pixels, "shortest_edge": min(shortest, max_pixels)}
 
 
