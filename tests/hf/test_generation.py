@@ -293,12 +293,15 @@ def test_another_prompt_within_generate_has_no_video():
         seen.append(model(input_ids=other).logits)
         return scores
 
+    def answers():
+        options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": SPECIAL}
+        seen.clear()
+        return [model.generate(**inputs, **options, logits_processor=guides) for guides in (None, [guide])]
+
+    if not torch.equal(*answers()):
+        pytest.skip("the model keeps what a generate needs (until transformers 5)")
     with fftriton.reduce(model, SCRIPT):
-        alone = model.generate(**inputs, max_new_tokens=3, do_sample=False, suppress_tokens=SPECIAL)
-        guided = model.generate(
-            **inputs, max_new_tokens=3, do_sample=False, suppress_tokens=SPECIAL, logits_processor=[guide]
-        )
-    assert torch.equal(guided, alone)
+        assert torch.equal(*answers())
     assert len(seen) == 3
     assert all(torch.equal(logits, dense) for logits in seen)
 
