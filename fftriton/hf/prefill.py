@@ -113,6 +113,7 @@ class Prefill(Continuation):
             first_layers: runs the first layers beside this forward, see LayerHooks.
         """
         self._config, self._run_first_layers = config, first_layers
+        self.samples.clear()  # transformers 4 runs a forward again after a TypeError
         if given.get("position_embeddings") is None and any(self.attends):
             raise UnknownReleaseError(
                 f"the decoder must call its layers with 'position_embeddings', got {', '.join(given)}"
