@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from by_hand import decoder_of
 from families import FAMILIES
 from models import tiny_qwen2, video_embeddings
 from newer_families import NEWER_FAMILIES
@@ -138,7 +139,7 @@ def test_methods_that_keep_a_token_of_each_frame(budget, method):
 @torch.no_grad()
 def test_methods_that_look_at_frames_meet_their_budget_on_every_family(family):
     model, inputs = family.model(), family.inputs()
-    sizes = {"proportional": all(hasattr(layer, "self_attn") for layer in model.get_decoder().layers)}
+    sizes = {"proportional": all(hasattr(layer, "self_attn") for layer in decoder_of(model).layers)}
     methods = [fftriton.EVS, fftriton.VidCom2, fftriton.DyCoke, fftriton.VisionZip, fftriton.FlashVID, fftriton.FastVID]
     for method in [make(0.6) for make in methods] + [fftriton.Anchors(0.6, **sizes)]:
         with fftriton.reduce(model, method) as reduction:
