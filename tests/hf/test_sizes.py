@@ -299,6 +299,7 @@ def test_layers_with_the_same_sizes_share_them(monkeypatch):
         assert all(one is sizes[0] for one in sizes)
         cache.crop(-1)  # each layer for itself
         model(input_ids=torch.tensor([[7]]), **behind(cache))
+        assert len(made) == 4
         assert all(torch.equal(layer.log_sizes, sizes[0]) for layer in cache.layers)
 
 
