@@ -92,7 +92,7 @@ def apply(
     images: bool = False,
 ) -> Reduction:
     """Like `reduce`, from now until `.remove()` is called on what it returns."""
-    return Reduction(model, method, layout, verify, images).install()
+    return reduce(model, method, layout, verify=verify, images=images).install()
 
 
 def apply_framefusion(

@@ -124,8 +124,8 @@ class HubProcessor:
         names = ("video_token", "image_token")
         _check_question(question, [getattr(self._processor, name, None) for name in names])
         text = self._processor.apply_chat_template(_messages(question), tokenize=False, add_generation_prompt=True)
-        if self._max_pixels is not None:
-            self._processor.video_processor.size = self._bounds(self._max_pixels, len(video.frames))
+        limit = self._max_pixels
+        bounds = {} if limit is None else {"size": self._bounds(limit, len(video.frames))}
         encoded = self._processor(
             text=[text],
             videos=[video.frames],
@@ -133,6 +133,7 @@ class HubProcessor:
             fps=video.sampled_fps,  # transformers 4 reads it here, 5 in the metadata
             do_sample_frames=False,
             return_tensors="pt",
+            **bounds,
         )
         return dict(encoded)
 
